@@ -1,0 +1,83 @@
+# train_gpt2.c: build, train, test. `make help` lists the targets, `sh dev/deps.sh` installs what is missing.
+#
+# Settings, as in `make BLAS=none` (a changed setting rebuilds what it touches):
+#   OPENMP=0     one core only
+#   BLAS=...     openblas, accelerate (macOS), blis, none (built-in matmul); auto takes the best that is here
+#   SANITIZE=1   programs in build/sanitize/ that stop at the first bad memory access or undefined operation
+#   CC, CFLAGS, CPPFLAGS, LDFLAGS, PREFIX, DESTDIR as everywhere; NATIVE is -march=native where cc has it
+CFLAGS   ?= $(if $(SANITIZER),-O1 -g,-O3) $(NATIVE)
+OPENMP   ?= 1
+BLAS     ?= auto
+SANITIZE ?= 0
+PREFIX   ?= /usr/local
+.DEFAULT_GOAL := all
+
+# What `make train` does: a small model, from nothing, on stories that data/stories makes up.
+TRAIN_OPTIONS ?= --batch-size 8 --seq-len 256 --n-positions 256 --steps 600 --learning-rate 1e-3 \
+                 --schedule cosine --warmup-steps 5% --final-lr 0.1 --weight-decay 0.1
+
+ifeq ($(SANITIZE),1)
+O         := build/sanitize/
+SANITIZER := -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+train_gpt2 tokenizer test_gpt2 data/stories: %: $(O)%
+.PHONY: train_gpt2 tokenizer test_gpt2 data/stories
+endif
+PROGRAMS := $(addprefix $(O),train_gpt2 tokenizer test_gpt2 data/stories)
+WARNINGS  = -Wall -Wextra
+FLAGS     = -std=gnu11 -fno-math-errno $(WARNINGS) $(CFLAGS) $(SANITIZER) $(OPENMP_FLAGS) $(BLAS_FLAGS) $(CPPFLAGS)
+LIBS      = $(LDFLAGS) $(BLAS_LIBS) $(OPENMP_LIBS) -lm
+
+all: $(PROGRAMS) ## build train_gpt2, tokenizer, test_gpt2 and data/stories (the default)
+
+# dev/flags.sh asks the compiler once and keeps the answer in a file that every program depends on.
+CONFIG := $(if $(O),$(O),build/)config.mk
+$(CONFIG): ;
+ifneq ($(filter-out help clean,$(or $(MAKECMDGOALS),all)),)
+PROBLEM := $(shell CC='$(CC)' CFLAGS='$(CFLAGS) $(CPPFLAGS)' LDFLAGS='$(LDFLAGS)' \
+                   OPENMP='$(OPENMP)' BLAS='$(BLAS)' sh dev/flags.sh $(CONFIG))
+$(if $(PROBLEM),$(error $(PROBLEM)))
+include $(CONFIG)
+endif
+
+$(PROGRAMS): $(O)%: %.c $(CONFIG)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -o $@ $< $(LIBS)
+$(O)tokenizer $(O)test_gpt2: train_gpt2.c
+$(O)tokenizer $(O)test_gpt2: WARNINGS += -Wno-unused-function
+$(O)data/stories: LIBS = $(LDFLAGS) -lm
+
+train: all build/data/stories_val.txt build/stories_tokenizer/merges.txt ## train a small model on made-up stories
+	./$(O)train_gpt2 --init d4 --tokenizer build/stories_tokenizer --out out \
+	    --train build/data/stories_train.txt --val build/data/stories_val.txt $(TRAIN_OPTIONS)
+	./$(O)train_gpt2 --init out --generate 150 --prompt "" --temperature 0.8
+	./$(O)train_gpt2 --init out --generate 150 --prompt "" --temperature 0.8 --samples 20 --quiet | \
+	    ./$(O)data/stories check
+
+build/data/stories_train.txt: STORY_OPTIONS = --seed 1 --megabytes 4
+build/data/stories_val.txt:   STORY_OPTIONS = --seed 2 --megabytes 0.2
+build/data/stories_%.txt: data/stories.c | $(O)data/stories
+	@mkdir -p $(@D)
+	./$(O)data/stories text $(STORY_OPTIONS) > $@.part && mv $@.part $@
+build/stories_tokenizer/merges.txt: build/data/stories_train.txt | $(O)tokenizer
+	./$(O)tokenizer train --vocab-size 1024 --out $(@D) $<
+
+test: all ## run every test; needs no Python and no network
+	./$(O)test_gpt2
+
+compare-test: all ## compare with PyTorch, live; makes itself a Python environment first
+	sh dev/compare_test.sh
+
+install: $(O)train_gpt2 $(O)tokenizer ## copy train_gpt2 and tokenizer to PREFIX/bin
+	mkdir -p $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $^ $(DESTDIR)$(PREFIX)/bin
+
+clean: ## remove what was built; trained models in out/ stay
+	rm -rf build train_gpt2 tokenizer test_gpt2 data/stories
+
+show-blas: ## say which BLAS the programs are built with
+	@echo $(BLAS_NAME)
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
+
+.PHONY: all train test compare-test install clean show-blas help
