@@ -1,0 +1,5072 @@
+// train_gpt2.c - train, fine-tune, evaluate and sample GPT-2 on CPU cores, in one file made for reading.
+//
+//   make train_gpt2                                      with OpenBLAS, or without any library:
+//   cc -O3 -march=native -fopenmp train_gpt2.c -lm       the built-in matmul, still a whole fast program
+//   ./train_gpt2 --help
+//
+// Text flows down this file once: text -> ids -> packed batch -> logits -> loss -> gradients -> update ->
+// file.
+//
+//    1. Support       errors, memory, files, clock, random numbers, JSON
+//    2. Tokenizer     byte-level BPE: text <-> ids
+//    3. Batches       sequences packed row after row; what PAD and the causal mask mean here
+//    4. Parameters    one table of tensors; names, shapes, decay, freezing and files all follow from it
+//    5. Layers        matmul, embedding, layernorm, attention, gelu, classifier: forward beside backward
+//    6. Model         the layers in order, forward and back; what is kept and what is recomputed
+//    7. Optimizer     AdamW, decay groups, clipping, the learning-rate schedule
+//    8. Generation    key/value cache, temperature, top-k, top-p
+//    9. Files         safetensors, model folders, checkpoints
+//   10. Data          text, token shards, JSONL examples; shuffling that can be resumed
+//   11. Training      the loops, evaluation, progress, log
+//   12. Command line  one table of options, and main
+//
+// Letters used throughout:
+//   B sequences in a batch    T positions in a sequence    R rows: all tokens of a batch, PAD left out
+//   C channels (n_embd)       F channels inside the MLP (n_inner, usually 4C)    V vocabulary
+//   L layers                  NH attention heads           HS head size C/NH
+// A shape like (R, C) is row-major: R rows of C consecutive floats.
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <assert.h>
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <glob.h>
+#include <limits.h>
+#include <math.h>
+#include <regex.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+static int omp_in_parallel(void) { return 0; }
+static void omp_set_num_threads(int n) { (void)n; }
+#endif
+#if defined(USE_ACCELERATE)
+#include <Accelerate/Accelerate.h>
+#elif defined(USE_CBLAS)
+#include <cblas.h>
+#endif
+
+// =====================================================================================================
+// 1. Support
+// =====================================================================================================
+// What every program needs and C does not bring: errors in one line, memory that is there or the program
+// ends, whole files, a clock, random numbers that can be drawn again, and JSON.
+
+static const char *program_name = "train_gpt2";
+static bool progress_line_open = false; // a progress line stands unfinished on the terminal
+
+// Prints "program: message" on a line of its own.
+static void say_error(const char *format, va_list arguments)
+{
+    fflush(stdout);
+    if (progress_line_open)
+        fputc('\n', stderr);
+    progress_line_open = false;
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+}
+
+// Ends the program because something outside it is wrong: a file, the machine, the numbers. Status 1.
+static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    say_error(format, arguments);
+    exit(1);
+}
+
+// Ends the program because the command line is wrong. Status 2.
+static void __attribute__((format(printf, 1, 2), noreturn)) die_usage(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    say_error(format, arguments);
+    exit(2);
+}
+
+static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    say_error(format, arguments);
+    va_end(arguments);
+}
+
+static void *xrealloc(void *pointer, size_t size)
+{
+    void *result = realloc(pointer, size ? size : 1);
+    if (!result)
+        die("out of memory: %zu bytes were asked for", size);
+    return result;
+}
+
+static void *xmalloc(size_t size) { return xrealloc(NULL, size); }
+
+static void *xcalloc(size_t count, size_t size)
+{
+    void *result = calloc(count ? count : 1, size ? size : 1);
+    if (!result)
+        die("out of memory: %zu x %zu bytes were asked for", count, size);
+    return result;
+}
+
+// Returns count floats, not cleared, aligned to a cache line. Freed with free().
+static float *xfloats(size_t count)
+{
+    void *result = NULL;
+    if (count > SIZE_MAX / sizeof(float) || posix_memalign(&result, 64, count ? count * sizeof(float) : 64))
+        die("out of memory: %.1f MB were asked for", (double)count * sizeof(float) / 1e6);
+    return result;
+}
+
+// printf into fresh memory.
+static char *__attribute__((format(printf, 1, 2))) xprintf(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    char *result = NULL;
+    if (vasprintf(&result, format, arguments) < 0)
+        die("out of memory while formatting a line");
+    va_end(arguments);
+    return result;
+}
+
+static char *xstrdup(const char *string) { return xprintf("%s", string); }
+
+// Makes room for `needed` elements in a growing array: capacity doubles, so appending is cheap.
+static void *grow(void *data, size_t needed, size_t *capacity, size_t element_size)
+{
+    if (needed <= *capacity)
+        return data;
+    size_t larger = *capacity ? *capacity * 2 : 64;
+    *capacity = larger < needed ? needed : larger;
+    if (*capacity > SIZE_MAX / element_size)
+        die("out of memory: an array of %zu elements was asked for", needed);
+    return xrealloc(data, *capacity * element_size);
+}
+
+// Growing arrays: token ids, and bytes (always followed by a NUL that is not counted).
+typedef struct {
+    int *data;
+    size_t size, capacity;
+} Ids;
+
+typedef struct {
+    char *data;
+    size_t size, capacity;
+} Text;
+
+static void ids_push(Ids *ids, int id)
+{
+    ids->data = grow(ids->data, ids->size + 1, &ids->capacity, sizeof(int));
+    ids->data[ids->size++] = id;
+}
+
+static void text_append(Text *text, const char *bytes, size_t size)
+{
+    text->data = grow(text->data, text->size + size + 1, &text->capacity, 1);
+    if (size)
+        memcpy(text->data + text->size, bytes, size);
+    text->size += size;
+    text->data[text->size] = 0;
+}
+
+// ---- files ----
+
+static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
+
+static bool is_folder(const char *path)
+{
+    struct stat status;
+    return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
+}
+
+static bool ends_with(const char *string, const char *ending)
+{
+    size_t n = strlen(string), m = strlen(ending);
+    return n >= m && strcmp(string + n - m, ending) == 0;
+}
+
+// Appends what is left in `file` to `text`; `path` only names it in errors.
+static void read_stream(Text *text, FILE *file, const char *path)
+{
+    text_append(text, "", 0);
+    for (size_t got = 1; got > 0; text->size += got) {
+        text->data = grow(text->data, text->size + (1 << 16) + 1, &text->capacity, 1);
+        got = fread(text->data + text->size, 1, 1 << 16, file);
+    }
+    text->data[text->size] = 0;
+    if (ferror(file))
+        die("%s: cannot be read: %s", path, strerror(errno));
+}
+
+// Reads a whole file, or standard input when path is "-". Free the result's data.
+static Text read_file(const char *path)
+{
+    Text text = {0};
+    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    if (!file)
+        die("%s: cannot be opened: %s", path, strerror(errno));
+    read_stream(&text, file, path);
+    if (file != stdin)
+        fclose(file);
+    return text;
+}
+
+// A file seen as memory. The mapping is private: writing to it never reaches the file.
+typedef struct {
+    char *data;
+    size_t size;
+} Mapping;
+
+static Mapping map_file(const char *path)
+{
+    Mapping mapping = {0};
+    int descriptor = open(path, O_RDONLY);
+    struct stat status;
+    if (descriptor < 0 || fstat(descriptor, &status) < 0)
+        die("%s: cannot be opened: %s", path, strerror(errno));
+    if (!S_ISREG(status.st_mode))
+        die("%s: is not a regular file", path);
+    mapping.size = (size_t)status.st_size;
+    if (mapping.size > 0) {
+        mapping.data = mmap(NULL, mapping.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
+        if (mapping.data == MAP_FAILED)
+            die("%s: cannot be mapped: %s", path, strerror(errno));
+    }
+    close(descriptor);
+    return mapping;
+}
+
+static void unmap_file(Mapping *mapping)
+{
+    if (mapping->data)
+        munmap(mapping->data, mapping->size);
+    *mapping = (Mapping){0};
+}
+
+// Files are written under a temporary name, and get their own only when all bytes are on the disk: under a
+// final name there is never half a file.
+static FILE *create_file(const char *path)
+{
+    char *temporary = xprintf("%s.tmp", path);
+    FILE *file = fopen(temporary, "wb");
+    if (!file)
+        die("%s: cannot be written: %s", temporary, strerror(errno));
+    free(temporary);
+    return file;
+}
+
+static void finish_file(FILE *file, const char *path)
+{
+    char *temporary = xprintf("%s.tmp", path);
+    bool failed = ferror(file) || fflush(file) != 0 || fsync(fileno(file)) != 0;
+    if (fclose(file) != 0 || failed || rename(temporary, path) != 0)
+        die("%s: could not be written whole: %s", path, strerror(errno));
+    free(temporary);
+}
+
+// Makes a folder and those above it.
+static void make_folder(const char *path)
+{
+    char *copy = xstrdup(path);
+    for (char *end = copy + 1;; end++) {
+        if (*end != '/' && *end != 0)
+            continue;
+        char kept = *end;
+        *end = 0;
+        if (mkdir(copy, 0777) < 0 && errno != EEXIST)
+            die("%s: folder cannot be made: %s", copy, strerror(errno));
+        *end = kept;
+        if (kept == 0)
+            break;
+    }
+    if (!is_folder(copy))
+        die("%s: is not a folder", copy);
+    free(copy);
+}
+
+// Deletes a folder with what is in it; one that is not there is no error.
+static void remove_folder(const char *path)
+{
+    DIR *folder = opendir(path);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
+            continue;
+        char *inside = xprintf("%s/%s", path, entry->d_name);
+        struct stat status;
+        if (lstat(inside, &status) == 0 && S_ISDIR(status.st_mode))
+            remove_folder(inside);
+        else
+            unlink(inside);
+        free(inside);
+    }
+    if (folder)
+        closedir(folder);
+    rmdir(path);
+}
+
+// Makes the renames and deletions in a folder last through a power cut.
+static void sync_folder(const char *path)
+{
+    int descriptor = open(path, O_RDONLY);
+    if (descriptor >= 0) {
+        fsync(descriptor);
+        close(descriptor);
+    }
+}
+
+// Seconds on a clock that never goes back.
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- random numbers ----
+// Counter-based: draw number `index` of stream `stream` is a pure function of both, so any draw can be made
+// again (dropout in the backward pass, shuffling after a resume) and threads need no shared state.
+// The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+
+static uint64_t mix_bits(uint64_t x)
+{
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+// A stream of its own for each pair, for instance (seed, epoch).
+static uint64_t random_stream(uint64_t seed, uint64_t purpose) { return mix_bits(mix_bits(seed) ^ purpose); }
+
+static uint64_t random_bits(uint64_t stream, uint64_t index)
+{
+    return mix_bits(stream + index * 0xd1342543de82ef95u);
+}
+
+// Uniform in [0, 1), a multiple of 2^-24: exactly representable.
+static float random_uniform(uint64_t stream, uint64_t index)
+{
+    return (float)(random_bits(stream, index) >> 40) * 0x1p-24f;
+}
+
+// Standard normal, by Box and Muller (1958).
+static float random_normal(uint64_t stream, uint64_t index)
+{
+    double u = ((double)(random_bits(stream, 2 * index) >> 11) + 0.5) * 0x1p-53;
+    double v = (double)(random_bits(stream, 2 * index + 1) >> 11) * 0x1p-53;
+    return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
+}
+
+// ---- JSON (RFC 8259) ----
+// A file becomes a tree of nodes; members of an object and elements of an array are chained by `next`.
+
+typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonKind;
+
+typedef struct Json {
+    JsonKind kind;
+    char *key;    // name of this member inside its object, or NULL
+    char *string; // UTF-8, NUL-terminated; length counts NULs inside
+    size_t length;
+    double number;
+    struct Json *child, *next;
+} Json;
+
+typedef struct {
+    const char *text, *at, *end;
+    const char *where; // file, or file:line, for errors
+    int depth;
+} JsonReader;
+
+static void __attribute__((noreturn)) json_die(const JsonReader *reader, const char *expected)
+{
+    size_t line = 1, column = 1;
+    for (const char *p = reader->text; p < reader->at; p++, column++)
+        if (*p == '\n')
+            line++, column = 0;
+    die("%s: not valid JSON at line %zu, column %zu: expected %s", reader->where, line, column, expected);
+}
+
+static char json_peek(JsonReader *reader)
+{
+    while (reader->at < reader->end && strchr(" \t\r\n", *reader->at) && *reader->at)
+        reader->at++;
+    return reader->at < reader->end ? *reader->at : 0;
+}
+
+static bool json_accept(JsonReader *reader, char wanted)
+{
+    if (json_peek(reader) != wanted || reader->at == reader->end)
+        return false;
+    reader->at++;
+    return true;
+}
+
+static unsigned json_hex4(JsonReader *reader)
+{
+    char digits[5] = "";
+    for (int i = 0; i < 4 && reader->at < reader->end && isxdigit((unsigned char)*reader->at); i++)
+        digits[i] = *reader->at++;
+    if (!digits[3])
+        json_die(reader, "four hexadecimal digits");
+    return (unsigned)strtoul(digits, NULL, 16);
+}
+
+// Writes a code point as UTF-8 and returns the number of bytes, 1 to 4.
+static int utf8_write(char *out, unsigned code)
+{
+    if (code < 0x80) {
+        out[0] = (char)code;
+        return 1;
+    }
+    int extra = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    static const unsigned char lead[4] = {0, 0xc0, 0xe0, 0xf0};
+    for (int i = extra; i > 0; i--, code >>= 6)
+        out[i] = (char)(0x80 | (code & 63));
+    out[0] = (char)(lead[extra] | code);
+    return extra + 1;
+}
+
+// Reads a string, its opening quote already taken. A lone surrogate becomes U+FFFD.
+static char *json_string(JsonReader *reader, size_t *length)
+{
+    const char *close = reader->at;
+    while (close < reader->end && *close != '"')
+        close += *close == '\\' && close + 1 < reader->end ? 2 : 1;
+    if (close >= reader->end) {
+        reader->at = reader->end;
+        json_die(reader, "the string's closing quote");
+    }
+    char *string = xmalloc((size_t)(close - reader->at) + 1), *out = string; // decoding never lengthens
+    while (*reader->at != '"') {
+        if ((unsigned char)*reader->at < 0x20)
+            json_die(reader, "an escape such as \\n in place of a control character");
+        if (*reader->at != '\\') {
+            *out++ = *reader->at++;
+            continue;
+        }
+        char escape = reader->at[1];
+        const char *from = "\"\\/bfnrt", *to = "\"\\/\b\f\n\r\t",
+                   *found = escape ? strchr(from, escape) : NULL;
+        reader->at += 2;
+        if (found) {
+            *out++ = to[found - from];
+        } else if (escape == 'u') {
+            unsigned code = json_hex4(reader);
+            bool high = code >= 0xd800 && code < 0xdc00;
+            if (high && reader->end - reader->at >= 6 && reader->at[0] == '\\' && reader->at[1] == 'u') {
+                const char *before = reader->at;
+                reader->at += 2;
+                unsigned low = json_hex4(reader);
+                if (low >= 0xdc00 && low < 0xe000)
+                    code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+                else
+                    reader->at = before;
+            }
+            out += utf8_write(out, code >= 0xd800 && code < 0xe000 ? 0xfffd : code);
+        } else {
+            reader->at--;
+            json_die(reader, "one of \" \\ / b f n r t u after a backslash");
+        }
+    }
+    reader->at++;
+    *out = 0;
+    *length = (size_t)(out - string);
+    return string;
+}
+
+static Json *json_value(JsonReader *reader)
+{
+    Json *node = xcalloc(1, sizeof *node);
+    if (++reader->depth > 200)
+        json_die(reader, "at most 200 levels of nesting");
+    char c = json_peek(reader);
+    if (c == '{' || c == '[') {
+        bool is_object = c == '{';
+        char closing = is_object ? '}' : ']';
+        node->kind = is_object ? JSON_OBJECT : JSON_ARRAY;
+        reader->at++;
+        Json **tail = &node->child;
+        while (!json_accept(reader, closing)) {
+            if (node->child && !json_accept(reader, ','))
+                json_die(reader, is_object ? "',' or '}'" : "',' or ']'");
+            char *key = NULL;
+            size_t length;
+            if (is_object) {
+                if (!json_accept(reader, '"'))
+                    json_die(reader, "a name in double quotes");
+                key = json_string(reader, &length);
+                if (!json_accept(reader, ':'))
+                    json_die(reader, "':'");
+            }
+            *tail = json_value(reader);
+            (*tail)->key = key;
+            tail = &(*tail)->next;
+        }
+    } else if (json_accept(reader, '"')) {
+        node->kind = JSON_STRING;
+        node->string = json_string(reader, &node->length);
+    } else if (c == '-' || (c >= '0' && c <= '9')) {
+        char digits[64];
+        size_t n = 0;
+        while (reader->at < reader->end && *reader->at && strchr("+-.eE0123456789", *reader->at) && n < 63)
+            digits[n++] = *reader->at++;
+        digits[n] = 0;
+        char *end;
+        node->kind = JSON_NUMBER;
+        node->number = strtod(digits, &end);
+        if (end != digits + n)
+            json_die(reader, "a number");
+    } else {
+        static const char *const words[] = {"null", "false", "true"};
+        size_t left = (size_t)(reader->end - reader->at);
+        int kind = 0;
+        while (kind < 3 &&
+               (left < strlen(words[kind]) || memcmp(reader->at, words[kind], strlen(words[kind]))))
+            kind++;
+        if (kind == 3)
+            json_die(reader, "a value");
+        node->kind = (JsonKind)kind;
+        reader->at += strlen(words[kind]);
+    }
+    reader->depth--;
+    return node;
+}
+
+// Reads one JSON value that fills the text; ends the program with file, line and column when it is not valid.
+static Json *json_parse(const char *text, size_t size, const char *where)
+{
+    JsonReader reader = {text, text, text + size, where, 0};
+    Json *node = json_value(&reader);
+    json_peek(&reader);
+    if (reader.at != reader.end)
+        json_die(&reader, "nothing more");
+    return node;
+}
+
+static Json *json_read_file(const char *path)
+{
+    Text text = read_file(path);
+    Json *node = json_parse(text.data, text.size, path);
+    free(text.data);
+    return node;
+}
+
+static void json_free(Json *node)
+{
+    while (node) {
+        Json *next = node->next;
+        json_free(node->child);
+        free(node->key);
+        free(node->string);
+        free(node);
+        node = next;
+    }
+}
+
+// The member called `key`, or NULL (also when `object` is NULL or no object).
+static const Json *json_get(const Json *object, const char *key)
+{
+    if (!object || object->kind != JSON_OBJECT)
+        return NULL;
+    for (const Json *member = object->child; member; member = member->next)
+        if (strcmp(member->key, key) == 0)
+            return member;
+    return NULL;
+}
+
+// The number called `key`, or `otherwise` when it is missing or null. `where` names the file in errors.
+static double json_number(const Json *object, const char *key, double otherwise, const char *where)
+{
+    const Json *member = json_get(object, key);
+    if (!member || member->kind == JSON_NULL)
+        return otherwise;
+    if (member->kind != JSON_NUMBER)
+        die("%s: \"%s\" must be a number", where, key);
+    return member->number;
+}
+
+// Writes a string with its quotes; bytes that are not ASCII pass through.
+static void json_write_string(FILE *file, const char *string, size_t length)
+{
+    fputc('"', file);
+    for (size_t i = 0; i < length; i++) {
+        unsigned char c = (unsigned char)string[i];
+        if (c == '"' || c == '\\')
+            fprintf(file, "\\%c", c);
+        else if (c == '\n')
+            fputs("\\n", file);
+        else if (c < 0x20 || c == 0x7f)
+            fprintf(file, "\\u%04x", c);
+        else
+            fputc(c, file);
+    }
+    fputc('"', file);
+}
+// =====================================================================================================
+// 2. Tokenizer
+// =====================================================================================================
+// The model reads and writes numbers below V, people read and write text. GPT-2's byte-level BPE (Radford et
+// al. 2019; byte pair encoding: Sennrich et al. 2016) stands between, in two steps:
+//
+//   "Hello world's end"  ->  "Hello" " world" "'s" " end"         pieces, cut by fixed rules (find_piece)
+//   " world"  ->  Ġ w o r l d  ->  Ġw or ld  ->  Ġwor ld  ->  Ġworld  ->  995         merges (merge_piece)
+//
+// The vocabulary starts with the 256 bytes, so every file can be encoded, valid UTF-8 or not, and decoding
+// gives back the same bytes. Each of its merges joins two neighbours into a new token; the merge that was
+// learned first goes first. tokenizer.c learns such merges from text.
+
+// ---- character classes ----
+// The rules ask of a character only: letter (\p{L}), number (\p{N}), white space (\s), or something else.
+// Combining marks are something else, and so is each byte that is not part of valid UTF-8.
+
+enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
+
+// Unicode 16.0, which tiktoken 0.14 and tokenizers 0.23 use; made by dev/unicode_table.py. Read in pairs:
+// skip so many code points, then so many are letters, or numbers if negative. "48,-10,7,26": 48 to 57 are
+// numbers (0-9), then come 7 others, then 65 to 90 are letters (A-Z).
+// clang-format off
+static const int letter_and_number_runs[] = {
+    48,-10,7,26,6,26,47,1,7,-2,1,1,3,-1,0,1,1,-3,1,23,1,31,1,458,4,12,14,5,7,1,1,1,129,5,1,2,2,4,1,1,6,1,1,3,
+    1,1,1,20,1,83,1,139,8,166,1,38,2,1,6,41,71,27,4,4,45,43,21,-10,4,2,1,99,1,1,15,2,7,2,0,-10,0,3,2,1,16,1,
+    1,30,29,89,11,1,14,-10,0,33,9,2,4,1,5,22,4,1,9,1,3,1,23,25,7,11,5,24,1,6,17,42,58,54,3,1,18,1,7,10,4,-10,
+    1,16,4,8,2,2,2,22,1,7,1,1,3,4,3,1,16,1,13,2,1,3,4,-10,0,2,2,-6,2,1,8,6,4,2,2,22,1,7,1,2,1,2,1,2,31,4,1,1,
+    7,-10,2,3,16,9,1,3,1,22,1,7,1,2,1,5,3,1,18,1,15,2,4,-10,9,1,11,8,2,2,2,22,1,7,1,2,1,5,3,1,30,2,1,3,4,-10,
+    1,1,0,-6,11,1,1,6,3,3,1,4,3,2,1,1,1,2,3,2,3,3,3,12,22,1,21,-13,18,8,1,3,1,23,1,16,3,1,26,3,2,1,2,2,4,-10,
+    8,-7,1,1,4,8,1,3,1,23,1,10,1,5,3,1,31,2,1,2,4,-10,1,2,17,9,1,3,1,41,2,1,16,1,5,3,1,-7,0,3,4,-19,1,6,5,18,
+    3,24,1,9,1,1,2,7,31,-10,17,48,1,2,12,7,9,-10,39,2,1,1,1,5,1,24,1,1,1,10,1,2,9,1,2,5,1,1,9,-10,2,4,32,1,
+    31,-20,12,8,1,36,27,5,115,43,20,1,0,-10,6,6,4,4,3,1,3,2,7,3,4,13,12,1,1,-10,6,38,1,1,5,1,2,43,1,333,1,4,
+    2,7,1,1,1,4,2,41,1,4,2,33,1,4,2,7,1,1,1,4,2,15,1,57,1,4,2,67,14,-20,3,16,16,86,2,6,3,620,2,17,1,26,5,75,
+    3,-3,0,8,7,18,13,19,14,18,14,13,1,3,15,52,35,1,4,1,3,-10,6,-10,22,-10,6,89,7,5,2,34,1,1,5,70,10,31,39,-10,
+    0,30,2,5,11,44,4,26,6,-11,37,23,9,53,43,-10,6,-10,13,1,93,47,17,8,3,-10,41,30,13,2,0,-10,0,44,26,36,
+    28,-10,3,3,0,-10,0,36,2,11,5,43,2,3,41,4,1,6,1,2,3,1,5,192,64,278,2,6,2,38,2,6,2,8,1,1,1,1,1,1,1,31,2,53,
+    1,7,1,1,3,3,1,7,3,4,2,6,4,13,5,3,1,7,115,-1,0,1,2,-6,5,1,0,-10,6,13,101,1,4,1,2,10,1,1,3,5,6,1,1,1,1,1,
+    1,4,1,11,2,4,5,5,4,1,1,-51,0,2,0,-5,726,-60,78,-22,630,-30,1132,229,6,4,3,2,9,-1,2,38,1,1,5,1,2,56,7,1,
+    16,23,9,7,1,7,1,7,1,7,1,7,1,7,1,7,1,7,80,1,469,2,0,-1,25,-9,7,5,2,-3,0,2,4,86,6,3,1,90,1,4,5,43,1,94,3,-4,
+    10,32,48,16,32,-10,30,-8,1,-15,32,-10,39,-15,320,6592,64,22157,67,46,2,269,3,16,0,-10,0,2,20,47,16,31,
+    2,70,0,-10,39,9,2,103,2,67,2,2,1,1,1,8,21,16,1,3,1,4,1,23,13,-6,10,52,14,50,28,-10,24,6,3,1,1,2,1,-10,
+    0,28,10,23,25,29,7,47,28,1,0,-10,6,5,1,10,0,-10,0,5,1,41,23,3,1,8,4,-10,6,23,3,1,3,50,1,1,3,2,2,5,2,1,1,1,
+    24,3,2,11,7,3,12,6,2,6,2,6,9,7,1,7,1,43,1,14,6,115,13,-10,6,11172,12,23,4,49,8452,366,2,106,38,7,12,5,5,1,
+    1,10,1,13,1,5,1,1,1,2,1,2,1,108,33,363,18,64,2,54,40,12,116,5,1,135,19,-10,7,26,6,26,11,89,3,6,2,6,2,6,
+    2,3,35,12,1,26,1,19,1,2,1,15,2,14,34,123,12,-45,12,-57,17,-2,244,29,3,49,16,-27,4,32,0,-4,9,20,0,-1,0,8,
+    0,-1,5,38,10,30,2,36,4,8,1,-5,42,158,2,-10,6,36,4,36,4,40,8,52,12,11,1,15,1,7,1,2,1,11,1,15,1,7,1,2,3,52,
+    12,311,9,22,10,8,24,6,1,42,1,9,69,6,2,1,1,44,1,2,3,1,2,23,2,-8,0,23,2,-7,0,31,8,-9,48,19,1,2,5,-5,0,22,
+    0,-6,4,26,70,56,4,-2,0,2,0,-16,2,-46,0,1,15,4,1,3,1,29,10,-9,23,29,0,-2,1,29,0,-3,32,8,1,28,6,-5,16,54,
+    10,22,2,-8,0,19,5,-8,0,18,23,-7,80,73,55,51,13,51,7,-6,0,36,12,-10,6,-10,0,28,9,23,218,-31,1,42,6,2,16,3,
+    59,29,0,-10,0,1,8,22,11,-4,27,18,46,21,0,-7,20,23,12,53,26,-30,1,2,2,1,13,45,32,25,7,-10,9,36,15,-10,4,1,
+    2,1,8,35,3,1,12,48,14,4,11,-10,0,1,1,1,4,-20,11,18,1,25,19,2,63,7,1,1,1,4,1,15,1,10,7,47,17,-10,11,8,2,2,
+    2,22,1,7,1,2,1,5,3,1,18,1,12,5,30,10,1,1,2,1,1,38,1,1,25,1,1,1,44,53,18,4,5,-10,5,3,30,48,20,2,1,1,8,-10,
+    166,47,41,4,36,48,20,1,11,-10,38,43,13,1,7,-10,6,-20,28,27,21,-12,4,7,185,44,116,64,0,-19,12,8,2,1,2,8,
+    1,2,1,24,15,1,1,1,14,-10,70,8,2,39,16,1,1,1,28,1,10,40,7,1,21,1,11,46,19,1,18,73,199,33,15,-10,6,9,1,37,
+    17,1,15,-29,5,30,112,7,1,2,1,38,21,1,9,-10,6,6,1,2,1,32,14,1,7,-10,310,19,15,1,1,13,1,34,28,-10,86,1,
+    15,-21,43,922,102,-111,17,196,2636,97,15,1072,17,6,25,3995,5,583,6841,30,18,-10,1734,569,7,31,1,-10,6,79,
+    1,-10,6,30,18,48,16,4,12,-10,1,-7,1,21,5,19,432,45,3,-10,198,64,0,-23,105,75,5,1,66,13,64,2,1,1,28,6136,
+    8,1238,41,10,8935,4,1,7,1,2,1,291,15,1,29,3,2,1,14,4,8,396,2308,107,5,13,3,9,7,10,4182,-10,1478,-20,
+    12,-20,108,-25,135,85,1,71,1,2,2,1,2,2,2,4,1,12,1,1,1,7,1,65,1,4,2,8,1,7,1,28,1,4,1,5,1,1,3,7,1,340,2,25,
+    1,25,1,31,1,25,1,31,1,25,1,31,1,25,1,31,1,25,1,8,2,-50,1792,31,6,6,261,62,146,45,10,7,2,-10,4,1,321,30,
+    18,44,4,-10,470,28,4,-10,214,30,2,1,0,-10,485,7,1,4,1,2,1,15,1,197,2,-9,48,68,7,1,4,-10,791,-59,1,-3,1,-4,
+    76,-45,1,-15,194,4,1,27,1,2,1,1,2,1,1,10,1,4,1,1,1,1,6,1,4,1,1,1,1,1,1,3,1,2,1,1,2,1,1,1,1,1,1,1,1,1,1,2,
+    1,1,2,4,1,7,1,4,1,4,1,1,1,10,1,17,5,3,1,5,1,17,580,-13,2787,-10,1030,42720,32,4154,6,222,2,5762,14,7473,
+    15,622,2466,542,1506,4939,5,4192,
+};
+// clang-format on
+
+static const unsigned short space_ranges[][2] = {
+    {0x09, 0x0d},     {0x20, 0x20},     {0x85, 0x85},     {0xa0, 0xa0},     {0x1680, 0x1680},
+    {0x2000, 0x200a}, {0x2028, 0x2029}, {0x202f, 0x202f}, {0x205f, 0x205f}, {0x3000, 0x3000}};
+
+enum { CODE_POINTS = 0x110000 };
+
+// Unfolds the tables into one byte per code point. Pages that are never looked at cost no memory.
+static unsigned char *classes_make(void)
+{
+    unsigned char *classes = xcalloc(CODE_POINTS, 1);
+    unsigned code = 0;
+    for (size_t i = 0; i < sizeof letter_and_number_runs / sizeof(int); i += 2) {
+        int run = letter_and_number_runs[i + 1];
+        code += (unsigned)letter_and_number_runs[i];
+        memset(classes + code, run > 0 ? CLASS_LETTER : CLASS_NUMBER, (size_t)abs(run));
+        code += (unsigned)abs(run);
+    }
+    for (size_t i = 0; i < sizeof space_ranges / sizeof *space_ranges; i++)
+        memset(classes + space_ranges[i][0], CLASS_SPACE, space_ranges[i][1] - space_ranges[i][0] + 1u);
+    return classes;
+}
+
+// Reads one UTF-8 character (RFC 3629) and returns its length, 1 to 4, or 0 if the bytes are not valid.
+static int utf8_read(const char *bytes, size_t size, unsigned *code)
+{
+    static const unsigned smallest[5] = {0, 0, 0x80, 0x800, 0x10000}; // longer forms are not valid
+    if (size == 0)
+        return 0;
+    unsigned char lead = (unsigned char)bytes[0];
+    int length = lead < 0x80 ? 1 : lead < 0xc0 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf8 ? 4 : 0;
+    if (length == 0 || (size_t)length > size)
+        return 0;
+    *code = length == 1 ? lead : lead & (0x7fu >> length);
+    for (int i = 1; i < length; i++) {
+        if ((bytes[i] & 0xc0) != 0x80)
+            return 0;
+        *code = *code << 6 | (bytes[i] & 0x3f);
+    }
+    bool surrogate = *code >= 0xd800 && *code < 0xe000;
+    return *code < smallest[length] || *code >= CODE_POINTS || surrogate ? 0 : length;
+}
+
+// The length of the longest prefix that does not end inside a character: what a stream may show already.
+// "caf\xc3" -> 3, since \xa9 may follow and make it é; "caf\xff" -> 4, since no byte can make \xff valid.
+static size_t utf8_whole(const char *bytes, size_t size)
+{
+    for (size_t back = 1; back <= 3 && back <= size; back++) {
+        char low[4] = {'\x80', '\x80', '\x80', '\x80'}, high[4] = {'\xbf', '\xbf', '\xbf', '\xbf'};
+        memcpy(low, bytes + size - back, back);
+        memcpy(high, bytes + size - back, back);
+        unsigned code;
+        if (utf8_read(low, 4, &code) > (int)back || utf8_read(high, 4, &code) > (int)back)
+            return size - back;
+    }
+    return size;
+}
+
+// ---- the tokenizer ----
+
+static const char END_OF_TEXT[] = "<|endoftext|>";
+enum { END_OF_TEXT_SIZE = sizeof END_OF_TEXT - 1 };
+
+// One slot of the hash table that answers: may these two tokens be joined, how early, and into what?
+typedef struct {
+    int left, right;
+    int rank; // line in merges.txt, from 0; -1 in an empty slot
+    int id;   // of the joined token
+} MergeSlot;
+
+typedef struct Encoder Encoder;
+enum { IDLE_ENCODERS = 64, SPELLED_CODES = 0x144 };
+
+typedef struct Tokenizer {
+    int vocab_size;
+    int end_of_text;    // id of <|endoftext|>, or -1
+    Text names;         // each token as vocab.json spells it, back to back
+    size_t *name_start; // [vocab_size + 1]
+    int merge_count;
+    int (*merges)[2]; // [merge_count] left and right id, in order of rank
+    MergeSlot *slots; // the same as a hash table
+    size_t slot_mask;
+    int byte_ids[256];            // the token of each single byte
+    unsigned short spelling[256]; // the character that spells each byte
+    short spelled[SPELLED_CODES]; // the byte that each character spells, or -1
+    unsigned char *classes;       // [CODE_POINTS]
+    Encoder *idle[IDLE_ENCODERS]; // scratch memory of encoders that are not at work; see encoder_take
+} Tokenizer;
+
+// ---- cutting text into pieces ----
+
+// The class of the character at text[at], and its length.
+static inline int class_at(const Tokenizer *t, const char *text, size_t at, size_t size, size_t *length)
+{
+    unsigned code = (unsigned char)text[at];
+    int found = code < 0x80 ? 1 : utf8_read(text + at, size - at, &code);
+    *length = found ? (size_t)found : 1;
+    return found ? t->classes[code] : CLASS_OTHER;
+}
+
+// Where the run of characters of one class that goes on at text[at] ends.
+static size_t run_end(const Tokenizer *t, const char *text, size_t at, size_t size, int class)
+{
+    for (;;) {
+        while (at < size && (unsigned char)text[at] < 0x80 && t->classes[(unsigned char)text[at]] == class)
+            at++; // the fast path: ASCII
+        size_t length;
+        if (at == size || (unsigned char)text[at] < 0x80 || class_at(t, text, at, size, &length) != class)
+            return at;
+        at += length;
+    }
+}
+
+// Where the piece that starts at text[at] ends. The rule is GPT-2's regular expression, first match wins:
+//   '(?:[sdmt]|ll|ve|re)     an English ending, lower case: "'s", "'ll"
+//    ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+     letters, or numbers, or others, with one U+0020 before them
+//   \s+(?!\S)                white space, but its last character is left to what follows
+//   \s+                      white space
+// "I'll  pay $100!\n" -> "I" "'ll" " " " pay" " $" "100" "!" "\n"
+static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t size)
+{
+    if (text[at] == '\'' && at + 1 < size) {
+        char a = text[at + 1], b = at + 2 < size ? text[at + 2] : 0;
+        if (a == 's' || a == 'd' || a == 'm' || a == 't')
+            return at + 2;
+        if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e'))
+            return at + 3;
+    }
+    size_t length;
+    int class = class_at(t, text, at, size, &length);
+    if (class != CLASS_SPACE)
+        return run_end(t, text, at + length, size, class);
+    if (text[at] == ' ' && at + 1 < size) {
+        size_t next_length;
+        int next = class_at(t, text, at + 1, size, &next_length);
+        if (next != CLASS_SPACE)
+            return run_end(t, text, at + 1 + next_length, size, next);
+    }
+    size_t end = run_end(t, text, at + length, size, CLASS_SPACE);
+    if (end == size || end == at + length)
+        return end;
+    do // step back over the last white space: to the byte where its character starts
+        end--;
+    while ((text[end] & 0xc0) == 0x80);
+    return end;
+}
+
+// The last place in the text where it may be cut, so that the parts' ids put together are the ids of the
+// whole; 0 if there is none. That is before white space which follows something else: every piece ends there,
+// whatever comes before or after, and <|endoftext|> has no white space inside.
+// "one two  th" -> 7: "one two" can be encoded now, "  th" must wait for more text.
+static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size)
+{
+    for (size_t length, at = size; at-- > 1;) {
+        if (class_at(t, text, at, size, &length) != CLASS_SPACE)
+            continue;
+        size_t before = at - 1; // where the character before starts; white space has 1 to 3 bytes
+        while (before > 0 && at - before < 3 && (text[before] & 0xc0) == 0x80)
+            before--;
+        if (class_at(t, text, before, size, &length) != CLASS_SPACE || before + length != at)
+            return at;
+    }
+    return 0;
+}
+
+// ---- encoding ----
+
+enum { CACHED_BYTES = 24, CACHED_IDS = 9, CACHE_SLOTS = 1 << 15 };
+
+// Text repeats its words: the ids of short pieces are kept, each in the one slot that its hash names.
+typedef struct {
+    uint64_t piece[CACHED_BYTES / 8]; // its bytes, filled up with zeros
+    unsigned char size, count;        // size 0: an empty slot
+    int ids[CACHED_IDS];
+} CacheSlot;
+
+// A token of the piece at work, chained to its neighbours; -1: none.
+typedef struct {
+    int id, previous, next;
+} Symbol;
+
+// Merges that may be done, each written as rank << 32 | position of its left token, in a queue that gives
+// the smallest first: the radix heap of Ahuja, Mehlhorn, Orlin and Tarjan (1990), on ranks. Bucket b holds
+// the entries whose rank differs from the rank at work in bit b-1 and in none above; bucket 0 those of that
+// rank, sorted by position. A merge makes room for later merges only, so what comes in has a higher rank, and
+// each entry just sinks from bucket to bucket a few times: faster than a binary heap, above all for long
+// pieces.
+typedef struct {
+    uint64_t *entries;
+    size_t size, capacity;
+} Bucket;
+
+// What one thread needs to encode; it never holds anything but scratch and cache.
+struct Encoder {
+    CacheSlot *cache;
+    Symbol *symbols;
+    size_t symbol_capacity;
+    Bucket buckets[33];
+    uint32_t rank; // at work; UINT32_MAX before the first one
+    size_t taken;  // entries of bucket 0 that are done
+    size_t queued; // entries that are not
+};
+
+static void encoder_free(Encoder *encoder)
+{
+    for (int b = 0; b <= 32; b++)
+        free(encoder->buckets[b].entries);
+    free(encoder->cache);
+    free(encoder->symbols);
+    free(encoder);
+}
+
+// Takes an idle encoder, or makes one: any number of threads may encode at once with one tokenizer.
+static Encoder *encoder_take(Tokenizer *t)
+{
+    for (int i = 0; i < IDLE_ENCODERS; i++) {
+        Encoder *encoder = __atomic_exchange_n(&t->idle[i], NULL, __ATOMIC_ACQUIRE);
+        if (encoder)
+            return encoder;
+    }
+    Encoder *encoder = xcalloc(1, sizeof *encoder);
+    encoder->cache = xcalloc(CACHE_SLOTS, sizeof *encoder->cache);
+    return encoder;
+}
+
+static void encoder_give_back(Tokenizer *t, Encoder *encoder)
+{
+    for (int i = 0; i < IDLE_ENCODERS; i++) {
+        Encoder *none = NULL;
+        if (__atomic_compare_exchange_n(&t->idle[i], &none, encoder, false, __ATOMIC_RELEASE,
+                                        __ATOMIC_RELAXED))
+            return;
+    }
+    encoder_free(encoder);
+}
+
+// The slot of a pair of tokens: its merge, or an empty slot (rank -1) when they are never joined.
+static inline MergeSlot *merge_slot(const Tokenizer *t, int left, int right)
+{
+    uint64_t hash = ((uint64_t)(unsigned)left << 32 | (unsigned)right) * 0x9e3779b97f4a7c15u;
+    size_t i = (size_t)(hash >> 32) & t->slot_mask;
+    while (t->slots[i].rank >= 0 && (t->slots[i].left != left || t->slots[i].right != right))
+        i = (i + 1) & t->slot_mask;
+    return &t->slots[i];
+}
+
+static void bucket_add(Bucket *bucket, uint64_t entry)
+{
+    bucket->entries = grow(bucket->entries, bucket->size + 1, &bucket->capacity, sizeof(uint64_t));
+    bucket->entries[bucket->size++] = entry;
+}
+
+// Adds an entry. Odd vocabularies (two merges make one token, or merges out of order) may bring in a rank
+// lower than the one at work: then all start again from bucket 32.
+static void queue_put(Encoder *encoder, uint64_t entry)
+{
+    uint32_t rank = (uint32_t)(entry >> 32), difference;
+    if (rank < encoder->rank && encoder->rank != UINT32_MAX) {
+        for (int b = 0; b < 32; b++) {
+            for (size_t i = b == 0 ? encoder->taken : 0; i < encoder->buckets[b].size; i++)
+                bucket_add(&encoder->buckets[32], encoder->buckets[b].entries[i]);
+            encoder->buckets[b].size = 0;
+        }
+        encoder->taken = 0;
+        encoder->rank = UINT32_MAX; // from which all ranks differ in bit 31
+    }
+    difference = rank ^ encoder->rank;
+    bucket_add(&encoder->buckets[difference ? 32 - __builtin_clz(difference) : 0], entry);
+}
+
+static int compare_entries(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+// When bucket 0 is done: takes the lowest rank in the next bucket that has entries, and lets them sink.
+static void queue_next_rank(Encoder *encoder)
+{
+    Bucket *first = &encoder->buckets[0], *from = first + 1;
+    while (from->size == 0)
+        from++;
+    uint64_t lowest = from->entries[0];
+    for (size_t i = 1; i < from->size; i++)
+        lowest = from->entries[i] < lowest ? from->entries[i] : lowest;
+    encoder->rank = (uint32_t)(lowest >> 32);
+    first->size = encoder->taken = 0;
+    size_t size = from->size;
+    from->size = 0;
+    for (size_t i = 0; i < size; i++)
+        queue_put(encoder, from->entries[i]);
+    for (size_t i = 1; i < first->size; i++)
+        if (first->entries[i] < first->entries[i - 1]) { // seldom: most come in order
+            qsort(first->entries, first->size, sizeof(uint64_t), compare_entries);
+            break;
+        }
+}
+
+static uint64_t queue_take(Encoder *encoder)
+{
+    if (encoder->taken == encoder->buckets[0].size)
+        queue_next_rank(encoder);
+    encoder->queued--;
+    return encoder->buckets[0].entries[encoder->taken++];
+}
+
+// Queues the merge of a symbol with its next one, if there is such a merge.
+static void queue_merge(const Tokenizer *t, Encoder *encoder, int position)
+{
+    const Symbol *symbol = &encoder->symbols[position];
+    if (symbol->next < 0)
+        return;
+    int rank = merge_slot(t, symbol->id, encoder->symbols[symbol->next].id)->rank;
+    if (rank < 0)
+        return;
+    queue_put(encoder, (uint64_t)rank << 32 | (unsigned)position);
+    encoder->queued++;
+}
+
+// Joins the tokens of one piece: lowest rank first, leftmost first among equals, until no merge is left. An
+// entry of the queue is out of date when its symbol was swallowed or has another next one; since a rank
+// belongs to one pair only, it is enough to look whether the pair there still has it. At most n log n steps.
+// " low" with merges "o w", "l ow", "Ġ low": Ġ l o w -> Ġ l ow -> Ġ low -> Ġlow
+static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *piece, size_t size)
+{
+    if (size > INT_MAX)
+        die("the text has %zu bytes without any place to cut them: expected less than 2 GB", size);
+    encoder->symbols = grow(encoder->symbols, size, &encoder->symbol_capacity, sizeof(Symbol));
+    Symbol *symbols = encoder->symbols;
+    int n = (int)size;
+    for (int i = 0; i < n; i++)
+        symbols[i] = (Symbol){t->byte_ids[(unsigned char)piece[i]], i - 1, i + 1 < n ? i + 1 : -1};
+    encoder->rank = UINT32_MAX;
+    encoder->buckets[0].size = encoder->taken = 0;
+    for (int i = 0; i < n; i++)
+        queue_merge(t, encoder, i);
+    while (encoder->queued > 0) {
+        uint64_t entry = queue_take(encoder);
+        Symbol *left = &symbols[entry & 0xffffffff];
+        if (left->id < 0 || left->next < 0)
+            continue;
+        Symbol *right = &symbols[left->next];
+        const MergeSlot *merge = merge_slot(t, left->id, right->id);
+        if (merge->rank != (int)(entry >> 32))
+            continue;
+        left->id = merge->id;
+        left->next = right->next;
+        right->id = -1;
+        if (left->next >= 0) {
+            symbols[left->next].previous = (int)(left - symbols);
+            queue_merge(t, encoder, (int)(left - symbols));
+        }
+        if (left->previous >= 0)
+            queue_merge(t, encoder, left->previous);
+    }
+    for (int i = 0; i >= 0; i = symbols[i].next)
+        ids_push(ids, symbols[i].id);
+}
+
+// Appends the ids of text without special tokens.
+static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *text, size_t size)
+{
+    for (size_t at = 0, end; at < size; at = end) {
+        end = find_piece(t, text, at, size);
+        size_t n = end - at;
+        if (n > CACHED_BYTES) {
+            merge_piece(t, encoder, ids, text + at, n);
+            continue;
+        }
+        uint64_t key[CACHED_BYTES / 8] = {0};
+        memcpy(key, text + at, n);
+        uint64_t hash = (key[0] ^ key[1] * 0x9e3779b97f4a7c15u ^ key[2] * 0xbf58476d1ce4e5b9u) + n;
+        hash = (hash ^ hash >> 32) * 0x94d049bb133111ebu;
+        CacheSlot *slot = &encoder->cache[(hash >> 32) % CACHE_SLOTS];
+        if (slot->size != n || memcmp(slot->piece, key, sizeof key) != 0) {
+            size_t before = ids->size;
+            merge_piece(t, encoder, ids, text + at, n);
+            size_t count = ids->size - before;
+            if (count <= CACHED_IDS) {
+                slot->size = (unsigned char)n;
+                slot->count = (unsigned char)count;
+                memcpy(slot->piece, key, sizeof key);
+                memcpy(slot->ids, ids->data + before, count * sizeof(int));
+            }
+        } else {
+            for (int i = 0; i < slot->count; i++)
+                ids_push(ids, slot->ids[i]);
+        }
+    }
+}
+
+// Appends the ids of a text; with `special`, "<|endoftext|>" in it becomes its one id.
+static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special)
+{
+    Encoder *encoder = encoder_take(t);
+    const char *end = text + size, *found;
+    while (special && t->end_of_text >= 0 &&
+           (found = memmem(text, (size_t)(end - text), END_OF_TEXT, END_OF_TEXT_SIZE))) {
+        encode_plain(t, encoder, ids, text, (size_t)(found - text));
+        ids_push(ids, t->end_of_text);
+        text = found + END_OF_TEXT_SIZE;
+    }
+    encode_plain(t, encoder, ids, text, (size_t)(end - text));
+    encoder_give_back(t, encoder);
+}
+
+// Appends the ids of a text to `ids`. Several threads may call this at once with the same tokenizer; outside
+// a parallel region a large text is cut into parts, one for each thread at a time, and the ids are the same.
+// special: "<|endoftext|>" in the text becomes its id; otherwise it is text like any other.
+//   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>", special -> 31373 220 50256
+static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special)
+{
+    enum { PART_BYTES = 1 << 16 };
+    if (size < 2 * PART_BYTES || omp_get_max_threads() == 1 || omp_in_parallel()) {
+        encode_part(t, ids, text, size, special);
+        return;
+    }
+    int threads = omp_get_max_threads(), part_count = 8 * threads;
+    if ((size_t)part_count > size / PART_BYTES)
+        part_count = (int)(size / PART_BYTES);
+    Ids *parts = xcalloc((size_t)part_count, sizeof *parts);
+    size_t *starts = xcalloc((size_t)part_count + 1, sizeof *starts);
+    for (int i = 1; i < part_count; i++) {
+        size_t wanted = size / (size_t)part_count * (size_t)i, before = starts[i - 1];
+        starts[i] = before + tokenizer_cut(t, text + before, wanted > before ? wanted - before : 0);
+    }
+    starts[part_count] = size;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int i = 0; i < part_count; i++)
+        encode_part(t, &parts[i], text + starts[i], starts[i + 1] - starts[i], special);
+    size_t total = ids->size;
+    for (int i = 0; i < part_count; i++) { // from now on: where the part's ids go
+        starts[i] = total;
+        total += parts[i].size;
+    }
+    ids->data = grow(ids->data, total, &ids->capacity, sizeof(int));
+    ids->size = total;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int i = 0; i < part_count; i++) {
+        if (parts[i].size)
+            memcpy(ids->data + starts[i], parts[i].data, parts[i].size * sizeof(int));
+        free(parts[i].data);
+    }
+    free(parts);
+    free(starts);
+}
+
+// ---- vocabulary files ----
+// vocab.json: {"token": id, ...}. merges.txt: "#version: 0.2", then "left right" a line, in order of rank.
+// Both spell a byte as a printable character: 33-126, 161-172 and 174-255 stand for themselves, the other 68,
+// in rising order, are U+0100, U+0101, ...: a space (32) is Ġ (U+0120), a newline Ċ (U+010A).
+
+// A hash table from a token's spelling to its id; ids are -1 in empty slots.
+typedef struct {
+    const Tokenizer *t;
+    int *ids;
+    size_t mask;
+} NameTable;
+
+static int *name_slot(const NameTable *table, const char *name, size_t size)
+{
+    uint64_t hash = size;
+    for (size_t i = 0; i < size; i++)
+        hash = (hash ^ (unsigned char)name[i]) * 0x9e3779b97f4a7c15u;
+    for (size_t i = (size_t)(hash >> 32) & table->mask;; i = (i + 1) & table->mask) {
+        int id = table->ids[i];
+        const size_t *start = table->t->name_start;
+        if (id < 0 ||
+            (start[id + 1] - start[id] == size && !memcmp(table->t->names.data + start[id], name, size)))
+            return &table->ids[i];
+    }
+}
+
+// Room for `count` names at most half full.
+static NameTable name_table_make(const Tokenizer *t, size_t count)
+{
+    NameTable table = {t, NULL, 1023};
+    while (table.mask < 2 * count)
+        table.mask = 2 * table.mask + 1;
+    table.ids = xmalloc((table.mask + 1) * sizeof(int));
+    memset(table.ids, -1, (table.mask + 1) * sizeof(int));
+    return table;
+}
+
+// Gives the next id to a name; false if the name has one already.
+static bool name_add(Tokenizer *t, NameTable *table, const char *name, size_t size)
+{
+    int *slot = name_slot(table, name, size);
+    if (*slot >= 0)
+        return false;
+    text_append(&t->names, name, size);
+    *slot = t->vocab_size++;
+    t->name_start[t->vocab_size] = t->names.size;
+    return true;
+}
+
+// Takes {"token": id, ...}: the ids decide, and must be 0, 1, 2, ... in any order.
+static NameTable load_vocabulary(Tokenizer *t, const Json *json, const char *path)
+{
+    if (!json || json->kind != JSON_OBJECT)
+        die("%s: expected an object {\"token\": id, ...}", path);
+    size_t count = 0;
+    for (const Json *member = json->child; member; member = member->next)
+        count++;
+    if (count > INT_MAX / 4)
+        die("%s: %zu tokens are too many: expected at most %d", path, count, INT_MAX / 4);
+    const Json **by_id = xcalloc(count, sizeof *by_id);
+    for (const Json *member = json->child; member; member = member->next) {
+        double id = member->number;
+        if (member->kind != JSON_NUMBER || !(id >= 0 && id < (double)count) || id != floor(id))
+            die("%s: token \"%s\": expected an id from 0 to %zu", path, member->key, count - 1);
+        if (by_id[(size_t)id])
+            die("%s: tokens \"%s\" and \"%s\" both have id %.0f: expected each id once", path,
+                by_id[(size_t)id]->key, member->key, id);
+        by_id[(size_t)id] = member;
+    }
+    NameTable table = name_table_make(t, count);
+    t->name_start = xcalloc(count + 1, sizeof *t->name_start);
+    for (size_t i = 0; i < count; i++)
+        if (!name_add(t, &table, by_id[i]->key, strlen(by_id[i]->key)))
+            die("%s: token \"%s\" is there twice, with id %zu as well: expected it once", path, by_id[i]->key,
+                i);
+    free(by_id);
+    return table;
+}
+
+// Takes the lines of merges.txt. Without a vocabulary each merge makes a token, which gets the next id.
+static void load_merges(Tokenizer *t, NameTable *table, const char *path, const Text *text,
+                        bool has_vocabulary)
+{
+    size_t lines = 0, number = 0;
+    for (size_t i = 0; i < text->size; i++)
+        lines += text->data[i] == '\n';
+    if (lines > INT_MAX / 4)
+        die("%s: %zu merges are too many: expected at most %d", path, lines, INT_MAX / 4);
+    t->merges = xcalloc(lines + 1, sizeof *t->merges);
+    t->slot_mask = 1023;
+    while (t->slot_mask < 2 * lines)
+        t->slot_mask = 2 * t->slot_mask + 1;
+    t->slots = xmalloc((t->slot_mask + 1) * sizeof *t->slots);
+    for (size_t i = 0; i <= t->slot_mask; i++)
+        t->slots[i].rank = -1;
+    Text joined = {0};
+    for (const char *line = text->data, *end = line + text->size, *next; line < end; line = next) {
+        const char *stop = memchr(line, '\n', (size_t)(end - line));
+        next = stop ? stop + 1 : end;
+        stop = stop ? stop : end;
+        number++;
+        if (stop > line && stop[-1] == '\r')
+            stop--;
+        if ((stop == line && next == end) ||
+            (number == 1 && stop - line >= 8 && memcmp(line, "#version", 8) == 0))
+            continue;
+        const char *space = memchr(line, ' ', (size_t)(stop - line)), *right = space ? space + 1 : NULL;
+        if (!space || space == line || right == stop || memchr(right, ' ', (size_t)(stop - right)))
+            die("%s: line %zu: expected two tokens with one space between them", path, number);
+        size_t left_size = (size_t)(space - line), right_size = (size_t)(stop - right);
+        int left_id = *name_slot(table, line, left_size), right_id = *name_slot(table, right, right_size);
+        if (left_id < 0 || right_id < 0)
+            die("%s: line %zu: expected tokens that %s, and \"%.*s\" is none", path, number,
+                has_vocabulary ? "the vocabulary has" : "are bytes or made by a line above",
+                (int)(left_id < 0 ? left_size : right_size), left_id < 0 ? line : right);
+        joined.size = 0;
+        text_append(&joined, line, left_size);
+        text_append(&joined, right, right_size);
+        if (!has_vocabulary && !name_add(t, table, joined.data, joined.size))
+            die("%s: line %zu: expected a new token, and \"%s\" is there already", path, number, joined.data);
+        int id = *name_slot(table, joined.data, joined.size);
+        if (id < 0)
+            die("%s: line %zu: expected \"%s\" to be in the vocabulary", path, number, joined.data);
+        MergeSlot *slot = merge_slot(t, left_id, right_id);
+        if (slot->rank >= 0)
+            die("%s: line %zu: expected each merge once, and this one is there already", path, number);
+        *slot = (MergeSlot){left_id, right_id, t->merge_count, id};
+        t->merges[t->merge_count][0] = left_id;
+        t->merges[t->merge_count++][1] = right_id;
+    }
+    free(joined.data);
+}
+
+// Loads tokenizer.json, the one file that newer versions of transformers write, if it says GPT-2's rules. Its
+// merges, [["Ġ", "t"], ...] or ["Ġ t", ...], are taken as the lines of a merges.txt.
+static NameTable load_tokenizer_json(Tokenizer *t, const char *path)
+{
+    Json *json = json_read_file(path);
+    const Json *model = json_get(json, "model"), *type = json_get(model, "type");
+    const Json *merges = json_get(model, "merges");
+    const Json *rules = json_get(json, "pre_tokenizer"), *rules_type = json_get(rules, "type");
+    const Json *prefix = json_get(rules, "add_prefix_space"), *normalizer = json_get(json, "normalizer");
+    if (!type || !type->string || strcmp(type->string, "BPE") != 0 || !rules_type || !rules_type->string ||
+        strcmp(rules_type->string, "ByteLevel") != 0 || !prefix || prefix->kind != JSON_FALSE ||
+        (normalizer && normalizer->kind != JSON_NULL))
+        die("%s: expected GPT-2's rules: BPE, ByteLevel without a prefix space, no normalizer", path);
+    Json *vocabulary = (Json *)json_get(model, "vocab"); // part of `json`, which is ours to change
+    const Json *added = json_get(json, "added_tokens");
+    for (const Json *token = added ? added->child : NULL; token; token = token->next) {
+        const Json *content = json_get(token, "content");
+        if (!vocabulary || !content || !content->string || json_get(vocabulary, content->string))
+            continue; // most often the vocabulary has it too
+        Json *member = xcalloc(1, sizeof *member);
+        *member = (Json){.kind = JSON_NUMBER, .key = xstrdup(content->string), .next = vocabulary->child};
+        member->number = json_number(token, "id", -1, path);
+        vocabulary->child = member;
+    }
+    Text lines = {0};
+    text_append(&lines, "", 0);
+    for (const Json *merge = merges ? merges->child : NULL; merge; merge = merge->next) {
+        const Json *part = merge->kind == JSON_ARRAY ? merge->child : merge;
+        for (; part && part->string; part = part == merge ? NULL : part->next) {
+            text_append(&lines, " ", part != merge && part != merge->child);
+            text_append(&lines, part->string, part->length);
+        }
+        text_append(&lines, "\n", 1);
+    }
+    NameTable table = load_vocabulary(t, vocabulary, path);
+    load_merges(t, &table, path, &lines, true);
+    free(lines.data);
+    json_free(json);
+    return table;
+}
+
+// A tokenizer that knows characters and spelling, and no tokens yet.
+static Tokenizer *tokenizer_new(void)
+{
+    Tokenizer *t = xcalloc(1, sizeof *t);
+    t->end_of_text = -1;
+    t->classes = classes_make();
+    memset(t->spelled, -1, sizeof t->spelled);
+    for (int byte = 0, hidden = 0x100; byte < 256; byte++) {
+        bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+        t->spelling[byte] = (unsigned short)(printable ? byte : hidden++);
+        t->spelled[t->spelling[byte]] = (short)byte;
+    }
+    return t;
+}
+
+// Starts a vocabulary with room for `count` tokens with the 256 bytes, in the order of their characters.
+static NameTable names_of_bytes(Tokenizer *t, size_t count)
+{
+    char name[4];
+    t->name_start = xcalloc(count + 1, sizeof *t->name_start);
+    NameTable table = name_table_make(t, count);
+    for (unsigned code = 0; code < SPELLED_CODES; code++)
+        if (t->spelled[code] >= 0)
+            name_add(t, &table, name, (size_t)utf8_write(name, code));
+    return table;
+}
+
+// Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
+// tokenizer.json), or from a merges file alone: then the ids are the 256 bytes as ordered above ("!" is 0),
+// the merges, <|endoftext|>, as in GPT-2. Whatever is wrong with a file ends the program with one line.
+static Tokenizer *tokenizer_load(const char *path)
+{
+    Tokenizer *t = tokenizer_new();
+    static const char *const known[][2] = {{"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}};
+    char *vocabulary = NULL, *merges = NULL, *both = xprintf("%s/tokenizer.json", path), name[4];
+    bool found = false;
+    for (int i = 0; i < 2 && !found; i++) {
+        free(vocabulary);
+        free(merges);
+        vocabulary = xprintf("%s/%s", path, known[i][0]);
+        merges = xprintf("%s/%s", path, known[i][1]);
+        found = file_exists(vocabulary) && file_exists(merges);
+    }
+    NameTable table;
+    if (found) {
+        Json *json = json_read_file(vocabulary);
+        table = load_vocabulary(t, json, vocabulary);
+        json_free(json);
+        Text text = read_file(merges);
+        load_merges(t, &table, merges, &text, true);
+        free(text.data);
+    } else if (is_folder(path)) {
+        if (!file_exists(both))
+            die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", path);
+        table = load_tokenizer_json(t, both);
+    } else {
+        Text text = read_file(path);
+        size_t lines = 0;
+        for (size_t i = 0; i < text.size; i++)
+            lines += text.data[i] == '\n';
+        table = names_of_bytes(t, lines + 258); // the last line may have no newline
+        load_merges(t, &table, path, &text, false);
+        name_add(t, &table, END_OF_TEXT, END_OF_TEXT_SIZE);
+        free(text.data);
+    }
+    for (int byte = 0; byte < 256; byte++) {
+        int size = utf8_write(name, t->spelling[byte]);
+        t->byte_ids[byte] = *name_slot(&table, name, (size_t)size);
+        if (t->byte_ids[byte] < 0)
+            die("%s: no token \"%.*s\" for byte %d: expected one for each of the 256 bytes", path, size, name,
+                byte);
+    }
+    t->end_of_text = *name_slot(&table, END_OF_TEXT, END_OF_TEXT_SIZE);
+    free(table.ids);
+    free(vocabulary);
+    free(merges);
+    free(both);
+    return t;
+}
+
+// Writes vocab.json and merges.txt into a folder, to the byte as Hugging Face's tokenizers writes them.
+static void tokenizer_save(const Tokenizer *t, const char *folder)
+{
+    make_folder(folder);
+    char *path = xprintf("%s/vocab.json", folder);
+    FILE *file = create_file(path);
+    for (int id = 0; id < t->vocab_size; id++) {
+        fputc(id ? ',' : '{', file);
+        json_write_string(file, t->names.data + t->name_start[id], t->name_start[id + 1] - t->name_start[id]);
+        fprintf(file, ":%d", id);
+    }
+    fputc('}', file);
+    finish_file(file, path);
+    free(path);
+    path = xprintf("%s/merges.txt", folder);
+    file = create_file(path);
+    fputs("#version: 0.2\n", file);
+    for (int i = 0; i < t->merge_count; i++)
+        for (int side = 0; side < 2; side++) {
+            const size_t *start = &t->name_start[t->merges[i][side]];
+            fwrite(t->names.data + start[0], 1, start[1] - start[0], file);
+            fputc(side ? '\n' : ' ', file);
+        }
+    finish_file(file, path);
+    free(path);
+}
+
+static void tokenizer_free(Tokenizer *t)
+{
+    if (!t)
+        return;
+    for (int i = 0; i < IDLE_ENCODERS; i++)
+        if (t->idle[i])
+            encoder_free(t->idle[i]);
+    free(t->names.data);
+    free(t->name_start);
+    free(t->merges);
+    free(t->slots);
+    free(t->classes);
+    free(t);
+}
+
+// ---- decoding ----
+
+// Appends the bytes of one id; ends the program if there is no such id. A token may end inside a UTF-8
+// character: the bytes of several ids put together are the text. 995 -> " world" in GPT-2's vocabulary.
+// A token that no bytes can spell (a special token with a space, say) stands for its name.
+static void tokenizer_decode(const Tokenizer *t, Text *text, int id)
+{
+    if (id < 0 || id >= t->vocab_size)
+        die("token id %d is not in the vocabulary: expected 0 to %d", id, t->vocab_size - 1);
+    const char *name = t->names.data + t->name_start[id];
+    size_t size = t->name_start[id + 1] - t->name_start[id], before = text->size;
+    for (size_t at = 0, length; at < size; at += length) {
+        unsigned code = UINT_MAX;
+        length = (size_t)utf8_read(name + at, size - at, &code);
+        if (length == 0 || code >= SPELLED_CODES || t->spelled[code] < 0) {
+            text->size = before;
+            text_append(text, name, size);
+            return;
+        }
+        char byte = (char)t->spelled[code];
+        text_append(text, &byte, 1);
+    }
+}
+// =====================================================================================================
+// 3. Batches
+// =====================================================================================================
+// Sequences differ in length. The usual remedy is to pad them to a rectangle and to hand the model two masks,
+// which it must combine: causal (no looking ahead) and PAD (no looking at filler). Here PAD never enters the
+// model. A batch is a list of sequences packed row after row:
+//
+//     padded, B = 3, T = 5          packed, R = 9
+//     . . I like tea                row       0 1    2    3   4    5    6  7      8
+//     Hi . . . .                    token     I like tea  Hi  The  cat sat there  !
+//     The cat sat there !           position  0 1    2    0   0    1    2  3      4
+//                                   first_row 0           3   4                     (9)
+//
+// Row i of sequence s attends to rows first_row[s] .. i, and nothing else exists: the joint causal-and-PAD
+// mask has become a range. It costs no time, and it cannot leak.
+
+typedef struct {
+    int sequences, rows;
+    int targets;    // how many rows are scored
+    int *first_row; // (sequences + 1); the last one is `rows`
+    int *token;     // (rows)
+    int *position;  // (rows) counts the real tokens of the sequence: 0, 1, 2, ...
+    int *target;    // (rows) the token to predict here, or -1: not scored
+    size_t row_capacity, sequence_capacity;
+} Batch;
+
+static void batch_clear(Batch *batch)
+{
+    batch->first_row = grow(batch->first_row, 1, &batch->sequence_capacity, sizeof(int));
+    batch->sequences = batch->rows = batch->targets = batch->first_row[0] = 0;
+}
+
+static void batch_free(Batch *batch)
+{
+    free(batch->first_row);
+    free(batch->token);
+    free(batch->position);
+    free(batch->target);
+    *batch = (Batch){0};
+}
+
+// Appends a row to the sequence that is being built.
+static void batch_add_row(Batch *batch, int token, int position, int target)
+{
+    size_t needed = (size_t)batch->rows + 1, capacity = batch->row_capacity;
+    if (needed > capacity) {
+        batch->token = grow(batch->token, needed, &capacity, sizeof(int));
+        batch->position = xrealloc(batch->position, capacity * sizeof(int));
+        batch->target = xrealloc(batch->target, capacity * sizeof(int));
+        batch->row_capacity = capacity;
+    }
+    batch->token[batch->rows] = token;
+    batch->position[batch->rows] = position;
+    batch->target[batch->rows] = target;
+    batch->rows++;
+    batch->targets += target >= 0;
+}
+
+// Ends the sequence that is being built; it may be empty.
+static void batch_end_sequence(Batch *batch)
+{
+    size_t needed = (size_t)batch->sequences + 2;
+    batch->first_row = grow(batch->first_row, needed, &batch->sequence_capacity, sizeof(int));
+    batch->first_row[++batch->sequences] = batch->rows;
+}
+
+static int longest_sequence(const Batch *batch)
+{
+    int longest = 0;
+    for (int s = 0; s < batch->sequences; s++)
+        if (batch->first_row[s + 1] - batch->first_row[s] > longest)
+            longest = batch->first_row[s + 1] - batch->first_row[s];
+    return longest;
+}
+
+// Packs a padded batch in Hugging Face's form; the mask may have its zeros left, right or in the middle.
+//   input_ids, attention_mask (B, T); position_ids (B, T) or NULL: cumsum(attention_mask) - 1;
+//   labels (B, T) or NULL, aligned with input_ids: row t is scored against labels[t + 1], -100 is not scored.
+static void __attribute__((unused))
+pack_padded(Batch *batch, const int64_t *input_ids, const int64_t *attention_mask,
+            const int64_t *position_ids, const int64_t *labels, int B, int T)
+{
+    batch_clear(batch);
+    for (int b = 0; b < B; b++) {
+        int real = 0; // tokens of this sequence so far
+        for (int t = 0; t < T; t++) {
+            size_t i = (size_t)b * T + t;
+            if (!attention_mask[i])
+                continue;
+            bool scored = labels && t + 1 < T && labels[i + 1] >= 0;
+            batch_add_row(batch, (int)input_ids[i], position_ids ? (int)position_ids[i] : real,
+                          scored ? (int)labels[i + 1] : -1);
+            real++;
+        }
+        batch_end_sequence(batch);
+    }
+}
+
+// The way back: rows (R, width) of pack_padded's batch to their places in padded (B, T, width), zeros at PAD.
+static void __attribute__((unused))
+unpack_rows(float *padded, const float *rows, const int64_t *attention_mask, int B, int T, size_t width)
+{
+    size_t row = 0;
+    for (size_t i = 0; i < (size_t)B * T; i++) {
+        if (attention_mask[i])
+            memcpy(padded + i * width, rows + row++ * width, width * sizeof(float));
+        else
+            memset(padded + i * width, 0, width * sizeof(float));
+    }
+}
+// =====================================================================================================
+// 4. Parameters
+// =====================================================================================================
+// One table says what GPT-2 consists of. Names, shapes, initial values, order in files, weight decay and
+// freezing all follow from it; no tensor is listed twice anywhere.
+
+typedef struct {
+    int vocab_size, n_positions, n_layer, n_head, n_embd, n_inner;
+    float layer_norm_epsilon;
+    bool tie_word_embeddings; // the output head is the token embedding itself
+} Config;
+
+// A row of the table. Shapes are spelled in letters: V vocabulary, P positions, C channels, F inner MLP
+// channels, Q = 3C (query, key and value side by side). Matrices are [in, out], as Hugging Face's Conv1D has
+// them: y = xW + b. A * in the name stands for the layer. Initial values are GPT-2's (Radford et al. 2019,
+// section 2.3): normal with deviation 0.02, the projections that write into the residual stream divided by
+// sqrt(2L), since 2L of them add up.
+typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
+
+// clang-format off
+enum {
+    WTE, WPE,
+    LN_1_WEIGHT, LN_1_BIAS, ATTN_WEIGHT, ATTN_BIAS, ATTN_PROJ_WEIGHT, ATTN_PROJ_BIAS,
+    LN_2_WEIGHT, LN_2_BIAS, FC_WEIGHT, FC_BIAS, FC_PROJ_WEIGHT, FC_PROJ_BIAS,
+    LN_F_WEIGHT, LN_F_BIAS, LM_HEAD, TENSOR_KINDS
+};
+
+static const struct {
+    const char *name, *shape;
+    Initial initial;
+} tensor_table[TENSOR_KINDS] = {
+    [WTE]              = {"transformer.wte.weight",               "VC", NORMAL},
+    [WPE]              = {"transformer.wpe.weight",               "PC", NORMAL},
+    [LN_1_WEIGHT]      = {"transformer.h.*.ln_1.weight",          "C",  ONES},
+    [LN_1_BIAS]        = {"transformer.h.*.ln_1.bias",            "C",  ZEROS},
+    [ATTN_WEIGHT]      = {"transformer.h.*.attn.c_attn.weight",   "CQ", NORMAL},
+    [ATTN_BIAS]        = {"transformer.h.*.attn.c_attn.bias",     "Q",  ZEROS},
+    [ATTN_PROJ_WEIGHT] = {"transformer.h.*.attn.c_proj.weight",   "CC", NORMAL_RESIDUAL},
+    [ATTN_PROJ_BIAS]   = {"transformer.h.*.attn.c_proj.bias",     "C",  ZEROS},
+    [LN_2_WEIGHT]      = {"transformer.h.*.ln_2.weight",          "C",  ONES},
+    [LN_2_BIAS]        = {"transformer.h.*.ln_2.bias",            "C",  ZEROS},
+    [FC_WEIGHT]        = {"transformer.h.*.mlp.c_fc.weight",      "CF", NORMAL},
+    [FC_BIAS]          = {"transformer.h.*.mlp.c_fc.bias",        "F",  ZEROS},
+    [FC_PROJ_WEIGHT]   = {"transformer.h.*.mlp.c_proj.weight",    "FC", NORMAL_RESIDUAL},
+    [FC_PROJ_BIAS]     = {"transformer.h.*.mlp.c_proj.bias",      "C",  ZEROS},
+    [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},
+    [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
+    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL}, // only when it is not tied to wte
+};
+// clang-format on
+enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT }; // per layer
+
+typedef struct {
+    char *name; // Hugging Face's, in full
+    int kind, layer;
+    int dims;
+    size_t shape[2], size;
+    bool frozen, decay;
+    float *value;    // (size) in the model's own memory or mapped from its file
+    float *gradient; // (size) or NULL when frozen, as are AdamW's two moments
+    float *exp_avg, *exp_avg_sq;
+} Tensor;
+
+typedef struct {
+    Config config;
+    int tensor_count;
+    Tensor *tensors;
+    int lowest;          // the lowest block the backward pass must go through; -1: down to the embeddings
+    float *value_memory; // what the tensors point into: one of these two ...
+    Mapping value_file;  // ... the second being a private mapping: what is trained is copied page by page
+    float *training_memory;
+    Mapping moment_file;
+} Model;
+
+static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
+
+// Tensors stand in the order of the table, block after block.
+static int tensor_index(const Config *config, int kind, int layer)
+{
+    return kind_is_per_layer(kind) ? kind + layer * BLOCK_TENSORS
+           : kind < LN_1_WEIGHT    ? kind
+                                   : kind + (config->n_layer - 1) * BLOCK_TENSORS;
+}
+
+static Tensor *model_tensor(const Model *model, int kind, int layer)
+{
+    return &model->tensors[tensor_index(&model->config, kind, layer)];
+}
+
+static float *value_of(const Model *model, int kind, int layer)
+{
+    return model_tensor(model, kind, layer)->value;
+}
+static float *gradient_of(const Model *model, int kind, int layer)
+{
+    return model_tensor(model, kind, layer)->gradient;
+}
+
+// The output head (V, C): wte itself when they are tied.
+static int head_kind(const Model *model) { return model->config.tie_word_embeddings ? WTE : LM_HEAD; }
+
+static size_t size_of_letter(const Config *config, char letter)
+{
+    switch (letter) {
+    case 'V': return (size_t)config->vocab_size;
+    case 'P': return (size_t)config->n_positions;
+    case 'C': return (size_t)config->n_embd;
+    case 'F': return (size_t)config->n_inner;
+    default: return 3 * (size_t)config->n_embd;
+    }
+}
+
+// Ends the program when a size is out of range or does not fit the others. `where` names the file or the
+// options. The limits keep every count of elements far inside 64 bits.
+static void check_config(const Config *config, const char *where)
+{
+    const struct {
+        const char *name;
+        int value, largest;
+    } sizes[] = {{"vocab_size", config->vocab_size, 1 << 24}, {"n_positions", config->n_positions, 1 << 20},
+                 {"n_layer", config->n_layer, 1000},          {"n_head", config->n_head, 1 << 16},
+                 {"n_embd", config->n_embd, 1 << 16},         {"n_inner", config->n_inner, 1 << 18}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i].value < 1 || sizes[i].value > sizes[i].largest)
+            die("%s: %s must be between 1 and %d", where, sizes[i].name, sizes[i].largest);
+    if (config->n_embd % config->n_head)
+        die("%s: n_embd %d is not a multiple of n_head %d", where, config->n_embd, config->n_head);
+    if (!(config->layer_norm_epsilon > 0 && config->layer_norm_epsilon < 1))
+        die("%s: layer_norm_epsilon must be between 0 and 1", where);
+}
+
+// Makes the list of tensors, without values: everything trainable, nothing decayed.
+static Model *model_new(Config config)
+{
+    Model *model = xcalloc(1, sizeof *model);
+    model->config = config;
+    model->lowest = -1;
+    model->tensors = xcalloc((size_t)config.n_layer * BLOCK_TENSORS + TENSOR_KINDS, sizeof *model->tensors);
+    for (int kind = 0; kind < TENSOR_KINDS; kind++) {
+        if (kind == LM_HEAD && config.tie_word_embeddings)
+            continue;
+        int layers = kind_is_per_layer(kind) ? config.n_layer : 1;
+        for (int layer = 0; layer < layers; layer++) {
+            Tensor *tensor = model_tensor(model, kind, layer);
+            const char *name = tensor_table[kind].name, *star = strchr(name, '*'),
+                       *shape = tensor_table[kind].shape;
+            *tensor = (Tensor){.kind = kind, .layer = layer, .dims = (int)strlen(shape), .size = 1};
+            tensor->name =
+                star ? xprintf("%.*s%d%s", (int)(star - name), name, layer, star + 1) : xstrdup(name);
+            for (int d = 0; d < tensor->dims; d++)
+                tensor->size *= tensor->shape[d] = size_of_letter(&config, shape[d]);
+            model->tensor_count++;
+        }
+    }
+    return model;
+}
+
+static void model_free(Model *model)
+{
+    for (int i = 0; i < model->tensor_count; i++)
+        free(model->tensors[i].name);
+    free(model->tensors);
+    free(model->value_memory);
+    free(model->training_memory);
+    unmap_file(&model->value_file);
+    unmap_file(&model->moment_file);
+    free(model);
+}
+
+// How many parameters there are: all, or only those that are trained.
+static size_t count_parameters(const Model *model, bool only_trainable)
+{
+    size_t count = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        if (!(only_trainable && model->tensors[i].frozen))
+            count += model->tensors[i].size;
+    return count;
+}
+
+// Lengths inside one block of memory are rounded up, so that each tensor starts on a cache line.
+static size_t aligned_size(size_t size) { return (size + 15) / 16 * 16; }
+
+static void model_allocate_values(Model *model)
+{
+    size_t total = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        total += aligned_size(model->tensors[i].size);
+    float *at = model->value_memory = xfloats(total);
+    for (int i = 0; i < model->tensor_count; i++) {
+        model->tensors[i].value = at;
+        at += aligned_size(model->tensors[i].size);
+    }
+}
+
+// A model to be trained from nothing: GPT-2's initial values, the same for a given seed on any machine.
+static void model_initialise(Model *model, uint64_t seed)
+{
+    model_allocate_values(model);
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        Initial initial = tensor_table[tensor->kind].initial;
+        float deviation =
+            initial == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * (float)model->config.n_layer) : 0.02f;
+        uint64_t stream = random_stream(seed, (uint64_t)i);
+#pragma omp parallel for
+        for (size_t j = 0; j < tensor->size; j++)
+            tensor->value[j] = initial == ZEROS  ? 0
+                               : initial == ONES ? 1
+                                                 : deviation * random_normal(stream, j);
+    }
+}
+
+// A list of POSIX extended regular expressions; a name is matched when any of them is found anywhere in it.
+typedef struct {
+    const char **items;
+    size_t size, capacity;
+} Patterns;
+
+static bool patterns_match(const Patterns *patterns, const char *name)
+{
+    for (size_t i = 0; i < patterns->size; i++) {
+        regex_t regex;
+        int error = regcomp(&regex, patterns->items[i], REG_EXTENDED | REG_NOSUB);
+        if (error) {
+            char reason[128];
+            regerror(error, &regex, reason, sizeof reason);
+            die_usage("regular expression '%s': %s", patterns->items[i], reason);
+        }
+        bool found = regexec(&regex, name, 0, NULL, 0) == 0;
+        regfree(&regex);
+        if (found)
+            return true;
+    }
+    return false;
+}
+
+// Decides for each tensor whether it is frozen and whether it is decayed, and how deep the backward pass must
+// go.
+static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay)
+{
+    model->lowest = model->config.n_layer;
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        tensor->frozen = patterns_match(freeze, tensor->name);
+        tensor->decay = !patterns_match(no_decay, tensor->name);
+        int depth = kind_is_per_layer(tensor->kind) ? tensor->layer
+                    : tensor->kind < LN_1_WEIGHT    ? -1
+                                                    : model->config.n_layer;
+        if (!tensor->frozen && depth < model->lowest)
+            model->lowest = depth;
+    }
+}
+
+// Makes room for gradients and AdamW's moments (zero at first) of what is trained. What is frozen gets none.
+static void model_allocate_training(Model *model, bool with_moments)
+{
+    size_t total = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        total += model->tensors[i].frozen ? 0 : aligned_size(model->tensors[i].size);
+    free(model->training_memory);
+    float *at = model->training_memory = xfloats(with_moments ? 3 * total : total);
+    memset(at, 0, (with_moments ? 3 : 1) * total * sizeof(float));
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        tensor->gradient = tensor->frozen ? NULL : at;
+        tensor->exp_avg = tensor->frozen || !with_moments ? NULL : at + total;
+        tensor->exp_avg_sq = tensor->frozen || !with_moments ? NULL : at + 2 * total;
+        at += tensor->frozen ? 0 : aligned_size(tensor->size);
+    }
+}
+
+// =====================================================================================================
+// 5. Layers
+// =====================================================================================================
+
+// ---- the built-in matmul: how a product gets fast ----
+// C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
+// what the processor can do: every multiplication waits for memory. Four steps repair that.
+// 1. Registers. A tile of C (6 x 16 floats with AVX2) stays in the vector registers while k runs. One step of
+//    k loads 16 floats of B and 6 of A, and multiplies each with each: 8 loads for 96 multiply-adds. The 12
+//    sums are independent, so no addition waits for the one before it.
+// 2. Cache. DEPTH steps of k at a time: a panel of B, as wide as the tile, then stays in the first-level
+//    cache for GROUP rows of A; those and a block of panels stay in the second-level cache.
+// 3. Packing. That block is first copied into the order in which tiles read it: one stream, few pages, and B
+//    is transposed on the way if need be. A is read in place, unless it is transposed or its rows, a multiple
+//    of 4 KB apart, would push each other out of the cache.
+// 4. Threads. C is cut into blocks; each thread takes the next one when it is done with its last.
+// Each element of C sums k = 0, 1, 2, ... in the same order, DEPTH at a time, wherever its tile lies and
+// whoever computes it: results do not depend on the number of threads. (After Goto and van de Geijn, "Anatomy
+// of High-Performance Matrix Multiplication", 2008.)
+
+#if defined(__AVX512F__)
+enum { LANES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers: 24 sums, 3 of B, 1 of A
+#elif defined(__AVX__)
+enum { LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2 }; // 16 registers: 12 sums, 2 of B, 1 of A
+#elif defined(__aarch64__)
+enum { LANES = 4, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers, narrower
+#else
+enum { LANES = 4, TILE_ROWS = 6, TILE_VECTORS = 2 };
+#endif
+enum { TILE_COLUMNS = LANES * TILE_VECTORS, DEPTH = 384, A_LD = DEPTH + 16, GROUP = 48, PACKED_B = 100000 };
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // at any address
+
+typedef struct { // the arguments of matmul_builtin; a block's rows and columns, and how many lie side by side
+    float *C;
+    const float *A, *B;
+    size_t ldc, lda, ldb, M, N, K, rows, columns, across;
+    bool transpose_a, transpose_b, accumulate;
+} Product;
+
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+// C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
+// computed more than once, beyond the right edge the panel holds anything: neither is stored.
+static void matmul_tile(float *C, size_t ldc, const float *A, size_t lda, const float *panel, size_t rows,
+                        size_t columns, size_t depth, bool add)
+{
+    Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
+    const float *a[TILE_ROWS];
+    for (size_t i = 0; i < TILE_ROWS; i++) {
+        a[i] = A + smaller(i, rows - 1) * lda;
+        __builtin_prefetch(C + smaller(i, rows - 1) * ldc + columns - 1, 1);
+    }
+    for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
+        for (int j = 0; j < TILE_COLUMNS; j += 16)
+            __builtin_prefetch(panel + 8 * TILE_COLUMNS + j);
+        for (int i = 0; i < TILE_ROWS; i++)
+            for (int v = 0; v < TILE_VECTORS; v++)
+                sum[i][v] += a[i][k] * ((const Vector *)panel)[v];
+    }
+    for (size_t i = 0; i < TILE_ROWS && i < rows; i++, C += ldc) {
+        for (int v = 0; v < TILE_VECTORS && columns == TILE_COLUMNS; v++)
+            ((Vector *)C)[v] = sum[i][v] + (add ? ((Vector *)C)[v] : (Vector){0});
+        for (size_t j = 0; j < columns && columns < TILE_COLUMNS; j++)
+            C[j] = sum[i][j / LANES][j % LANES] + (add ? C[j] : 0);
+    }
+}
+
+// to (columns, rows) = from (rows, columns), transposed: four by four, which fits in registers.
+static void transpose(float *to, size_t to_ld, const float *from, size_t from_ld, size_t rows, size_t columns)
+{
+    for (size_t i = 0; i < rows; i += 4)
+        for (size_t j = 0; j < columns; j += 4) {
+            const float *a = from + i * from_ld + j;
+            float *out = to + j * to_ld + i;
+            for (size_t x = 8; x < 12; x++)
+                __builtin_prefetch(a + x * from_ld);
+            if (i + 4 <= rows && j + 4 <= columns) {
+                float r[4][4];
+                for (size_t x = 0; x < 16; x++)
+                    r[x / 4][x % 4] = a[x / 4 * from_ld + x % 4];
+                for (size_t y = 0; y < 16; y++)
+                    out[y / 4 * to_ld + y % 4] = r[y % 4][y / 4];
+            } else // at an edge
+                for (size_t x = 0; x < 4 && i + x < rows; x++)
+                    for (size_t y = 0; y < 4 && j + y < columns; y++)
+                        out[y * to_ld + x] = a[x * from_ld + y];
+        }
+}
+
+// Copies the rows k.. (depth of them) and columns j.. (panel by panel) of op(B).
+static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, size_t depth, size_t j,
+                        size_t width)
+{
+    const float *B = p->B + (p->transpose_b ? j * p->ldb + k : k * p->ldb + j);
+    for (size_t c = 0; p->transpose_b && c < width; c += TILE_COLUMNS, panel += size)
+        transpose(panel, TILE_COLUMNS, B + c * p->ldb, p->ldb, smaller(width - c, TILE_COLUMNS), depth);
+    for (size_t d = 0; !p->transpose_b && d < depth; d++)
+        for (size_t c = 0; c < width; c += TILE_COLUMNS) {
+            const float *from = B + d * p->ldb + c;
+            float *to = panel + c / TILE_COLUMNS * size + d * TILE_COLUMNS;
+            for (int x = 0; x < TILE_COLUMNS; x += 16)
+                __builtin_prefetch(from + 8 * p->ldb + x);
+            if (width - c >= TILE_COLUMNS)
+                memcpy(to, from, TILE_COLUMNS * sizeof(float)); // a constant size: two vectors, no call
+            else
+                memcpy(to, from, (width - c) * sizeof(float));
+        }
+}
+
+// One block of C, for all of K.
+static void matmul_block(const Product *p, size_t block)
+{
+    static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
+    size_t row = block / p->across * p->rows, end = smaller(row + p->rows, p->M);
+    size_t column = block % p->across * p->columns, columns = smaller(p->columns, p->N - column);
+    bool in_place = !p->transpose_a && p->lda % 1024 != 0;
+    size_t lda = in_place ? p->lda : A_LD;
+    for (size_t k = 0, depth, pieces = (p->K + DEPTH - 1) / DEPTH; pieces > 0; k += depth, pieces--) {
+        depth = (p->K - k) / pieces;
+        size_t panel_size = depth * TILE_COLUMNS + 16; // + 16: no multiple of 4 KB here either
+        matmul_pack(packed_b, panel_size, p, k, depth, column, columns);
+        for (size_t i = row, group; i < end; i += group) {
+            group = smaller(GROUP, end - i);
+            if (p->transpose_a)
+                transpose(packed_a, A_LD, p->A + k * p->lda + i, p->lda, depth, group);
+            for (size_t x = 0; !in_place && !p->transpose_a && x < group; x++)
+                memcpy(packed_a + x * A_LD, p->A + (i + x) * p->lda + k, depth * sizeof(float));
+            const float *group_a = in_place ? p->A + i * p->lda + k : packed_a;
+            for (size_t j = 0; j < columns; j += TILE_COLUMNS)
+                for (size_t x = 0; x < group; x += TILE_ROWS)
+                    matmul_tile(p->C + (i + x) * p->ldc + column + j, p->ldc, group_a + x * lda, lda,
+                                packed_b + j / TILE_COLUMNS * panel_size, smaller(group - x, TILE_ROWS),
+                                smaller(columns - j, TILE_COLUMNS), depth, p->accumulate || k > 0);
+        }
+    }
+}
+
+// Few rows, as when single tokens are generated: nothing of B is used again, so it is read once, in place.
+static void matmul_few_rows(const Product *p, size_t block)
+{
+    size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
+    for (size_t j = column; p->transpose_b && j < end; j++) // dot products with the rows of B
+        for (size_t i = 0; i < p->M; i++) {
+            const float *A = p->A + i * p->lda, *B = p->B + j * p->ldb;
+            Vector sum[4] = {0};
+            float total = p->accumulate ? p->C[i * p->ldc + j] : 0;
+            size_t k = 0;
+            for (; k + 4 * LANES <= p->K; k += 4 * LANES)
+                for (int v = 0; v < 4; v++)
+                    sum[v] += ((const Vector *)(A + k))[v] * ((const Vector *)(B + k))[v];
+            sum[0] += sum[1] + (sum[2] + sum[3]);
+            for (int lane = 0; lane < LANES; lane++)
+                total += sum[0][lane];
+            for (; k < p->K; k++)
+                total += A[k] * B[k];
+            p->C[i * p->ldc + j] = total;
+        }
+    for (size_t i = 0; !p->transpose_b && !p->accumulate && i < p->M; i++)
+        memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
+    for (size_t k = 0, n; !p->transpose_b && k < p->K; k += n) { // rows of B, each times its element of A
+        n = smaller(8, p->K - k);
+        for (size_t i = 0; i < p->M; i++) {
+            const float *B = p->B + k * p->ldb;
+            float *C = p->C + i * p->ldc, a[8];
+            memcpy(a, p->A + i * p->lda + k, n * sizeof(float));
+            size_t j = column;
+            for (; j + LANES <= end; j += LANES) {
+                Vector sum = *(Vector *)(C + j);
+                for (size_t x = 0; x < n; x++)
+                    sum += a[x] * *(const Vector *)(B + x * p->ldb + j);
+                *(Vector *)(C + j) = sum;
+            }
+            for (; j < end; j++)
+                for (size_t x = 0; x < n; x++)
+                    C[j] += a[x] * B[x * p->ldb + j];
+        }
+    }
+}
+
+// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += with accumulate; op transposes when told; row-major; ldc,
+// lda, ldb are the distances between rows as stored. Inside a parallel region the calling thread works alone.
+static void matmul_builtin(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
+                           size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate)
+{
+    if (M == 0 || N == 0)
+        return;
+    bool few = (M <= 8 && !transpose_a) || K == 0;
+    size_t threads = omp_in_parallel() || (double)M * N * K < 1e5 ? 1 : (size_t)omp_get_max_threads();
+    // Blocks of C: panels shared out evenly, a multiple of threads, none wider than packed_b can hold.
+    size_t panels = (N + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    size_t most = few ? panels : PACKED_B / (smaller(K, DEPTH) * TILE_COLUMNS + 16);
+    size_t across = ((panels + most - 1) / most + threads - 1) / threads * threads;
+    size_t columns = (panels + across - 1) / across * TILE_COLUMNS;
+    size_t rows = few || threads == 1 ? M : smaller(M, 10 * GROUP);
+    across = (N + columns - 1) / columns;
+    size_t blocks = across * ((M + rows - 1) / rows);
+    Product p = {C, A, B, ldc, lda, ldb, M, N, K,
+                 rows, columns, across, transpose_a, transpose_b, accumulate};
+    void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
+    if (threads == 1) // even an idle parallel region takes time
+        for (size_t block = 0; block < blocks; block++)
+            work(&p, block);
+    else
+#pragma omp parallel for schedule(dynamic)
+        for (size_t block = 0; block < blocks; block++)
+            work(&p, block);
+}
+// ---- the one matmul ----
+// Every product of the program goes through matmul(): a CBLAS where there is one, or the built-in one.
+
+typedef enum { MATMUL_BUILTIN, MATMUL_CBLAS } MatmulKind;
+
+#ifdef USE_CBLAS
+static MatmulKind matmul_kind = MATMUL_CBLAS;
+#else
+static MatmulKind matmul_kind = MATMUL_BUILTIN;
+#endif
+
+#ifdef USE_CBLAS
+static bool blas_runs_alone = false; // it has no use for OpenMP's threads: products are cut up for it
+
+static void matmul_cblas(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
+                         size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate)
+{
+    size_t threads = blas_runs_alone && !omp_in_parallel() ? (size_t)omp_get_max_threads() : 1;
+    size_t whole = M > N ? M : N, part = ((whole + threads - 1) / threads + 15) / 16 * 16;
+#pragma omp parallel for if (threads > 1)
+    for (size_t begin = 0; begin < whole; begin += part) { // a part of the rows of C, or of its columns
+        size_t row = M > N ? begin : 0, column = M > N ? 0 : begin,
+               size = whole - begin < part ? whole - begin : part;
+        cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
+                    transpose_b ? CblasTrans : CblasNoTrans, (int)(M > N ? size : M), (int)(M > N ? N : size),
+                    (int)K, 1.0f, A + row * (transpose_a ? 1 : lda), (int)lda,
+                    B + column * (transpose_b ? ldb : 1), (int)ldb, accumulate ? 1.0f : 0.0f,
+                    C + row * ldc + column, (int)ldc);
+    }
+}
+#endif
+
+// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += ... when accumulate; row-major; lda, ldb, ldc are the
+// distances between rows as stored. Uses all threads, or only the calling one inside a parallel region.
+static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
+                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate)
+{
+    if (M == 0 || N == 0)
+        return;
+#ifdef USE_CBLAS
+    bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
+    if (matmul_kind == MATMUL_CBLAS && !few_rows && K > 0) {
+        matmul_cblas(C, ldc, A, lda, transpose_a, B, ldb, transpose_b, M, N, K, accumulate);
+        return;
+    }
+#endif
+    matmul_builtin(C, ldc, A, lda, transpose_a, B, ldb, transpose_b, M, N, K, accumulate);
+}
+
+// ---- exp ----
+// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where eight terms of the series
+// suffice: the relative error stays below 2e-7. Unlike expf it is plain arithmetic, so the compiler
+// vectorises loops around it. Below -87 the result stays at 1.6e-38 in place of denormals; NaN stays NaN.
+static inline float fast_exp(float x)
+{
+    const float rounder = 12582912.0f; // 1.5 · 2^23: adding it leaves the rounded integer in the low bits
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    union {
+        float f;
+        int32_t i;
+    } n = {.f = x * 1.44269504f + rounder}, power;
+    power.i = (n.i - 0x4b400000 + 127) << 23; // 2^n: n + 127 in the exponent's bits; 0x4b400000 are rounder's
+    n.f -= rounder;
+    float r = x - n.f * 0.693359375f + n.f * 2.12194440e-4f; // ln 2 in two parts, the first one exact in n.f
+    float series = 1 / 5040.f;                               // of exp(r), innermost term first
+    series = series * r + 1 / 720.f;
+    series = series * r + 1 / 120.f;
+    series = series * r + 1 / 24.f;
+    series = series * r + 1 / 6.f;
+    series = series * r + 1 / 2.f;
+    series = series * r + 1;
+    series = series * r + 1;
+    return series * power.f;
+}
+
+// The largest of x (n), or -INFINITY. Sixteen maxima side by side, because compilers keep the order of
+// comparisons.
+static float largest_of(const float *x, int n)
+{
+    float largest[16];
+    int i = 0;
+    for (int lane = 0; lane < 16; lane++)
+        largest[lane] = -INFINITY;
+    for (; i + 16 <= n; i += 16)
+        for (int lane = 0; lane < 16; lane++)
+            largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
+    for (; i < n; i++)
+        largest[0] = x[i] > largest[0] ? x[i] : largest[0];
+    for (int lane = 1; lane < 16; lane++)
+        largest[0] = largest[lane] > largest[0] ? largest[lane] : largest[0];
+    return largest[0];
+}
+
+// ---- dropout ----
+// y = x · keep / (1 - p), keep being 0 with probability p (Srivastava et al. 2014), else 1. The choice is a
+// pure function of stream and index, so the backward pass draws the same one again and no mask is stored.
+typedef struct {
+    float probability; // 0: no dropout
+    uint64_t stream;
+} Dropout;
+
+static inline float dropout_factor(Dropout dropout, uint64_t index)
+{
+    return random_uniform(dropout.stream, index) < dropout.probability ? 0 : 1 / (1 - dropout.probability);
+}
+
+// y = residual + dropout(x), or y = dropout(x) when residual is NULL; y may be x. All (R, C).
+// Backward: dx = dropout(dy), which is the same function with the same Dropout.
+static void dropout_add(float *y, const float *residual, const float *x, Dropout dropout, int R, int C)
+{
+#pragma omp parallel for
+    for (size_t i = 0; i < (size_t)R * C; i++)
+        y[i] = (residual ? residual[i] : 0) + x[i] * dropout_factor(dropout, i);
+}
+
+// ---- embedding ----
+// x[r] = wte[token[r]] + wpe[position[r]]
+//   x (R, C); wte (V, C); wpe (P, C); token, position (R)
+static void embedding_forward(float *x, const float *wte, const float *wpe, const int *token,
+                              const int *position, int R, int C)
+{
+#pragma omp parallel for
+    for (int r = 0; r < R; r++) {
+        const float *t = wte + (size_t)token[r] * C, *p = wpe + (size_t)position[r] * C;
+        for (int c = 0; c < C; c++)
+            x[(size_t)r * C + c] = t[c] + p[c];
+    }
+}
+
+// Rows of a batch share tokens, so threads would collide in dwte: each takes its own columns instead, and
+// sums in the order of rows however many threads there are.
+enum { COLUMN_SLAB = 64 };
+
+// dtable[index[r]] += dx[r], for wte by token and for wpe by position.
+//   dx (R, C); dtable (V or P, C)
+static void embedding_backward(float *dtable, const float *dx, const int *index, int R, int C)
+{
+#pragma omp parallel for
+    for (int slab = 0; slab < C; slab += COLUMN_SLAB) {
+        int end = slab + COLUMN_SLAB < C ? slab + COLUMN_SLAB : C;
+        for (int r = 0; r < R; r++) {
+            float *d = dtable + (size_t)index[r] * C;
+            const float *from = dx + (size_t)r * C;
+            for (int c = slab; c < end; c++)
+                d[c] += from[c];
+        }
+    }
+}
+
+// ---- linear ----
+// y = residual + x · weight + bias, with residual NULL for none
+//   y, residual (R, N); x (R, K); weight (K, N); bias (N)
+// The bias (and residual) are put into y first, and the product is added to them: no pass of its own.
+static void linear_forward(float *y, const float *residual, const float *x, const float *weight,
+                           const float *bias, int R, int K, int N)
+{
+#pragma omp parallel for
+    for (int r = 0; r < R; r++) {
+        float *to = y + (size_t)r * N;
+        const float *from = residual ? residual + (size_t)r * N : NULL;
+        for (int n = 0; n < N; n++)
+            to[n] = from ? from[n] + bias[n] : bias[n];
+    }
+    matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
+}
+
+// dbias[n] = sum over r of dy[r, n], or += when accumulate.
+//   dy (R, N); dbias (N)
+static void bias_backward(float *dbias, const float *dy, int R, int N, bool accumulate)
+{
+#pragma omp parallel for
+    for (int slab = 0; slab < N; slab += COLUMN_SLAB) {
+        int width = N - slab < COLUMN_SLAB ? N - slab : COLUMN_SLAB;
+        float sum[COLUMN_SLAB] = {0};
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < width; n++)
+                sum[n] += dy[(size_t)r * N + slab + n];
+        for (int n = 0; n < width; n++)
+            dbias[slab + n] = sum[n] + (accumulate ? dbias[slab + n] : 0);
+    }
+}
+
+// y = x · weight + bias, hence dx = dy · weightᵀ, dweight = xᵀ · dy, dbias = column sums of dy.
+//   dx (R, K) is overwritten; dweight, dbias are overwritten, or added to when accumulate; each of the three may be
+//   NULL: not wanted (what is frozen costs nothing).
+static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
+                            const float *weight, bool accumulate, int R, int K, int N)
+{
+    if (dweight)
+        matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
+    if (dbias)
+        bias_backward(dbias, dy, R, N, accumulate);
+    if (dx)
+        matmul(dx, K, dy, N, false, weight, N, true, R, K, N, false);
+}
+
+// ---- layernorm ----
+// y = (x - mean) · rstd · weight + bias, per row; rstd = 1 / sqrt(variance + eps)    (Ba, Kiros, Hinton 2016)
+//   x, y (R, C); mean, rstd (R) are kept for the backward pass; weight, bias (C)
+static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight,
+                              const float *bias, float eps, int R, int C)
+{
+#pragma omp parallel for
+    for (int r = 0; r < R; r++) {
+        const float *xr = x + (size_t)r * C;
+        float *yr = y + (size_t)r * C;
+        float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int c = 0; c < C; c++)
+            sum += xr[c];
+        float m = sum / (float)C;
+#pragma omp simd reduction(+ : squares)
+        for (int c = 0; c < C; c++)
+            squares += (xr[c] - m) * (xr[c] - m);
+        float s = 1 / sqrtf(squares / (float)C + eps);
+        for (int c = 0; c < C; c++)
+            yr[c] = (xr[c] - m) * s * weight[c] + bias[c];
+        mean[r] = m;
+        rstd[r] = s;
+    }
+}
+
+// The outputs of layernorms are not stored: the backward pass builds y again from x, mean and rstd, as above.
+static void layernorm_rebuild(float *y, const float *mean, const float *rstd, const float *x,
+                              const float *weight, const float *bias, int R, int C)
+{
+#pragma omp parallel for
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++)
+            y[(size_t)r * C + c] = (x[(size_t)r * C + c] - mean[r]) * rstd[r] * weight[c] + bias[c];
+}
+
+// With n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
+//   dx += rstd · (g - average(g) - n · average(g · n));   dweight = sum over rows of dy · n;   dbias = of dy
+// dx is added to, because x is the residual stream and has a second use; dweight and dbias may be NULL.
+static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
+                               const float *mean, const float *rstd, const float *weight, bool accumulate,
+                               int R, int C)
+{
+#pragma omp parallel for
+    for (int r = 0; r < R; r++) {
+        const float *xr = x + (size_t)r * C, *dyr = dy + (size_t)r * C;
+        float *dxr = dx + (size_t)r * C;
+        float m = mean[r], s = rstd[r], g_sum = 0, gn_sum = 0;
+#pragma omp simd reduction(+ : g_sum, gn_sum)
+        for (int c = 0; c < C; c++) {
+            float g = dyr[c] * weight[c];
+            g_sum += g;
+            gn_sum += g * ((xr[c] - m) * s);
+        }
+        float g_average = g_sum / (float)C, gn_average = gn_sum / (float)C;
+        for (int c = 0; c < C; c++)
+            dxr[c] += s * (dyr[c] * weight[c] - g_average - (xr[c] - m) * s * gn_average);
+    }
+    if (dbias)
+        bias_backward(dbias, dy, R, C, accumulate);
+    if (!dweight)
+        return;
+#pragma omp parallel for
+    for (int slab = 0; slab < C; slab += COLUMN_SLAB) {
+        int width = C - slab < COLUMN_SLAB ? C - slab : COLUMN_SLAB;
+        float sum[COLUMN_SLAB] = {0};
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < width; c++) {
+                size_t i = (size_t)r * C + slab + c;
+                sum[c] += dy[i] * ((x[i] - mean[r]) * rstd[r]);
+            }
+        for (int c = 0; c < width; c++)
+            dweight[slab + c] = sum[c] + (accumulate ? dweight[slab + c] : 0);
+    }
+}
+
+// ---- attention ----
+// For row i of a sequence and each head, over the visible rows j <= i of the same sequence (Vaswani et al.
+// 2017):
+//   score[i, j] = q[i] · k[j] / sqrt(HS);   p[i, :] = softmax(score[i, :]);   out[i] = sum over j of p[i, j] v[j]
+// No (T, T) matrix is ever stored. Queries are taken in tiles; of the softmax only its log-sum-exp is kept
+// per row, and the backward pass computes a tile of p again as exp(score - log_sum_exp), as FlashAttention
+// does (Dao et al. 2022).
+enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
+
+static uint64_t attention_dropout_index(int row, int NH, int head, int key)
+{
+    return ((uint64_t)row * NH + head) << 20 | (uint64_t)key;
+}
+
+// Floats of scratch that each thread needs when the longest sequence has `longest` keys.
+static size_t attention_scratch(int longest)
+{
+    size_t forward = (size_t)QUERY_TILE * longest, backward = (size_t)QUERY_TILE * (2 * KEY_BLOCK + 1);
+    return aligned_size(forward > backward ? forward : backward);
+}
+
+// Sequence s has its queries in rows first_row[s] .. first_row[s + 1] - 1 and its keys and values in rows
+// from first_key[s] on: `past` ones from before (generation with a cache; 0 in training), then one for each
+// query.
+//   out (R, C); log_sum_exp (R, NH); query: rows ldq apart; key, value: rows ldk apart; each head takes HS columns
+static void attention_forward(float *out, float *log_sum_exp, const float *query, size_t ldq,
+                              const float *key, const float *value, size_t ldk, int sequences,
+                              const int *first_row, const int *first_key, int past, Dropout dropout,
+                              float *scratch, size_t scratch_size, int NH, int HS)
+{
+    const float scale = 1 / sqrtf((float)HS);
+    const int C = NH * HS;
+#pragma omp parallel
+    for (int s = 0; s < sequences; s++) {
+        int first = first_row[s], T = first_row[s + 1] - first, tiles = (T + QUERY_TILE - 1) / QUERY_TILE;
+#pragma omp for schedule(dynamic) nowait
+        for (int task = 0; task < tiles * NH; task++) {
+            int head = task % NH, begin = (tiles - 1 - task / NH) * QUERY_TILE; // the longest tiles first
+            int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys = past + begin + queries;
+            const float *q = query + (size_t)(first + begin) * ldq + head * HS;
+            const float *k = key + (size_t)first_key[s] * ldk + head * HS;
+            const float *v = value + (size_t)first_key[s] * ldk + head * HS;
+            float *p = scratch + omp_get_thread_num() * scratch_size; // (queries, keys)
+            float inverse_sum[QUERY_TILE];
+            matmul(p, keys, q, ldq, false, k, ldk, true, queries, keys, HS, false);
+            for (int i = 0; i < queries; i++) {
+                int visible = past + begin + i + 1;
+                float *row = p + (size_t)i * keys, largest = largest_of(row, visible), sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int j = 0; j < visible; j++) {
+                    row[j] = fast_exp(scale * (row[j] - largest));
+                    sum += row[j];
+                }
+                if (dropout.probability > 0)
+                    for (int j = 0; j < visible; j++)
+                        row[j] *=
+                            dropout_factor(dropout, attention_dropout_index(first + begin + i, NH, head, j));
+                log_sum_exp[(size_t)(first + begin + i) * NH + head] = scale * largest + logf(sum);
+                inverse_sum[i] = 1 / sum;
+            }
+            float *o = out + (size_t)(first + begin) * C + head * HS;
+            // The keys before the tile are seen by all its queries; then the triangle: what is masked is not even
+            // multiplied by zero.
+            matmul(o, C, p, keys, false, v, ldk, false, queries, HS, past + begin, false);
+            for (int i = 0; i < queries; i++) {
+                float *oi = o + (size_t)i * C;
+                for (int j = past + begin; j <= past + begin + i; j++)
+                    for (int c = 0; c < HS; c++)
+                        oi[c] += p[(size_t)i * keys + j] * v[(size_t)j * ldk + c];
+                for (int c = 0; c < HS; c++)
+                    oi[c] *= inverse_sum[i];
+            }
+        }
+    }
+}
+
+// With d[i] = dout[i] · out[i] (which equals sum over j of p[i, j] dp[i, j]):
+//   dv[j] = sum over i of p[i, j] dout[i];   dp[i, j] = dout[i] · v[j];   dscore = p (dp - d[i]);
+//   dq[i] = scale · sum over j of dscore[i, j] k[j];   dk[j] = scale · sum over i of dscore[i, j] q[i]
+// One thread does one head of one sequence, so that dk and dv are summed in a fixed order.
+//   dqkv, qkv (R, 3C): query, key, value side by side; dout, out (R, C); log_sum_exp (R, NH)
+static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out,
+                               const float *log_sum_exp, int sequences, const int *first_row, Dropout dropout,
+                               float *scratch, size_t scratch_size, int NH, int HS)
+{
+    const float scale = 1 / sqrtf((float)HS);
+    const size_t C = (size_t)NH * HS, ld = 3 * C;
+#pragma omp parallel
+    for (int s = 0; s < sequences; s++) {
+        int first = first_row[s], T = first_row[s + 1] - first;
+#pragma omp for schedule(dynamic) nowait
+        for (int head = 0; head < NH; head++) {
+            const float *q = qkv + first * ld + head * HS, *k = q + C, *v = q + 2 * C;
+            float *dq = dqkv + first * ld + head * HS, *dk = dq + C, *dv = dq + 2 * C;
+            float *p = scratch + omp_get_thread_num() * scratch_size, *dscore = p + QUERY_TILE * KEY_BLOCK;
+            float *d = dscore + QUERY_TILE * KEY_BLOCK;
+            for (int i = 0; i < T; i++)
+                for (int c = 0; c < HS; c++)
+                    dk[i * ld + c] = dv[i * ld + c] = 0;
+            for (int begin = 0; begin < T; begin += QUERY_TILE) {
+                int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys_end = begin + queries;
+                const float *qt = q + begin * ld, *doutt = dout + (first + begin) * C + head * HS;
+                const float *outt = out + (first + begin) * C + head * HS;
+                for (int i = 0; i < queries; i++) {
+                    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                    for (int c = 0; c < HS; c++)
+                        sum += doutt[i * C + c] * outt[i * C + c];
+                    d[i] = sum;
+                }
+                for (int block = 0; block < keys_end; block += KEY_BLOCK) {
+                    int keys = keys_end - block < KEY_BLOCK ? keys_end - block : KEY_BLOCK;
+                    matmul(p, keys, qt, ld, false, k + block * ld, ld, true, queries, keys, HS, false);
+                    matmul(dscore, keys, doutt, C, false, v + block * ld, ld, true, queries, keys, HS, false);
+                    for (int i = 0; i < queries; i++) {
+                        int row = first + begin + i, visible = begin + i + 1 - block;
+                        float *pi = p + i * keys, *di = dscore + i * keys, di_sum = d[i];
+                        float lse = log_sum_exp[(size_t)row * NH + head];
+                        visible = visible < 0 ? 0 : visible < keys ? visible : keys;
+                        if (dropout.probability > 0) {
+                            for (int j = 0; j < visible; j++) {
+                                float probability = fast_exp(scale * pi[j] - lse);
+                                float factor = dropout_factor(
+                                    dropout, attention_dropout_index(row, NH, head, block + j));
+                                pi[j] = probability * factor;
+                                di[j] = scale * probability * (di[j] * factor - di_sum);
+                            }
+                        } else {
+                            for (int j = 0; j < visible; j++) {
+                                pi[j] = fast_exp(scale * pi[j] - lse);
+                                di[j] = scale * pi[j] * (di[j] - di_sum);
+                            }
+                        }
+                        for (int j = visible; j < keys; j++)
+                            pi[j] = di[j] = 0;
+                    }
+                    matmul(dv + block * ld, ld, p, keys, true, doutt, C, false, keys, HS, queries, true);
+                    matmul(dk + block * ld, ld, dscore, keys, true, qt, ld, false, keys, HS, queries, true);
+                    matmul(dq + begin * ld, ld, dscore, keys, false, k + block * ld, ld, false, queries, HS,
+                           keys, block > 0);
+                }
+            }
+        }
+    }
+}
+
+// ---- gelu ----
+// gelu(x) = x/2 (1 + tanh(u)) = x · g with u = sqrt(2/pi) (x + 0.044715 x³) and g = 1 / (1 + exp(-2u))
+// (Hendrycks, Gimpel 2016, the tanh form that GPT-2 uses). gelu'(x) = g + x · g (1 - g) · 2u'
+static inline float gelu_gate(float x)
+{
+    return 1 / (1 + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x))); // 1.5957691216 = 2 sqrt(2/pi)
+}
+
+static void gelu_forward(float *y, const float *x, size_t size)
+{
+#pragma omp parallel for simd
+    for (size_t i = 0; i < size; i++)
+        y[i] = x[i] * gelu_gate(x[i]);
+}
+
+// dy becomes dx, and x becomes gelu(x), which the projection behind it needs for its weight gradient: so the
+// output of gelu is not stored either.
+static void gelu_backward(float *dy, float *x, size_t size)
+{
+#pragma omp parallel for simd
+    for (size_t i = 0; i < size; i++) {
+        float g = gelu_gate(x[i]), slope = 1.5957691216f * (1 + 3 * 0.044715f * x[i] * x[i]);
+        dy[i] *= g + x[i] * g * (1 - g) * slope;
+        x[i] *= g;
+    }
+}
+
+// ---- cross-entropy ----
+// loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]];   hit[r]: no logit is above the
+// target's dlogit[r, v] = weight (softmax(logit[r])[v] - (v == target[r])), in place of the logits when
+// `backward`
+//   logits (R, V); target, loss, hit (R)
+static void cross_entropy(float *logits, float *loss, bool *hit, const int *target, bool backward,
+                          float weight, int R, int V)
+{
+#pragma omp parallel for
+    for (int r = 0; r < R; r++) {
+        float *row = logits + (size_t)r * V, largest = largest_of(row, V), sum = 0, wanted = row[target[r]];
+#pragma omp simd reduction(+ : sum)
+        for (int v = 0; v < V; v++) {
+            row[v] = fast_exp(row[v] - largest);
+            sum += row[v];
+        }
+        loss[r] = logf(sum) + (largest - wanted);
+        hit[r] = wanted >= largest;
+        if (!backward)
+            continue;
+        float factor = weight / sum;
+        for (int v = 0; v < V; v++)
+            row[v] *= factor;
+        row[target[r]] -= weight;
+    }
+}
+// =====================================================================================================
+// 6. Model
+// =====================================================================================================
+// The layers in order (Radford et al. 2019). The residual stream x (R, C) runs through everything; each block
+// reads it twice, normalised, and adds what it found:
+//
+//     x = wte[token] + wpe[position]
+//     L times:  x = x + attention(layernorm_1(x));   x = x + mlp(layernorm_2(x))
+//     logits = layernorm_f(x) · headᵀ
+//
+// The backward pass needs most of what the forward pass computed. What is cheap is computed again instead of
+// being kept: outputs of layernorms and of gelu, attention's probabilities, and logits never exist for more
+// than a chunk of rows. Per row and block 10 C floats are kept; with --recompute only the block's input, C
+// floats.
+
+enum { LOGIT_ROWS = 256 }; // rows of logits that exist at a time
+
+// Everything that a forward and a backward pass write, for up to `rows` rows. The names are those of the
+// formulas.
+typedef struct {
+    int rows, longest; // capacity
+    bool training;     // whether things are kept for a backward pass
+    bool recompute;    // --recompute: blocks share one place, and the backward pass fills it again
+    int first_kept;    // blocks below this one are frozen, nothing of them is kept
+    float *memory;
+    size_t memory_size; // floats
+    // Kept for the backward pass, one place for each block that needs it (place_of):
+    float *residual;        // (L + 1, R, C) the stream before each block, and after the last
+    float *qkv, *attention; // (L, R, 3C), (L, R, C)
+    float *log_sum_exp;     // (L, R, NH)
+    float *middle;          // (L, R, C) the stream between attention and MLP
+    float *hidden;          // (L, R, F) before gelu
+    float *mean_1, *rstd_1, *mean_2, *rstd_2; // (L, R) of the two layernorms
+    // Used again by each block:
+    float *normed;                // (R, C) a layernorm's output
+    float *wide;                  // (R, F or 3C) gelu's output; d_hidden; d_qkv
+    float *branch;                // (R, C) only with dropout: what is dropped from
+    float *d_residual, *d_normed; // (R, C)
+    float *scratch;               // for attention, per thread
+    size_t scratch_size;
+    // The classifier's, for a chunk of rows:
+    float *chosen, *mean_f, *rstd_f, *logits; // (LOGIT_ROWS, C), (LOGIT_ROWS) twice, (LOGIT_ROWS, V)
+    // Results, for each scored row in order:
+    int *scored; // which row it is
+    float *loss;
+    bool *hit; // the target had the highest logit
+} Activations;
+
+// Blocks whose activations are kept have places of their own; the others share place 0.
+static size_t place_of(const Activations *a, int layer)
+{
+    return !a->training || a->recompute || layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
+}
+
+static float *residual_at(const Activations *a, const Model *model, int layer)
+{
+    size_t place = !a->training || layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
+    return a->residual + place * a->rows * model->config.n_embd;
+}
+
+// Lays everything out in one piece of memory, enough for `rows` rows and sequences of `longest` keys, for a
+// model whose training is set. With measure_only nothing is allocated, and memory_size tells what would be.
+static void activations_reserve(Activations *a, const Model *model, int rows, int longest, bool training,
+                                bool recompute, bool dropout, bool measure_only)
+{
+    const Config *config = &model->config;
+    bool fits = a->memory && rows <= a->rows && longest <= a->longest && a->training == training;
+    if (fits)
+        return;
+    free(a->memory);
+    a->memory = NULL;
+    a->rows = rows > a->rows ? rows : a->rows;
+    a->longest = longest > a->longest ? longest : a->longest;
+    a->training = training;
+    a->recompute = recompute;
+    a->first_kept = model->lowest > 0 ? model->lowest : 0;
+    int kept = training ? config->n_layer - a->first_kept : 0, places = kept == 0 || recompute ? 1 : kept;
+    size_t R = (size_t)a->rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
+    size_t widest = F > 3 * C ? F : 3 * C, chunk = R < LOGIT_ROWS ? R : LOGIT_ROWS;
+    a->scratch_size = attention_scratch(a->longest);
+    const struct {
+        float **field;
+        size_t size;
+    } parts[] = {
+        {&a->residual, (training ? kept + 1 : 1) * R * C},
+        {&a->qkv, places * R * 3 * C},
+        {&a->attention, places * R * C},
+        {&a->log_sum_exp, places * R * config->n_head},
+        {&a->middle, places * R * C},
+        {&a->hidden, places * R * F},
+        {&a->mean_1, places * R},
+        {&a->rstd_1, places * R},
+        {&a->mean_2, places * R},
+        {&a->rstd_2, places * R},
+        {&a->normed, R * C},
+        {&a->wide, R * widest},
+        {&a->branch, dropout ? R * C : 0},
+        {&a->d_residual, training ? R * C : 0},
+        {&a->d_normed, training ? R * C : 0},
+        {&a->scratch, a->scratch_size * omp_get_max_threads()},
+        {&a->chosen, chunk * C},
+        {&a->mean_f, chunk},
+        {&a->rstd_f, chunk},
+        {&a->logits, chunk * config->vocab_size},
+        {&a->loss, R},
+    };
+    a->memory_size = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        a->memory_size += aligned_size(parts[i].size);
+    if (measure_only)
+        return;
+    float *at = a->memory = xfloats(a->memory_size);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        *parts[i].field = at;
+        at += aligned_size(parts[i].size);
+    }
+    a->scored = xrealloc(a->scored, R * sizeof(int));
+    a->hit = xrealloc(a->hit, R * sizeof(bool));
+}
+
+static void activations_free(Activations *a)
+{
+    free(a->memory);
+    free(a->scored);
+    free(a->hit);
+    *a = (Activations){0};
+}
+
+// Keys and values of the tokens so far, for generation: (L, sequences, positions, 2C), key and value side by
+// side.
+typedef struct {
+    int sequences, positions, past; // `past` positions are filled
+    float *memory;
+    int *first_key; // (sequences) where each sequence begins, in rows of 2C
+} Cache;
+
+// Where dropout happens; each place in each block draws from a stream of its own.
+enum { DROP_EMBEDDING, DROP_ATTENTION, DROP_PROJECTION, DROP_MLP, DROP_PLACES };
+
+static Dropout dropout_at(Dropout dropout, int layer, int place)
+{
+    return (Dropout){dropout.probability,
+                     random_stream(dropout.stream, (uint64_t)layer * DROP_PLACES + place)};
+}
+
+// y = residual + dropout(x · weight + bias): how a branch joins the stream. y, residual (R, C); x (R, K)
+static void join_stream(float *y, const float *residual, const float *x, const float *weight,
+                        const float *bias, float *branch, Dropout dropout, int R, int K, int C)
+{
+    if (dropout.probability == 0) {
+        linear_forward(y, residual, x, weight, bias, R, K, C);
+    } else {
+        linear_forward(branch, NULL, x, weight, bias, R, K, C);
+        dropout_add(y, residual, branch, dropout, R, C);
+    }
+}
+
+// One block, from residual_at(layer) to residual_at(layer + 1); the latter only if `finish`.
+static void block_forward(const Model *model, Activations *a, const Batch *batch, int layer, Cache *cache,
+                          Dropout dropout, bool finish)
+{
+    const Config *config = &model->config;
+    const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
+    const size_t place = place_of(a, layer), rows = place * a->rows;
+    float *x = residual_at(a, model, layer), *qkv = a->qkv + rows * 3 * C,
+          *attention = a->attention + rows * C;
+    float *middle = a->middle + rows * C, *hidden = a->hidden + rows * F;
+
+    layernorm_forward(a->normed, a->mean_1 + rows, a->rstd_1 + rows, x, value_of(model, LN_1_WEIGHT, layer),
+                      value_of(model, LN_1_BIAS, layer), config->layer_norm_epsilon, R, C);
+    linear_forward(qkv, NULL, a->normed, value_of(model, ATTN_WEIGHT, layer),
+                   value_of(model, ATTN_BIAS, layer), R, C, 3 * C);
+    const float *key = qkv + C, *value = qkv + 2 * C;
+    const int *first_key = batch->first_row;
+    size_t key_ld = 3 * C;
+    if (cache) { // keys and values join those of the tokens before
+        float *store = cache->memory + (size_t)layer * cache->sequences * cache->positions * 2 * C;
+        for (int s = 0; s < batch->sequences; s++)
+            for (int r = batch->first_row[s]; r < batch->first_row[s + 1]; r++)
+                memcpy(store + (size_t)(cache->first_key[s] + cache->past + r - batch->first_row[s]) * 2 * C,
+                       qkv + (size_t)r * 3 * C + C, 2 * (size_t)C * sizeof(float));
+        key = store, value = store + C, key_ld = 2 * C, first_key = cache->first_key;
+    }
+    attention_forward(attention, a->log_sum_exp + rows * NH, qkv, 3 * C, key, value, key_ld, batch->sequences,
+                      batch->first_row, first_key, cache ? cache->past : 0,
+                      dropout_at(dropout, layer, DROP_ATTENTION), a->scratch, a->scratch_size, NH, HS);
+    join_stream(middle, x, attention, value_of(model, ATTN_PROJ_WEIGHT, layer),
+                value_of(model, ATTN_PROJ_BIAS, layer), a->branch,
+                dropout_at(dropout, layer, DROP_PROJECTION), R, C, C);
+
+    layernorm_forward(a->normed, a->mean_2 + rows, a->rstd_2 + rows, middle,
+                      value_of(model, LN_2_WEIGHT, layer), value_of(model, LN_2_BIAS, layer),
+                      config->layer_norm_epsilon, R, C);
+    linear_forward(hidden, NULL, a->normed, value_of(model, FC_WEIGHT, layer),
+                   value_of(model, FC_BIAS, layer), R, C, F);
+    if (!finish)
+        return;
+    gelu_forward(a->wide, hidden, (size_t)R * F);
+    join_stream(residual_at(a, model, layer + 1), middle, a->wide, value_of(model, FC_PROJ_WEIGHT, layer),
+                value_of(model, FC_PROJ_BIAS, layer), a->branch, dropout_at(dropout, layer, DROP_MLP), R, F,
+                C);
+}
+
+// Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
+// the gradients of what is trained in the block.
+static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
+                           bool accumulate)
+{
+    const Config *config = &model->config;
+    const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
+    const size_t rows = place_of(a, layer) * a->rows;
+    float *x = residual_at(a, model, layer), *qkv = a->qkv + rows * 3 * C,
+          *attention = a->attention + rows * C;
+    float *middle = a->middle + rows * C, *hidden = a->hidden + rows * F, *d_branch = a->d_residual;
+    if (a->recompute)
+        block_forward(model, a, batch, layer, NULL, dropout, false);
+
+    // x = middle + dropout(gelu(hidden) · c_proj + bias)
+    if (dropout.probability > 0)
+        dropout_add(d_branch = a->branch, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R, C);
+    linear_backward(a->wide, NULL, gradient_of(model, FC_PROJ_BIAS, layer), d_branch, NULL,
+                    value_of(model, FC_PROJ_WEIGHT, layer), accumulate, R, F, C);
+    gelu_backward(a->wide, hidden, (size_t)R * F);
+    linear_backward(NULL, gradient_of(model, FC_PROJ_WEIGHT, layer), NULL, d_branch, hidden, NULL, accumulate,
+                    R, F, C);
+    // hidden = layernorm_2(middle) · c_fc + bias
+    if (gradient_of(model, FC_WEIGHT, layer))
+        layernorm_rebuild(a->normed, a->mean_2 + rows, a->rstd_2 + rows, middle,
+                          value_of(model, LN_2_WEIGHT, layer), value_of(model, LN_2_BIAS, layer), R, C);
+    linear_backward(a->d_normed, gradient_of(model, FC_WEIGHT, layer), gradient_of(model, FC_BIAS, layer),
+                    a->wide, a->normed, value_of(model, FC_WEIGHT, layer), accumulate, R, C, F);
+    layernorm_backward(a->d_residual, gradient_of(model, LN_2_WEIGHT, layer),
+                       gradient_of(model, LN_2_BIAS, layer), a->d_normed, middle, a->mean_2 + rows,
+                       a->rstd_2 + rows, value_of(model, LN_2_WEIGHT, layer), accumulate, R, C);
+
+    // middle = x + dropout(attention(qkv) · c_proj + bias)
+    if (dropout.probability > 0)
+        dropout_add(d_branch, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
+    linear_backward(a->d_normed, gradient_of(model, ATTN_PROJ_WEIGHT, layer),
+                    gradient_of(model, ATTN_PROJ_BIAS, layer), d_branch, attention,
+                    value_of(model, ATTN_PROJ_WEIGHT, layer), accumulate, R, C, C);
+    attention_backward(a->wide, a->d_normed, qkv, attention, a->log_sum_exp + rows * NH, batch->sequences,
+                       batch->first_row, dropout_at(dropout, layer, DROP_ATTENTION), a->scratch,
+                       a->scratch_size, NH, HS);
+    // qkv = layernorm_1(x) · c_attn + bias
+    if (gradient_of(model, ATTN_WEIGHT, layer))
+        layernorm_rebuild(a->normed, a->mean_1 + rows, a->rstd_1 + rows, x,
+                          value_of(model, LN_1_WEIGHT, layer), value_of(model, LN_1_BIAS, layer), R, C);
+    linear_backward(a->d_normed, gradient_of(model, ATTN_WEIGHT, layer), gradient_of(model, ATTN_BIAS, layer),
+                    a->wide, a->normed, value_of(model, ATTN_WEIGHT, layer), accumulate, R, C, 3 * C);
+    layernorm_backward(a->d_residual, gradient_of(model, LN_1_WEIGHT, layer),
+                       gradient_of(model, LN_1_BIAS, layer), a->d_normed, x, a->mean_1 + rows,
+                       a->rstd_1 + rows, value_of(model, LN_1_WEIGHT, layer), accumulate, R, C);
+}
+
+// Embeddings and all blocks: fills a->residual_at(L). With a cache the batch continues what is in it.
+static void model_forward(const Model *model, Activations *a, const Batch *batch, Cache *cache,
+                          Dropout dropout)
+{
+    const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
+    float *x = residual_at(a, model, 0);
+    embedding_forward(x, value_of(model, WTE, 0), value_of(model, WPE, 0), batch->token, batch->position, R,
+                      C);
+    if (dropout.probability > 0)
+        dropout_add(x, NULL, x, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
+    for (int layer = 0; layer < L; layer++)
+        block_forward(model, a, batch, layer, cache, dropout, true);
+    if (cache)
+        cache->past += batch->first_row[1];
+}
+
+// a->logits (count, V) = layernorm_f(residual[chosen rows]) · headᵀ, for at most LOGIT_ROWS chosen rows.
+// Leaves the rows in a->chosen and their normalised form in a->normed.
+static void head_forward(const Model *model, Activations *a, const int *rows, int count)
+{
+    const int C = model->config.n_embd, V = model->config.vocab_size;
+    const float *residual = residual_at(a, model, model->config.n_layer);
+    for (int i = 0; i < count; i++)
+        memcpy(a->chosen + (size_t)i * C, residual + (size_t)rows[i] * C, (size_t)C * sizeof(float));
+    layernorm_forward(a->normed, a->mean_f, a->rstd_f, a->chosen, value_of(model, LN_F_WEIGHT, 0),
+                      value_of(model, LN_F_BIAS, 0), model->config.layer_norm_epsilon, count, C);
+    matmul(a->logits, V, a->normed, C, false, value_of(model, head_kind(model), 0), C, true, count, V, C,
+           false);
+}
+
+// The classifier: head, softmax and loss, and with weight > 0 the gradients of all three, one chunk of scored
+// rows after the other. Rows that are not scored (PAD never was here; prompts) cost nothing and get gradient
+// 0.
+//   Fills a->scored, a->loss and a->hit for each scored row; when `backward`, also the gradient of
+//   weight · (sum of losses) in a->d_residual and in the head's tensors. Returns the sum of losses.
+static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward, float weight,
+                         bool accumulate)
+{
+    const int C = model->config.n_embd, V = model->config.vocab_size;
+    const int head = head_kind(model);
+    float *d_head = gradient_of(model, head, 0), *d_weight = gradient_of(model, LN_F_WEIGHT, 0);
+    float *d_bias = gradient_of(model, LN_F_BIAS, 0);
+    int *targets = xmalloc(LOGIT_ROWS * sizeof(int)), count = 0;
+    for (int r = 0; r < batch->rows; r++)
+        if (batch->target[r] >= 0)
+            a->scored[count++] = r;
+    if (backward)
+        memset(a->d_residual, 0, (size_t)batch->rows * C * sizeof(float));
+    double total = 0;
+    for (int begin = 0, n; begin < count; begin += n, accumulate = true) {
+        n = count - begin < LOGIT_ROWS ? count - begin : LOGIT_ROWS;
+        const int *rows = a->scored + begin;
+        for (int i = 0; i < n; i++)
+            targets[i] = batch->target[rows[i]];
+        head_forward(model, a, rows, n);
+        cross_entropy(a->logits, a->loss + begin, a->hit + begin, targets, backward, weight, n, V);
+        for (int i = 0; i < n; i++)
+            total += a->loss[begin + i];
+        if (!backward)
+            continue;
+        // logits = normed · headᵀ: dhead = dlogitsᵀ · normed, dnormed = dlogits · head
+        if (d_head)
+            matmul(d_head, C, a->logits, V, true, a->normed, C, false, V, C, n, accumulate);
+        float *d_normed = a->d_normed, *d_chosen = a->wide;
+        matmul(d_normed, C, a->logits, V, false, value_of(model, head, 0), C, false, n, C, V, false);
+        memset(d_chosen, 0, (size_t)n * C * sizeof(float));
+        layernorm_backward(d_chosen, d_weight, d_bias, d_normed, a->chosen, a->mean_f, a->rstd_f,
+                           value_of(model, LN_F_WEIGHT, 0), accumulate, n, C);
+        for (int i = 0; i < n; i++)
+            memcpy(a->d_residual + (size_t)rows[i] * C, d_chosen + (size_t)i * C, (size_t)C * sizeof(float));
+    }
+    free(targets);
+    return total;
+}
+
+// Gradients of weight · (sum of losses over the batch): added to those that are there when accumulate, else
+// they are written new. Returns the sum of losses. Blocks below the lowest trainable tensor are not visited.
+static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float weight,
+                                     bool accumulate, Dropout dropout)
+{
+    const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
+    if (!accumulate) // where sums begin at zero: embeddings add row by row; without targets the head adds nothing
+        for (int i = 0; i < model->tensor_count; i++) {
+            Tensor *tensor = &model->tensors[i];
+            bool head_writes =
+                tensor->kind >= LN_F_WEIGHT || (tensor->kind == WTE && head_kind(model) == WTE);
+            if (tensor->gradient && !kind_is_per_layer(tensor->kind) && !(head_writes && batch->targets > 0))
+                memset(tensor->gradient, 0, tensor->size * sizeof(float));
+        }
+    model_forward(model, a, batch, NULL, dropout);
+    double loss = classifier(model, a, batch, true, weight, accumulate);
+    for (int layer = L - 1; layer >= model->lowest && layer >= 0; layer--)
+        block_backward(model, a, batch, layer, dropout, accumulate);
+    // x = wte[token] + wpe[position]
+    float *d_wte = gradient_of(model, WTE, 0), *d_wpe = gradient_of(model, WPE, 0);
+    if ((d_wte || d_wpe) && dropout.probability > 0)
+        dropout_add(a->d_residual, NULL, a->d_residual, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
+    if (d_wte)
+        embedding_backward(d_wte, a->d_residual, batch->token, R, C);
+    if (d_wpe)
+        embedding_backward(d_wpe, a->d_residual, batch->position, R, C);
+    return loss;
+}
+// =====================================================================================================
+// 7. Optimizer
+// =====================================================================================================
+// One update: the gradients' norm, clipping, then AdamW on every tensor that is not frozen, at the learning
+// rate that the schedule gives for this update.
+
+typedef struct {
+    double beta1, beta2, epsilon, weight_decay;
+    double max_grad_norm; // 0: no clipping
+} Adam;
+
+enum { NORM_BLOCK = 1 << 16 };
+
+// The L2 norm of all gradients together. Blocks of fixed size are summed one by one, in double, and then in
+// order, so that the result does not depend on the number of threads. *worst gets the first tensor whose
+// gradient is not finite, or NULL.
+static double gradient_norm(const Model *model, const Tensor **worst)
+{
+    double total = 0;
+    *worst = NULL;
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        if (!tensor->gradient)
+            continue;
+        size_t blocks = (tensor->size + NORM_BLOCK - 1) / NORM_BLOCK;
+        double *partial = xmalloc(blocks * sizeof(double)), squares = 0;
+#pragma omp parallel for
+        for (size_t b = 0; b < blocks; b++) {
+            size_t end = (b + 1) * NORM_BLOCK < tensor->size ? (b + 1) * NORM_BLOCK : tensor->size;
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (size_t j = b * NORM_BLOCK; j < end; j++)
+                sum += (double)tensor->gradient[j] * tensor->gradient[j];
+            partial[b] = sum;
+        }
+        for (size_t b = 0; b < blocks; b++)
+            squares += partial[b];
+        free(partial);
+        if (!isfinite(squares) && !*worst)
+            *worst = tensor;
+        total += squares;
+    }
+    return sqrt(total);
+}
+
+// What gradients are multiplied by so that their norm is at most `largest` (0: no limit), as torch's
+// clip_grad_norm_ does it.
+static float clip_factor(double norm, double largest)
+{
+    return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
+}
+
+// AdamW (Loshchilov, Hutter 2019), update number t = 1, 2, ..., in torch.optim.AdamW's order of operations:
+//   p = p - lr · decay · p                           decay acts on the weight itself, not through the gradient
+//   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²     running averages of gradient and square (exp_avg, exp_avg_sq)
+//   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)       both averages started at 0: corrected
+// g is the gradient times `clip`.
+static void adamw_update(const Model *model, const Adam *adam, double learning_rate, long t, float clip)
+{
+    const float b2 = (float)adam->beta2, one_minus_b1 = (float)(1 - adam->beta1),
+                one_minus_b2 = (float)(1 - adam->beta2);
+    const float epsilon = (float)adam->epsilon;
+    const float step = (float)(learning_rate / (1 - pow(adam->beta1, (double)t)));
+    const float root = (float)sqrt(1 - pow(adam->beta2, (double)t));
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        if (tensor->frozen)
+            continue;
+        float *p = tensor->value, *m = tensor->exp_avg, *v = tensor->exp_avg_sq;
+        const float *gradient = tensor->gradient;
+        const float keep = tensor->decay ? (float)(1 - learning_rate * adam->weight_decay) : 1.0f;
+#pragma omp parallel for simd
+        for (size_t j = 0; j < tensor->size; j++) {
+            float g = gradient[j] * clip;
+            m[j] += one_minus_b1 * (g - m[j]);
+            v[j] = b2 * v[j] + one_minus_b2 * g * g;
+            p[j] = p[j] * keep - step * m[j] / (sqrtf(v[j]) / root + epsilon);
+        }
+    }
+}
+
+typedef enum { SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_CONSTANT } Schedule;
+
+// The learning rate of update `step` = 0, 1, ..., steps - 1, relative to the highest: up from 0 in a line
+// during `warmup` updates, then down to `final`, as transformers' get_*_schedule_with_warmup. The first
+// update has rate 0 (if there is a warm-up): it only starts AdamW's averages.
+static double schedule_factor(Schedule schedule, long step, long warmup, long steps, double final)
+{
+    if (step < warmup)
+        return (double)step / (double)warmup;
+    double progress = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1;
+    if (progress > 1)
+        progress = 1;
+    double factor = schedule == SCHEDULE_LINEAR   ? 1 - progress
+                    : schedule == SCHEDULE_COSINE ? 0.5 * (1 + cos(3.141592653589793 * progress))
+                                                  : 1;
+    return factor > final ? factor : final;
+}
+// =====================================================================================================
+// 8. Generation
+// =====================================================================================================
+// The model is run on the prompt once; then each new token is a batch of one row per sample that attends to
+// the keys and values in the cache.
+
+typedef struct {
+    double temperature; // logits are divided by it; 0: always the most likely token
+    int top_k;          // only the k most likely tokens; 0: all
+    double top_p;       // only the most likely tokens that together reach this probability; 1: all
+    uint64_t seed;
+} Sampling;
+
+typedef struct {
+    float probability; // not normalised
+    int token;
+} Candidate;
+
+static int compare_candidates(const void *a, const void *b)
+{
+    const Candidate *x = a, *y = b;
+    if (x->probability != y->probability)
+        return x->probability < y->probability ? 1 : -1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+// Draws a token from softmax(logits / temperature), cut to the top k and then to the top p, as transformers
+// does.
+//   logits (V); draw: uniform in [0, 1); candidates: room for V
+static int sample_token(const float *logits, int V, const Sampling *sampling, float draw,
+                        Candidate *candidates)
+{
+    int best = 0, count = 0;
+    for (int v = 1; v < V; v++)
+        if (logits[v] > logits[best])
+            best = v;
+    if (sampling->temperature == 0)
+        return best;
+    double sum = 0, least = 0;
+    if (sampling->top_p <
+        1) { // tokens below `least` do not reach 1 - top_p all together: they need no sorting
+        for (int v = 0; v < V; v++)
+            sum += exp((logits[v] - logits[best]) / sampling->temperature);
+        least = sum * (1 - sampling->top_p) / V;
+    }
+    for (int v = 0; v < V; v++) {
+        Candidate candidate = {(float)exp((logits[v] - logits[best]) / sampling->temperature), v};
+        if (candidate.probability < least)
+            continue;
+        if (sampling->top_k == 0 || count < sampling->top_k)
+            count++;
+        else if (compare_candidates(&candidate, &candidates[count - 1]) > 0)
+            continue;
+        int at = count - 1;
+        if (sampling->top_k > 0) // kept sorted: the least likely one makes room
+            for (; at > 0 && compare_candidates(&candidate, &candidates[at - 1]) < 0; at--)
+                candidates[at] = candidates[at - 1];
+        candidates[at] = candidate;
+    }
+    sum = 0;
+    for (int i = 0; i < count; i++)
+        sum += candidates[i].probability;
+    if (sampling->top_p < 1) {
+        qsort(candidates, (size_t)count, sizeof *candidates, compare_candidates);
+        double reached = 0;
+        int kept = 0;
+        while (kept < count && reached < sampling->top_p * sum)
+            reached += candidates[kept++].probability;
+        count = kept > 0 ? kept : 1;
+        sum = kept > 0 ? reached : candidates[0].probability;
+    }
+    double left = draw * sum;
+    for (int i = 0; i < count - 1; i++)
+        if ((left -= candidates[i].probability) < 0)
+            return candidates[i].token;
+    return candidates[count - 1].token;
+}
+
+// Prints what `bytes` adds to the whole characters of `text`; the rest waits for the bytes that complete it.
+static void stream_text(Text *text, size_t *printed, bool last)
+{
+    size_t whole = last ? text->size : *printed + utf8_whole(text->data + *printed, text->size - *printed);
+    fwrite(text->data + *printed, 1, whole - *printed, stdout);
+    fflush(stdout);
+    *printed = whole;
+}
+
+// Continues the prompt by up to `count` tokens, `samples` times at once, and appends them to outputs[0 ..
+// samples - 1]. A sample ends at end_of_text (-1: never). With `tokenizer` the first sample is printed as it
+// comes. Text longer than the context goes on from its last half.
+static void generate(const Model *model, Tokenizer *tokenizer, const Ids *prompt, int count, int samples,
+                     int end_of_text, const Sampling *sampling, Ids *outputs)
+{
+    const Config *config = &model->config;
+    const int V = config->vocab_size, P = config->n_positions;
+    Activations a = {0};
+    Batch batch = {0};
+    Cache cache = {.sequences = samples, .positions = P};
+    cache.first_key = xmalloc((size_t)samples * sizeof(int));
+    cache.memory = xfloats((size_t)config->n_layer * samples * P * 2 * config->n_embd);
+    Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
+    Ids *all = xcalloc((size_t)samples, sizeof *all); // prompt and continuation of each sample
+    bool *ended = xcalloc((size_t)samples, sizeof *ended);
+    int *last_row = xmalloc((size_t)samples * sizeof(int));
+    for (int s = 0; s < samples; s++) {
+        cache.first_key[s] = s * P;
+        for (size_t i = 0; i < prompt->size; i++)
+            ids_push(&all[s], prompt->data[i]);
+    }
+    Text text = {0};
+    size_t printed = 0, seen = 0; // tokens that the cache knows
+    text_append(&text, "", 0);
+    for (int made = 0, alive = samples; made < count && alive > 0; made++) {
+        size_t size = all[0].size;
+        if (cache.past + (int)(size - seen) > P) { // full, or a prompt that is longer than the context
+            cache.past = 0;
+            seen = size - (size_t)(P > 1 ? P / 2 : 1);
+        }
+        batch_clear(&batch);
+        for (int s = 0; s < samples; s++) {
+            for (size_t i = seen; i < size; i++)
+                batch_add_row(&batch, all[s].data[i], cache.past + (int)(i - seen), -1);
+            batch_end_sequence(&batch);
+            last_row[s] = batch.rows - 1;
+        }
+        activations_reserve(&a, model, batch.rows, P, false, false, false, false);
+        model_forward(model, &a, &batch, &cache, (Dropout){0});
+        seen = size;
+        for (int s = 0; s < samples; s++) {
+            if (s % LOGIT_ROWS == 0)
+                head_forward(model, &a, last_row + s, samples - s < LOGIT_ROWS ? samples - s : LOGIT_ROWS);
+            float draw = random_uniform(random_stream(sampling->seed, (uint64_t)s), (uint64_t)made);
+            int token = sample_token(a.logits + (size_t)(s % LOGIT_ROWS) * V, V, sampling, draw, candidates);
+            ids_push(&all[s], token);
+            if (ended[s])
+                continue;
+            if (token == end_of_text) {
+                ended[s] = true;
+                alive--;
+                continue;
+            }
+            ids_push(&outputs[s], token);
+            if (s == 0 && tokenizer) {
+                tokenizer_decode(tokenizer, &text, token);
+                stream_text(&text, &printed, false);
+            }
+        }
+    }
+    stream_text(&text, &printed, true);
+    for (int s = 0; s < samples; s++)
+        free(all[s].data);
+    free(all);
+    free(ended);
+    free(last_row);
+    free(candidates);
+    free(cache.first_key);
+    free(cache.memory);
+    free(text.data);
+    batch_free(&batch);
+    activations_free(&a);
+}
+// =====================================================================================================
+// 9. Files
+// =====================================================================================================
+// A model is a folder as Hugging Face writes it: config.json, model.safetensors, vocab.json, merges.txt and
+// two small files for the tokenizer and generation. A checkpoint is such a folder and beside it what training
+// needs to go on.
+
+// ---- safetensors ----
+//
+//     0        8                   8 + N
+//     +--------+-------------------+---------------------------------------------+
+//     | N: u64 | JSON, N bytes     | tensors, one after the other, little-endian |
+//     +--------+-------------------+---------------------------------------------+
+//     {"NAME": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"key": "value"}}
+// Offsets count from the end of the JSON, which spaces fill up so that our data starts at a multiple of 64.
+
+typedef struct {
+    const char *name, *dtype;
+    int dims;
+    size_t shape[8], count, bytes; // count: elements
+    char *data;
+} StoredTensor;
+
+typedef struct {
+    Mapping mapping;
+    Json *header;
+    StoredTensor *tensors;
+    size_t count;
+} SafeTensors;
+
+static size_t dtype_size(const char *dtype)
+{
+    static const char *const names[] = {"F64",  "I64", "U64", "F32", "I32", "U32", "F16",
+                                        "BF16", "I16", "U16", "I8",  "U8",  "BOOL"};
+    static const size_t sizes[] = {8, 8, 8, 4, 4, 4, 2, 2, 2, 2, 1, 1, 1};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(dtype, names[i]) == 0)
+            return sizes[i];
+    return 0;
+}
+
+// A non-negative whole number out of a header, or the end of the program.
+static size_t json_size(const Json *node, const char *path, const char *name)
+{
+    if (!node || node->kind != JSON_NUMBER || node->number < 0 || node->number > 0x1p53 ||
+        node->number != floor(node->number))
+        die("%s: tensor %s: shape and data_offsets must be whole numbers", path, name);
+    return (size_t)node->number;
+}
+
+// Maps a safetensors file and checks every size and offset in it against the file's length.
+static SafeTensors safetensors_open(const char *path)
+{
+    SafeTensors file = {.mapping = map_file(path)};
+    uint64_t length = 0;
+    if (file.mapping.size < 8)
+        die("%s: not a safetensors file: %zu bytes, at least 8 expected", path, file.mapping.size);
+    memcpy(&length, file.mapping.data, 8);
+    if (length > 100000000 || length > file.mapping.size - 8)
+        die("%s: not a whole safetensors file: its header should have %llu bytes, the file has %zu", path,
+            (unsigned long long)length, file.mapping.size);
+    file.header = json_parse(file.mapping.data + 8, (size_t)length, path);
+    char *data = file.mapping.data + 8 + length;
+    size_t data_size = file.mapping.size - 8 - (size_t)length, capacity = 0, total = 0;
+    if (file.header->kind != JSON_OBJECT)
+        die("%s: the header must be a JSON object", path);
+    for (const Json *entry = file.header->child; entry; entry = entry->next) {
+        if (strcmp(entry->key, "__metadata__") == 0)
+            continue;
+        const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape");
+        const Json *offsets = json_get(entry, "data_offsets");
+        StoredTensor tensor = {.name = entry->key, .count = 1};
+        if (!dtype || dtype->kind != JSON_STRING || !shape || shape->kind != JSON_ARRAY || !offsets ||
+            offsets->kind != JSON_ARRAY)
+            die("%s: tensor %s: dtype, shape and data_offsets expected", path, entry->key);
+        tensor.dtype = dtype->string;
+        for (const Json *d = shape->child; d; d = d->next) {
+            if (tensor.dims == 8)
+                die("%s: tensor %s: at most 8 dimensions expected", path, entry->key);
+            size_t extent = tensor.shape[tensor.dims++] = json_size(d, path, entry->key);
+            if (extent && tensor.count > SIZE_MAX / 16 / extent)
+                die("%s: tensor %s: its shape is too large", path, entry->key);
+            tensor.count *= extent;
+        }
+        size_t begin = json_size(offsets->child, path, entry->key);
+        size_t end = json_size(offsets->child ? offsets->child->next : NULL, path, entry->key);
+        tensor.bytes = tensor.count * dtype_size(tensor.dtype);
+        if (begin > end || end > data_size)
+            die("%s: tensor %s: its data ends at byte %zu of %zu; the file is cut off", path, entry->key, end,
+                data_size);
+        if (dtype_size(tensor.dtype) == 0 || end - begin != tensor.bytes)
+            die("%s: tensor %s: %zu bytes do not fit its dtype %s and shape", path, entry->key, end - begin,
+                tensor.dtype);
+        tensor.data = data + begin;
+        total += tensor.bytes;
+        file.tensors = grow(file.tensors, file.count + 1, &capacity, sizeof tensor);
+        file.tensors[file.count++] = tensor;
+    }
+    if (total != data_size)
+        die("%s: the tensors have %zu bytes, the file %zu: holes or overlaps", path, total, data_size);
+    return file;
+}
+
+// Frees the lists; the mapping stays when the caller has taken it over.
+static void safetensors_close(SafeTensors *file, bool keep_mapping)
+{
+    json_free(file->header);
+    free(file->tensors);
+    if (!keep_mapping)
+        unmap_file(&file->mapping);
+    *file = (SafeTensors){0};
+}
+
+static StoredTensor *safetensors_find(const SafeTensors *file, const char *name)
+{
+    for (size_t i = 0; i < file->count; i++)
+        if (strcmp(file->tensors[i].name, name) == 0)
+            return &file->tensors[i];
+    return NULL;
+}
+
+// Writes tensors to a safetensors file; of a StoredTensor it uses name, dtype, shape, bytes and data.
+static void safetensors_write(const char *path, const StoredTensor *tensors, size_t count)
+{
+    Text header = {0};
+    size_t offset = 0;
+    text_append(&header, "{\"__metadata__\":{\"format\":\"pt\"}", 31);
+    for (size_t i = 0; i < count; i++) {
+        const StoredTensor *t = &tensors[i];
+        char *entry = xprintf(",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name, t->dtype);
+        text_append(&header, entry, strlen(entry));
+        free(entry);
+        for (int d = 0; d < t->dims; d++) {
+            entry = xprintf("%s%zu", d ? "," : "", t->shape[d]);
+            text_append(&header, entry, strlen(entry));
+            free(entry);
+        }
+        entry = xprintf("],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
+        text_append(&header, entry, strlen(entry));
+        free(entry);
+        offset += t->bytes;
+    }
+    text_append(&header, "}", 1);
+    while ((8 + header.size) % 64)
+        text_append(&header, " ", 1);
+    FILE *file = create_file(path);
+    uint64_t length = header.size;
+    fwrite(&length, 8, 1, file);
+    fwrite(header.data, 1, header.size, file);
+    for (size_t i = 0; i < count; i++)
+        if (fwrite(tensors[i].data, 1, tensors[i].bytes, file) != tensors[i].bytes)
+            break; // finish_file sees the error
+    finish_file(file, path);
+    free(header.data);
+}
+
+// ---- model folders ----
+
+// Hugging Face's names come with or without this prefix.
+static const char *without_prefix(const char *name)
+{
+    const char *prefix = "transformer.";
+    return strncmp(name, prefix, strlen(prefix)) == 0 ? name + strlen(prefix) : name;
+}
+
+static void die_unless_same_shape(const StoredTensor *stored, const Tensor *tensor, const char *path)
+{
+    char expected[64], found[256] = "[";
+    snprintf(expected, sizeof expected, tensor->dims == 2 ? "[%zu, %zu]" : "[%zu]", tensor->shape[0],
+             tensor->shape[1]);
+    for (int d = 0; d < stored->dims; d++)
+        snprintf(found + strlen(found), sizeof found - strlen(found), "%s%zu", d ? ", " : "",
+                 stored->shape[d]);
+    strcat(found, "]");
+    if (strcmp(expected, found) != 0)
+        die("%s: tensor %s has shape %s, expected %s", path, tensor->name, found, expected);
+}
+
+// One float from BF16 (the upper half of a float) or F16 (5 bits of exponent, 10 of fraction).
+static float widen(uint16_t bits, bool is_bf16)
+{
+    union {
+        uint32_t u;
+        float f;
+    } result = {.u = (uint32_t)bits << 16};
+    if (is_bf16)
+        return result.f;
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    if (exponent == 0)
+        return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
+    result.u = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    return result.f;
+}
+
+// Gives every tensor of the model its value. F32 tensors stay in the file's private mapping; F16 and BF16 are
+// widened. A tensor that is missing, misshaped or unknown ends the program; stored causal masks are passed
+// over.
+static void model_load_values(Model *model, const char *path)
+{
+    SafeTensors file = safetensors_open(path);
+    bool *used = xcalloc(file.count, sizeof *used);
+    StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
+    bool mapped = true;
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        for (size_t j = 0; j < file.count && !stored[i]; j++)
+            if (strcmp(without_prefix(file.tensors[j].name), without_prefix(tensor->name)) == 0) {
+                stored[i] = &file.tensors[j];
+                used[j] = true;
+            }
+        if (!stored[i])
+            die("%s: tensor %s is missing", path, tensor->name);
+        die_unless_same_shape(stored[i], tensor, path);
+        bool is_f32 = strcmp(stored[i]->dtype, "F32") == 0;
+        if (!is_f32 && strcmp(stored[i]->dtype, "F16") != 0 && strcmp(stored[i]->dtype, "BF16") != 0)
+            die("%s: tensor %s is %s; F32, F16 or BF16 expected", path, tensor->name, stored[i]->dtype);
+        mapped = mapped && is_f32 && (uintptr_t)stored[i]->data % sizeof(float) == 0;
+    }
+    for (size_t j = 0; j < file.count; j++) {
+        const char *name = file.tensors[j].name;
+        bool is_mask = ends_with(name, ".attn.bias") || ends_with(name, ".attn.masked_bias");
+        if (!used[j] && !is_mask && strcmp(name, "lm_head.weight") != 0)
+            die("%s: tensor %s is not one of this GPT-2's (%d layers)", path, name, model->config.n_layer);
+    }
+    if (!mapped)
+        model_allocate_values(model);
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        if (mapped) {
+            tensor->value = (float *)stored[i]->data;
+        } else if (strcmp(stored[i]->dtype, "F32") == 0) {
+            memcpy(tensor->value, stored[i]->data, stored[i]->bytes);
+        } else {
+            bool is_bf16 = stored[i]->dtype[0] == 'B';
+#pragma omp parallel for
+            for (size_t j = 0; j < tensor->size; j++) {
+                uint16_t bits;
+                memcpy(&bits, stored[i]->data + 2 * j, 2);
+                tensor->value[j] = widen(bits, is_bf16);
+            }
+        }
+    }
+    if (mapped)
+        model->value_file = file.mapping;
+    safetensors_close(&file, mapped);
+    free(used);
+    free(stored);
+}
+
+static bool json_is_true(const Json *object, const char *key, bool otherwise)
+{
+    const Json *member = json_get(object, key);
+    return member && member->kind != JSON_NULL ? member->kind == JSON_TRUE : otherwise;
+}
+
+// Reads config.json, and refuses by name the variants of GPT-2 that this program does not compute.
+static Config config_read(const char *path)
+{
+    Json *json = json_read_file(path);
+    const Json *type = json_get(json, "model_type"), *activation = json_get(json, "activation_function");
+    if (!type || type->kind != JSON_STRING || strcmp(type->string, "gpt2") != 0)
+        die("%s: model_type must be \"gpt2\"", path);
+    if (activation &&
+        (activation->kind != JSON_STRING || (strcmp(activation->string, "gelu_new") != 0 &&
+                                             strcmp(activation->string, "gelu_pytorch_tanh") != 0)))
+        die("%s: activation_function must be \"gelu_new\"", path);
+    if (!json_is_true(json, "scale_attn_weights", true))
+        die("%s: scale_attn_weights false is not supported", path);
+    if (json_is_true(json, "scale_attn_by_inverse_layer_idx", false))
+        die("%s: scale_attn_by_inverse_layer_idx true is not supported", path);
+    if (json_is_true(json, "add_cross_attention", false))
+        die("%s: add_cross_attention true is not supported", path);
+    double values[6];
+    static const char *const names[6] = {"vocab_size", "n_positions", "n_layer",
+                                         "n_head",     "n_embd",      "n_inner"};
+    static const double otherwise[6] = {50257, 1024, 12, 12, 768, 0};
+    for (int i = 0; i < 6; i++) {
+        values[i] = json_number(json, names[i], otherwise[i], path);
+        if (!(values[i] >= 0 && values[i] < 0x1p30) || values[i] != floor(values[i]))
+            die("%s: %s must be a whole number", path, names[i]);
+    }
+    Config config = {(int)values[0],
+                     (int)values[1],
+                     (int)values[2],
+                     (int)values[3],
+                     (int)values[4],
+                     (int)values[5],
+                     (float)json_number(json, "layer_norm_epsilon", 1e-5, path),
+                     json_is_true(json, "tie_word_embeddings", true)};
+    if (config.n_inner == 0)
+        config.n_inner = 4 * config.n_embd;
+    check_config(&config, path);
+    json_free(json);
+    return config;
+}
+
+// Loads a model folder; its tokenizer is loaded apart, by tokenizer_load.
+static Model *model_load(const char *folder)
+{
+    char *config_path = xprintf("%s/config.json", folder),
+         *weights_path = xprintf("%s/model.safetensors", folder);
+    if (!file_exists(config_path))
+        die("%s: no such model folder (a folder with config.json and model.safetensors), and not a size such "
+            "as d4",
+            folder);
+    Model *model = model_new(config_read(config_path));
+    if (!file_exists(weights_path))
+        die("%s: is missing", weights_path);
+    model_load_values(model, weights_path);
+    free(config_path);
+    free(weights_path);
+    return model;
+}
+
+// Which of a tensor's three arrays a file holds.
+typedef enum { STORE_VALUE, STORE_EXP_AVG, STORE_EXP_AVG_SQ } Stored;
+
+static StoredTensor stored_tensor(const Tensor *tensor, Stored what)
+{
+    float *data = what == STORE_VALUE     ? tensor->value
+                  : what == STORE_EXP_AVG ? tensor->exp_avg
+                                          : tensor->exp_avg_sq;
+    static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
+    return (StoredTensor){xprintf("%s%s", prefixes[what], tensor->name),
+                          "F32",
+                          tensor->dims,
+                          {tensor->shape[0], tensor->shape[1]},
+                          tensor->size,
+                          tensor->size * sizeof(float),
+                          (char *)data};
+}
+
+static void model_write_tensors(const Model *model, const char *path, bool moments)
+{
+    StoredTensor *list = xcalloc(2 * (size_t)model->tensor_count, sizeof *list);
+    size_t count = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        if (!moments) {
+            list[count++] = stored_tensor(&model->tensors[i], STORE_VALUE);
+        } else if (!model->tensors[i].frozen) {
+            list[count++] = stored_tensor(&model->tensors[i], STORE_EXP_AVG);
+            list[count++] = stored_tensor(&model->tensors[i], STORE_EXP_AVG_SQ);
+        }
+    safetensors_write(path, list, count);
+    for (size_t i = 0; i < count; i++)
+        free((char *)list[i].name);
+    free(list);
+}
+
+// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load. tokenizer may be NULL.
+static void model_save(const Model *model, const Tokenizer *tokenizer, const char *folder)
+{
+    const Config *config = &model->config;
+    make_folder(folder);
+    char *path = xprintf("%s/model.safetensors", folder);
+    model_write_tensors(model, path, false);
+    free(path);
+
+    char end[32] = "null";
+    if (tokenizer && tokenizer->end_of_text >= 0)
+        snprintf(end, sizeof end, "%d", tokenizer->end_of_text);
+    path = xprintf("%s/config.json", folder);
+    FILE *file = create_file(path);
+    fprintf(file, "{\n  \"model_type\": \"gpt2\",\n  \"architectures\": [\"GPT2LMHeadModel\"],\n");
+    fprintf(file, "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": %d,\n",
+            config->vocab_size, config->n_positions, config->n_embd, config->n_layer);
+    fprintf(file, "  \"n_head\": %d,\n  \"n_inner\": %d,\n  \"activation_function\": \"gelu_new\",\n",
+            config->n_head, config->n_inner);
+    fprintf(file, "  \"layer_norm_epsilon\": %.9g,\n  \"tie_word_embeddings\": %s,\n",
+            config->layer_norm_epsilon, config->tie_word_embeddings ? "true" : "false");
+    fprintf(file, "  \"embd_pdrop\": 0.0,\n  \"attn_pdrop\": 0.0,\n  \"resid_pdrop\": 0.0,\n");
+    fprintf(file, "  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n", end, end);
+    finish_file(file, path);
+    free(path);
+
+    path = xprintf("%s/generation_config.json", folder);
+    file = create_file(path);
+    fprintf(file, "{\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n", end, end);
+    finish_file(file, path);
+    free(path);
+    if (!tokenizer)
+        return;
+    tokenizer_save(tokenizer, folder);
+    path = xprintf("%s/tokenizer_config.json", folder);
+    file = create_file(path);
+    fprintf(file, "{\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"model_max_length\": %d,\n",
+            config->n_positions);
+    if (tokenizer->end_of_text >= 0)
+        fprintf(file, "  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
+                      "  \"unk_token\": \"<|endoftext|>\",\n");
+    fprintf(file, "  \"add_prefix_space\": false\n}\n");
+    finish_file(file, path);
+    free(path);
+}
+
+// ---- checkpoints ----
+// OUT/checkpoint-000300 is a model folder with optimizer.safetensors and trainer_state.json. It is written
+// beside as OUT/checkpoint-000300.tmp and renamed when it is whole: whatever happens, the older one stays.
+
+// AdamW's moments, mapped privately from a checkpoint's optimizer.safetensors. A missing one ends the
+// program.
+static void model_load_moments(Model *model, const char *path)
+{
+    SafeTensors file = safetensors_open(path);
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        for (Stored what = STORE_EXP_AVG; what <= STORE_EXP_AVG_SQ && !tensor->frozen; what++) {
+            StoredTensor wanted = stored_tensor(tensor, what), *found = safetensors_find(&file, wanted.name);
+            if (!found)
+                die("%s: tensor %s is missing", path, wanted.name);
+            if (strcmp(found->dtype, "F32") != 0)
+                die("%s: tensor %s is %s; F32 expected", path, wanted.name, found->dtype);
+            die_unless_same_shape(found, tensor, path);
+            *(what == STORE_EXP_AVG ? &tensor->exp_avg : &tensor->exp_avg_sq) = (float *)found->data;
+            free((char *)wanted.name);
+        }
+    }
+    model->moment_file = file.mapping;
+    safetensors_close(&file, true);
+}
+
+// The step that a name such as checkpoint-000300 tells, or -1 when it is not the name of a whole checkpoint.
+static long checkpoint_step(const char *name)
+{
+    const char *prefix = "checkpoint-";
+    size_t digits =
+        strncmp(name, prefix, strlen(prefix)) == 0 ? strspn(name + strlen(prefix), "0123456789") : 0;
+    return digits >= 6 && digits <= 12 && name[strlen(prefix) + digits] == 0 ? atol(name + strlen(prefix))
+                                                                             : -1;
+}
+
+static char *checkpoint_path(const char *out, long step) { return xprintf("%s/checkpoint-%06ld", out, step); }
+
+static int compare_steps(const void *a, const void *b)
+{
+    long x = *(const long *)a, y = *(const long *)b;
+    return (x > y) - (x < y);
+}
+
+// The steps of all whole checkpoints in a folder, ascending; *count tells how many. Leftovers of writes that
+// were cut off are deleted on the way.
+static long *list_checkpoints(const char *out, size_t *count)
+{
+    long *steps = NULL;
+    size_t capacity = 0;
+    *count = 0;
+    DIR *folder = opendir(out);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        char *path = xprintf("%s/%s", out, entry->d_name);
+        if (strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp")) {
+            remove_folder(path);
+        } else if (checkpoint_step(entry->d_name) >= 0) {
+            steps = grow(steps, *count + 1, &capacity, sizeof *steps);
+            steps[(*count)++] = checkpoint_step(entry->d_name);
+        }
+        free(path);
+    }
+    if (folder)
+        closedir(folder);
+    if (*count > 0)
+        qsort(steps, *count, sizeof *steps, compare_steps);
+    return steps;
+}
+// =====================================================================================================
+// 10. Data
+// =====================================================================================================
+// Whatever the file, training sees examples: n tokens make n - 1 rows, row i reading token i and being scored
+// on token i + 1, unless that still belongs to the prompt.
+//   .txt    documents, separated by lines that are only <|endoftext|>. Each becomes <|endoftext|> and its tokens; the
+//           stream of them all is cut into windows of seq_len rows
+//   .bin    llm.c's token shards, such a stream already: 256 int32 of header [20240520, 1, count], then uint16 tokens
+//   .jsonl  a line is an example: {"prompt": ..., "completion": ...} scores the completion and the <|endoftext|> behind
+//           it; {"text": ...} scores everything and has <|endoftext|> at both ends
+// Which example comes when is a pure function of seed and epoch, so that a resumed run goes on where it was.
+
+typedef struct {
+    int source;   // which file
+    size_t start; // first token within it
+    int size;     // tokens
+    int prompt;   // how many of them, at the beginning, are not scored
+} Example;
+
+typedef struct {
+    char *path;
+    Ids ids; // the tokens, or for a shard:
+    Mapping shard;
+    const uint16_t *shorts;
+} Source;
+
+typedef struct {
+    Source *sources;
+    Example *examples;
+    size_t source_count, source_capacity, count, capacity;
+    size_t truncated, skipped; // examples that were cut to seq_len, or had nothing to score
+    bool prompts;              // exact match makes sense: examples, not windows of a stream
+    bool shares_sources;       // split off another dataset, which owns the sources
+} Dataset;
+
+static int dataset_token(const Dataset *data, const Example *example, int i)
+{
+    const Source *source = &data->sources[example->source];
+    return source->shorts ? source->shorts[example->start + (size_t)i]
+                          : source->ids.data[example->start + (size_t)i];
+}
+
+static void dataset_add(Dataset *data, Example example)
+{
+    data->examples = grow(data->examples, data->count + 1, &data->capacity, sizeof example);
+    data->examples[data->count++] = example;
+}
+
+// Cuts a stream of tokens into windows of seq_len rows; neighbours share a token, since the last one of a
+// window is only a target. A last, shorter window is kept.
+static void add_windows(Dataset *data, int source, size_t tokens, int seq_len)
+{
+    for (size_t start = 0; start + 1 < tokens; start += (size_t)seq_len) {
+        size_t left = tokens - start;
+        dataset_add(data, (Example){source, start, left > (size_t)seq_len ? seq_len + 1 : (int)left, 1});
+    }
+}
+
+// Finds the next document of a text: *document, *size. Lines that are only <|endoftext|> separate documents
+// and belong to none. Returns false at the end of the text.
+static bool next_document(const char **at, const char *end, const char **document, size_t *size)
+{
+    static const char mark[] = "<|endoftext|>";
+    const size_t length = sizeof mark - 1;
+    while (*at < end) {
+        *document = *at;
+        const char *line = *at, *stop = end;
+        *at = end;
+        while (line < end) {
+            const char *newline = memchr(line, '\n', (size_t)(end - line)),
+                       *next = newline ? newline + 1 : end;
+            size_t width = (size_t)((newline ? newline : end) - line);
+            width -= width > 0 && line[width - 1] == '\r';
+            if (width == length && memcmp(line, mark, length) == 0) {
+                stop = line;
+                *at = next;
+                break;
+            }
+            line = next;
+        }
+        *size = (size_t)(stop - *document);
+        if (*size > 0)
+            return true;
+    }
+    return false;
+}
+
+static void load_text(Dataset *data, Source *source, Tokenizer *tokenizer, int seq_len)
+{
+    Text text = read_file(source->path);
+    const char *at = text.data, *document;
+    size_t size;
+    while (next_document(&at, text.data + text.size, &document, &size)) {
+        if (tokenizer->end_of_text >= 0)
+            ids_push(&source->ids, tokenizer->end_of_text);
+        tokenizer_encode(tokenizer, &source->ids, document, size, false);
+    }
+    free(text.data);
+    add_windows(data, (int)data->source_count - 1, source->ids.size, seq_len);
+}
+
+static void load_shard(Dataset *data, Source *source, int seq_len, int vocab_size)
+{
+    source->shard = map_file(source->path);
+    const int32_t *header = (const int32_t *)source->shard.data;
+    if (source->shard.size < 1024 || header[0] != 20240520 || header[1] != 1)
+        die("%s: not a token shard of llm.c: header 20240520, 1 expected", source->path);
+    size_t count = (source->shard.size - 1024) / 2;
+    if (header[2] < 0 || (size_t)header[2] != count)
+        die("%s: its header promises %d tokens, the file has %zu", source->path, header[2], count);
+    source->shorts = (const uint16_t *)(source->shard.data + 1024);
+    for (size_t i = 0; i < count; i++)
+        if (source->shorts[i] >= vocab_size)
+            die("%s: token %zu is %d, but the model's vocabulary has %d entries", source->path, i,
+                source->shorts[i], vocab_size);
+    add_windows(data, (int)data->source_count - 1, count, seq_len);
+}
+
+static const Json *json_text(const Json *object, const char *key, const char *where)
+{
+    const Json *member = json_get(object, key);
+    if (!member || member->kind != JSON_STRING)
+        die("%s: {\"prompt\": \"...\", \"completion\": \"...\"} or {\"text\": \"...\"} expected", where);
+    return member;
+}
+
+static void load_jsonl(Dataset *data, Source *source, Tokenizer *tokenizer, int seq_len)
+{
+    Text text = read_file(source->path);
+    const int end_of_text = tokenizer->end_of_text;
+    size_t line_number = 0;
+    data->prompts = true;
+    for (char *line = text.data, *next; line < text.data + text.size; line = next) {
+        char *newline = memchr(line, '\n', (size_t)(text.data + text.size - line));
+        size_t length = newline ? (size_t)(newline - line) : (size_t)(text.data + text.size - line);
+        next = line + length + 1;
+        line_number++;
+        if (strspn(line, " \t\r") >= length)
+            continue;
+        char *where = xprintf("%s:%zu", source->path, line_number);
+        Json *json = json_parse(line, length, where);
+        Ids prompt = {0}, rest = {0};
+        if (json_get(json, "text")) {
+            const Json *whole = json_text(json, "text", where);
+            tokenizer_encode(tokenizer, &rest, whole->string, whole->length, false);
+        } else {
+            const Json *question = json_text(json, "prompt", where),
+                       *answer = json_text(json, "completion", where);
+            tokenizer_encode(tokenizer, &prompt, question->string, question->length, false);
+            tokenizer_encode(tokenizer, &rest, answer->string, answer->length, false);
+        }
+        if (prompt.size == 0 && end_of_text >= 0)
+            ids_push(&prompt, end_of_text); // the first token needs something to be predicted from
+        bool empty = rest.size == 0;
+        if (end_of_text >= 0)
+            ids_push(&rest, end_of_text);
+        // Too long: the prompt is cut at its left, where it is farthest from the answer; then the answer at
+        // its end.
+        size_t room = (size_t)seq_len + 1, whole = prompt.size + rest.size;
+        if (whole > room) {
+            if (data->truncated++ < 3)
+                warn("%s: %zu tokens, cut to --seq-len %d", where, whole - 1, seq_len);
+            size_t kept = rest.size < room ? room - rest.size : 1;
+            if (kept < prompt.size) {
+                memmove(prompt.data, prompt.data + (prompt.size - kept), kept * sizeof(int));
+                prompt.size = kept;
+            }
+            if (prompt.size + rest.size > room)
+                rest.size = room - prompt.size;
+        }
+        if (empty || prompt.size == 0 || rest.size == 0) {
+            if (data->skipped++ < 3)
+                warn("%s: nothing to learn here (empty text or completion), skipped", where);
+        } else {
+            dataset_add(data, (Example){(int)data->source_count - 1, source->ids.size,
+                                        (int)(prompt.size + rest.size), (int)prompt.size});
+            for (size_t i = 0; i < prompt.size; i++)
+                ids_push(&source->ids, prompt.data[i]);
+            for (size_t i = 0; i < rest.size; i++)
+                ids_push(&source->ids, rest.data[i]);
+        }
+        free(prompt.data);
+        free(rest.data);
+        json_free(json);
+        free(where);
+    }
+    free(text.data);
+    if (data->truncated > 3 || data->skipped > 3)
+        warn("%s: %zu examples cut to --seq-len %d, %zu skipped in all", source->path, data->truncated,
+             seq_len, data->skipped);
+}
+
+// Loads a file, or all files that a glob matches. tokenizer may be NULL when there are only shards.
+static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size)
+{
+    Dataset *data = xcalloc(1, sizeof *data);
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found) != 0)
+        die("%s: no such file", pattern);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        const char *path = found.gl_pathv[i];
+        data->sources =
+            grow(data->sources, data->source_count + 1, &data->source_capacity, sizeof *data->sources);
+        Source *source = &data->sources[data->source_count++];
+        *source = (Source){.path = xstrdup(path)};
+        bool is_shard = ends_with(path, ".bin"), is_jsonl = ends_with(path, ".jsonl");
+        if (!is_shard && !is_jsonl && !ends_with(path, ".txt"))
+            die("%s: a name that ends in .txt, .jsonl or .bin expected", path);
+        if (!is_shard && !tokenizer)
+            die("%s: text needs a tokenizer; say --tokenizer FOLDER", path);
+        if (is_shard)
+            load_shard(data, source, seq_len, vocab_size);
+        else if (is_jsonl)
+            load_jsonl(data, source, tokenizer, seq_len);
+        else
+            load_text(data, source, tokenizer, seq_len);
+    }
+    globfree(&found);
+    if (data->count == 0)
+        die("%s: holds no example to learn from", pattern);
+    return data;
+}
+
+// Splits the last part off as a dataset of its own, at least one example; the sources are shared.
+static Dataset *dataset_split(Dataset *data, double fraction)
+{
+    size_t count = (size_t)((double)data->count * fraction + 0.5);
+    if (count < 1)
+        count = 1;
+    if (count >= data->count)
+        die("%s: %zu examples are too few to split off --val-fraction; give --val, or --val-fraction 0",
+            data->sources[0].path, data->count);
+    Dataset *part = xcalloc(1, sizeof *part);
+    *part = *data;
+    part->shares_sources = true;
+    part->examples = NULL;
+    part->count = part->capacity = 0;
+    for (size_t i = data->count - count; i < data->count; i++)
+        dataset_add(part, data->examples[i]);
+    data->count -= count;
+    return part;
+}
+
+static void dataset_free(Dataset *data)
+{
+    if (!data)
+        return;
+    for (size_t i = 0; i < data->source_count && !data->shares_sources; i++) {
+        free(data->sources[i].path);
+        free(data->sources[i].ids.data);
+        unmap_file(&data->sources[i].shard);
+    }
+    if (!data->shares_sources)
+        free(data->sources);
+    free(data->examples);
+    free(data);
+}
+
+// How many rows (tokens that the model reads) and how many of them are scored.
+static void dataset_size(const Dataset *data, size_t *rows, size_t *targets)
+{
+    *rows = *targets = 0;
+    for (size_t i = 0; i < data->count; i++) {
+        *rows += (size_t)data->examples[i].size - 1;
+        *targets += (size_t)(data->examples[i].size - data->examples[i].prompt);
+    }
+}
+
+typedef struct {
+    int size;
+    size_t order, example;
+} Shuffled;
+
+static int compare_sizes(const void *a, const void *b)
+{
+    const Shuffled *x = a, *y = b;
+    if (x->size != y->size)
+        return x->size < y->size ? -1 : 1;
+    return (x->order > y->order) - (x->order < y->order);
+}
+
+static void shuffle(size_t *list, size_t count, uint64_t stream)
+{
+    for (size_t i = count; i > 1; i--) { // Fisher and Yates
+        size_t j = random_bits(stream, i) % i, kept = list[i - 1];
+        list[i - 1] = list[j];
+        list[j] = kept;
+    }
+}
+
+// The order of examples in an epoch: (count) indices; each run of `group` makes an update. Examples are
+// shuffled, sorted by length within pools of 50 groups, so that those of like length come together, and then
+// whole groups are shuffled. What is left over makes the last, smaller update.
+static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, size_t group)
+{
+    enum { POOL = 50 };
+    uint64_t stream = random_stream(seed, 0x6f72646572u + (uint64_t)epoch);
+    size_t *order = xmalloc(data->count * sizeof *order), *result = xmalloc(data->count * sizeof *result);
+    for (size_t i = 0; i < data->count; i++)
+        order[i] = i;
+    shuffle(order, data->count, stream);
+    size_t groups = data->count / group;
+    Shuffled *pool = xmalloc(POOL * group * sizeof *pool);
+    for (size_t begin = 0; begin < groups * group; begin += POOL * group) {
+        size_t count = groups * group - begin < POOL * group ? groups * group - begin : POOL * group;
+        for (size_t i = 0; i < count; i++)
+            pool[i] = (Shuffled){data->examples[order[begin + i]].size, i, order[begin + i]};
+        qsort(pool, count, sizeof *pool, compare_sizes);
+        for (size_t i = 0; i < count; i++)
+            order[begin + i] = pool[i].example;
+    }
+    free(pool);
+    size_t *group_order = xmalloc((groups + 1) * sizeof *group_order);
+    for (size_t i = 0; i < groups; i++)
+        group_order[i] = i;
+    shuffle(group_order, groups, random_stream(stream, 1));
+    for (size_t i = 0; i < groups; i++)
+        memcpy(result + i * group, order + group_order[i] * group, group * sizeof *result);
+    memcpy(result + groups * group, order + groups * group, (data->count - groups * group) * sizeof *result);
+    free(group_order);
+    free(order);
+    return result;
+}
+
+// Packs examples first .. first + count - 1 of the list `indices`, or of the file when it is NULL, into a
+// batch.
+static void dataset_batch(const Dataset *data, const size_t *indices, size_t first, size_t count,
+                          Batch *batch)
+{
+    batch_clear(batch);
+    for (size_t i = 0; i < count; i++) {
+        const Example *example = &data->examples[indices ? indices[first + i] : first + i];
+        for (int t = 0; t + 1 < example->size; t++)
+            batch_add_row(batch, dataset_token(data, example, t), t,
+                          t + 1 >= example->prompt ? dataset_token(data, example, t + 1) : -1);
+        batch_end_sequence(batch);
+    }
+}
+// =====================================================================================================
+// 11. Training
+// =====================================================================================================
+// The recipe: warm up, decay, evaluate now and then, keep the best, stop in order. Everything that must
+// survive an interruption is in a checkpoint; everything else is a pure function of the options and the step.
+
+// The settings of a run, as section 12 reads them from the command line.
+typedef struct {
+    const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt;
+    double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm,
+        dropout;
+    double temperature, top_p;
+    long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
+    long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
+    long generate, samples, top_k, threads, seed;
+    long schedule, matmul;            // numbers of their choices
+    Patterns no_decay, freeze, given; // given: the options as they were given, for checkpoints
+    bool resume, overfit, eval, plan, recompute, quiet, help;
+} Options;
+
+// What a run is made of.
+typedef struct {
+    const Options *options;
+    Model *model;
+    Tokenizer *tokenizer; // NULL when there is none
+    Dataset *train, *val; // val may be NULL
+    Activations activations;
+    long steps, warmup, steps_per_epoch, val_every, save_every;
+    // What a checkpoint remembers:
+    long step;             // updates done
+    double seconds;        // spent training, without this session
+    double best_loss;      // INFINITY before the first evaluation
+    long best_step, stale; // stale: evaluations since the best one
+    long evaluated_step;   // the last step that was evaluated, -1 for none
+} Run;
+
+typedef struct {
+    double loss;     // mean over scored tokens
+    double accuracy; // share of scored tokens whose logit was the highest
+    double exact;    // share of examples with all scored tokens right: greedy generation would give them
+    size_t targets, examples;
+} Evaluation;
+
+static volatile sig_atomic_t stop_signal = 0;
+
+static void remember_signal(int signal_number) { stop_signal = signal_number; }
+
+// The first SIGINT or SIGTERM asks the loop to finish its step and save; a second one ends the program at
+// once.
+static void catch_signals(void)
+{
+    struct sigaction action = {.sa_handler = remember_signal, .sa_flags = SA_RESETHAND};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+// Mean loss, accuracy and exact match over a dataset, or its first `batches` batches (0: all).
+static Evaluation evaluate(Run *run, const Dataset *data, size_t batch_size, long batches)
+{
+    Evaluation result = {0};
+    Batch batch = {0};
+    double loss = 0;
+    size_t hits = 0, exact = 0, end = data->count;
+    if (batches > 0 && (size_t)batches < (end + batch_size - 1) / batch_size)
+        end = (size_t)batches * batch_size;
+    for (size_t begin = 0; begin < end && !stop_signal; begin += batch_size) {
+        dataset_batch(data, NULL, begin, end - begin < batch_size ? end - begin : batch_size, &batch);
+        activations_reserve(&run->activations, run->model, batch.rows, longest_sequence(&batch),
+                            run->activations.training, run->options->recompute, run->options->dropout > 0,
+                            false);
+        Activations view = run->activations; // the same memory, but nothing is kept for a backward pass
+        view.training = false;
+        model_forward(run->model, &view, &batch, NULL, (Dropout){0});
+        loss += classifier(run->model, &view, &batch, false, 0, false);
+        result.targets += (size_t)batch.targets;
+        for (int s = 0, i = 0; s < batch.sequences; s++) {
+            bool all = true;
+            for (; i < batch.targets && view.scored[i] < batch.first_row[s + 1]; i++) {
+                hits += view.hit[i];
+                all = all && view.hit[i];
+            }
+            exact += all;
+            result.examples++;
+        }
+    }
+    batch_free(&batch);
+    double targets = result.targets ? (double)result.targets : 1;
+    result.loss = loss / targets;
+    result.accuracy = (double)hits / targets;
+    result.exact = result.examples ? (double)exact / (double)result.examples : 0;
+    return result;
+}
+
+// "12.3k" for counts that need no more digits.
+static const char *short_number(double value, char text[16])
+{
+    if (value >= 1e6)
+        snprintf(text, 16, "%.2fM", value / 1e6);
+    else if (value >= 1e4)
+        snprintf(text, 16, "%.1fk", value / 1e3);
+    else
+        snprintf(text, 16, "%.0f", value);
+    return text;
+}
+
+// "1:02:03" or "2:03".
+static const char *clock_time(double seconds, char text[32])
+{
+    long s = (long)(seconds + 0.5);
+    if (s >= 3600)
+        snprintf(text, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+    else
+        snprintf(text, 32, "%ld:%02ld", s / 60, s % 60);
+    return text;
+}
+
+// On a terminal the line is written over and over, cut to the window's width; in a pipe each one stands.
+static void show_progress(const char *line, bool on_terminal)
+{
+    if (!on_terminal) {
+        printf("%s\n", line);
+    } else {
+        struct winsize window = {0};
+        int width = ioctl(1, TIOCGWINSZ, &window) == 0 && window.ws_col > 1 ? window.ws_col - 1 : 79;
+        printf("\r%.*s\033[K", width, line);
+        progress_line_open = true;
+    }
+    fflush(stdout);
+}
+
+static void end_progress(void)
+{
+    if (progress_line_open)
+        putchar('\n');
+    progress_line_open = false;
+}
+
+static double epoch_of(const Run *run, long step) { return (double)step / (double)run->steps_per_epoch; }
+
+// ---- log.csv ----
+
+// Opens OUT/log.csv; on a resumed run the lines after the checkpoint's step are taken off first.
+static FILE *open_log(const Run *run)
+{
+    char *path = xprintf("%s/log.csv", run->options->out);
+    Text kept = {0};
+    if (run->step > 0 && file_exists(path)) {
+        Text old = read_file(path);
+        for (char *line = old.data, *next; *line; line = next) {
+            char *newline = strchr(line, '\n');
+            next = newline ? newline + 1 : line + strlen(line);
+            bool is_header = line == old.data;
+            if (newline && (is_header || atol(line) <= run->step))
+                text_append(&kept, line, (size_t)(next - line));
+        }
+        free(old.data);
+    }
+    if (kept.size == 0) {
+        const char *header =
+            "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n";
+        text_append(&kept, header, strlen(header));
+    }
+    FILE *file = create_file(path);
+    fwrite(kept.data, 1, kept.size, file);
+    finish_file(file, path);
+    file = fopen(path, "ab");
+    if (!file)
+        die("%s: cannot be written: %s", path, strerror(errno));
+    free(path);
+    free(kept.data);
+    return file;
+}
+
+// ---- checkpoints ----
+
+// Saves everything that is needed to go on, and deletes checkpoints that are neither new nor the best.
+static void save_checkpoint(const Run *run, double seconds)
+{
+    char *path = checkpoint_path(run->options->out, run->step), *temporary = xprintf("%s.tmp", path);
+    remove_folder(temporary);
+    model_save(run->model, run->tokenizer, temporary);
+    char *inside = xprintf("%s/optimizer.safetensors", temporary);
+    model_write_tensors(run->model, inside, true);
+    free(inside);
+    inside = xprintf("%s/trainer_state.json", temporary);
+    FILE *file = create_file(inside);
+    fprintf(file,
+            "{\n  \"step\": %ld,\n  \"epoch\": %.9g,\n  \"best_step\": %ld,\n  \"stale\": %ld,\n"
+            "  \"evaluated_step\": %ld,\n",
+            run->step, epoch_of(run, run->step), run->best_step, run->stale, run->evaluated_step);
+    if (isfinite(run->best_loss))
+        fprintf(file, "  \"best_loss\": %.17g,\n", run->best_loss);
+    fprintf(file, "  \"seconds\": %.3f,\n  \"options\": [", seconds);
+    for (size_t i = 0; i < run->options->given.size; i++) {
+        fputs(i ? ", " : "", file);
+        json_write_string(file, run->options->given.items[i], strlen(run->options->given.items[i]));
+    }
+    fprintf(file, "]\n}\n");
+    finish_file(file, inside);
+    free(inside);
+    sync_folder(temporary);
+    remove_folder(path);
+    if (rename(temporary, path) != 0)
+        die("%s: cannot be renamed: %s", temporary, strerror(errno));
+    sync_folder(run->options->out);
+    free(path);
+    free(temporary);
+
+    size_t count;
+    long *steps = list_checkpoints(run->options->out, &count);
+    for (size_t i = 0; i + (size_t)run->options->keep < count; i++)
+        if (steps[i] != run->best_step) {
+            path = checkpoint_path(run->options->out, steps[i]);
+            remove_folder(path);
+            free(path);
+        }
+    free(steps);
+}
+
+// Goes on from OUT/checkpoint-STEP, whose weights the model already has.
+static void load_trainer_state(Run *run, long step)
+{
+    char *folder = checkpoint_path(run->options->out, step);
+    char *moments = xprintf("%s/optimizer.safetensors", folder),
+         *path = xprintf("%s/trainer_state.json", folder);
+    model_load_moments(run->model, moments);
+    Json *json = json_read_file(path);
+    run->step = (long)json_number(json, "step", -1, path);
+    if (run->step != step)
+        die("%s: step %ld expected", path, step);
+    run->best_step = (long)json_number(json, "best_step", 0, path);
+    run->stale = (long)json_number(json, "stale", 0, path);
+    run->evaluated_step = (long)json_number(json, "evaluated_step", -1, path);
+    run->best_loss = json_number(json, "best_loss", INFINITY, path);
+    run->seconds = json_number(json, "seconds", 0, path);
+    json_free(json);
+    free(folder);
+    free(moments);
+    free(path);
+}
+
+// ---- one update ----
+
+typedef struct {
+    double loss, accuracy, norm, learning_rate;
+    size_t rows, targets;
+} Update;
+
+static Adam adam_of(const Options *o)
+{
+    return (Adam){o->beta1, o->beta2, o->epsilon, o->weight_decay, o->max_grad_norm};
+}
+
+// Takes one update on `count` micro-batches. The loss is the mean over the scored tokens of all of them
+// together, so it does not matter how examples fall into micro-batches. Nothing is changed when nothing is
+// scored (then targets is 0), and the program ends before the update when loss or gradient is not finite.
+static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
+                          const Options *options, long step, double learning_rate)
+{
+    Update update = {.learning_rate = learning_rate};
+    double loss = 0;
+    size_t hits = 0;
+    for (long i = 0; i < count; i++) {
+        update.targets += (size_t)batches[i].targets;
+        update.rows += (size_t)batches[i].rows;
+    }
+    if (update.targets == 0)
+        return update;
+    uint64_t stream = random_stream((uint64_t)options->seed, 0x64726f70u + (uint64_t)step);
+    for (long i = 0; i < count; i++) {
+        Dropout dropout = {(float)options->dropout, random_stream(stream, (uint64_t)i)};
+        activations_reserve(a, model, batches[i].rows, longest_sequence(&batches[i]), true,
+                            options->recompute, options->dropout > 0, false);
+        loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
+        for (int j = 0; j < batches[i].targets; j++)
+            hits += a->hit[j];
+    }
+    update.loss = loss / (double)update.targets;
+    update.accuracy = (double)hits / (double)update.targets;
+    if (!isfinite(update.loss))
+        die("step %ld: the loss is not finite; the last good checkpoint stays. A smaller --learning-rate may "
+            "help",
+            step + 1);
+    const Tensor *worst;
+    update.norm = gradient_norm(model, &worst);
+    if (worst)
+        die("step %ld: the gradient of %s is not finite; the last good checkpoint stays. A smaller "
+            "--learning-rate "
+            "may help",
+            step + 1, worst->name);
+    Adam adam = adam_of(options);
+    adamw_update(model, &adam, learning_rate, step + 1, clip_factor(update.norm, adam.max_grad_norm));
+    return update;
+}
+
+// ---- the loop ----
+
+static void print_sample(const Run *run)
+{
+    Ids prompt = {0}, output = {0};
+    Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step};
+    if (!run->tokenizer)
+        return;
+    ids_push(&prompt, run->tokenizer->end_of_text >= 0 ? run->tokenizer->end_of_text : 0);
+    printf("--- sample at step %ld ---\n", run->step);
+    generate(run->model, run->tokenizer, &prompt, (int)run->options->sample_tokens, 1,
+             run->tokenizer->end_of_text, &sampling, &output);
+    printf("\n---\n");
+    free(prompt.data);
+    free(output.data);
+}
+
+static void report_evaluation(const Run *run, const Evaluation *e, FILE *log, double learning_rate,
+                              double seconds)
+{
+    bool exact = run->val->prompts;
+    end_progress();
+    printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->steps, e->loss,
+           exp(e->loss), 100 * e->accuracy);
+    if (exact)
+        printf("  exact match %.2f %% of %zu", 100 * e->exact, e->examples);
+    printf("\n");
+    fflush(stdout);
+    fprintf(log, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e->loss,
+            e->accuracy, learning_rate, seconds);
+}
+
+// What an evaluation decides: is this the best model so far, is it time to stop? Returns whether it is the
+// best.
+static bool judge(Run *run, double loss)
+{
+    bool better = loss < run->best_loss;
+    run->stale = better ? 0 : run->stale + 1;
+    if (better) {
+        run->best_loss = loss;
+        run->best_step = run->step;
+    }
+    return better;
+}
+
+// Packs the examples of update `step` into at most --accumulate micro-batches; returns how many. *order and
+// *order_epoch remember the order of the examples of the current epoch.
+static long next_batches(const Run *run, Batch *batches, size_t **order, long *order_epoch)
+{
+    const size_t A = (size_t)run->options->accumulate, B = (size_t)run->options->batch_size;
+    long step = run->options->overfit ? 0 : run->step, epoch = step / run->steps_per_epoch;
+    if (epoch != *order_epoch) {
+        free(*order);
+        *order = dataset_order(run->train, (uint64_t)run->options->seed, epoch, A * B);
+        *order_epoch = epoch;
+    }
+    size_t begin = (size_t)(step % run->steps_per_epoch) * A * B, end = begin + A * B;
+    end = end < run->train->count ? end : run->train->count;
+    long count = 0;
+    for (; begin < end; begin += B)
+        dataset_batch(run->train, *order, begin, end - begin < B ? end - begin : B, &batches[count++]);
+    return count;
+}
+
+// OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
+static void save_result(const Run *run, double seconds)
+{
+    const char *out = run->options->out;
+    char *best = checkpoint_path(out, run->best_step), text[32];
+    if (isfinite(run->best_loss) && run->best_step != run->step) {
+        Model *model = model_load(best);
+        model_save(model, run->tokenizer, out);
+        model_free(model);
+    } else {
+        model_save(run->model, run->tokenizer, out);
+    }
+    free(best);
+    printf("model saved in %s", out);
+    if (isfinite(run->best_loss))
+        printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
+    printf(" after %s\n", clock_time(seconds, text));
+}
+
+// Trains from run->step to run->steps, or until a signal or --patience ends it; saves the final model in OUT.
+// Returns the exit status of the program. With --overfit nothing is saved, and the status says whether it
+// passed.
+static int train(Run *run)
+{
+    const Options *options = run->options;
+    const bool on_terminal = isatty(1);
+    const long plain_every = run->steps / 40 > 0 ? run->steps / 40 : 1;
+    FILE *log = open_log(run);
+    Batch *batches = xcalloc((size_t)options->accumulate, sizeof *batches);
+    size_t *order = NULL;
+    long order_epoch = -1, saved_step = run->step;
+    double started = now() - run->seconds, shown = 0, seconds_per_step = 0;
+    Update update = {0};
+    bool ending = false;
+    catch_signals();
+    for (;;) {
+        bool last = run->step >= run->steps, save = last || run->step % run->save_every == 0;
+        if (run->val && (last || run->step % run->val_every == 0) && run->evaluated_step != run->step) {
+            Evaluation e = evaluate(run, run->val, (size_t)options->batch_size, options->val_batches);
+            if (!stop_signal) { // one that was cut short is made up for after --resume
+                run->evaluated_step = run->step;
+                report_evaluation(run, &e, log, update.learning_rate, now() - started);
+                save = (run->step > 0 && judge(run, e.loss)) || save;
+                if (options->patience > 0 && run->stale >= options->patience) {
+                    printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
+                    ending = save = true;
+                }
+            }
+        }
+        if (run->step > 0 && options->sample_every > 0 && run->step % options->sample_every == 0 &&
+            !stop_signal) {
+            end_progress();
+            print_sample(run);
+        }
+        if ((save || stop_signal) && run->step != saved_step && !options->overfit) {
+            save_checkpoint(run, now() - started);
+            saved_step = run->step;
+        }
+        if (last || ending || stop_signal)
+            break;
+
+        double step_started = now();
+        long count = next_batches(run, batches, &order, &order_epoch);
+        double factor = schedule_factor((Schedule)options->schedule, run->step, run->warmup, run->steps,
+                                        options->final_lr);
+        update = take_update(run->model, &run->activations, batches, count, options, run->step,
+                             factor * options->learning_rate);
+        run->step++;
+        if (update.targets == 0) {
+            warn("step %ld: no token of this batch is scored, skipped", run->step);
+            continue;
+        }
+        double seconds = now() - step_started, tokens_per_second = (double)update.rows / seconds;
+        seconds_per_step = seconds_per_step == 0 ? seconds : 0.9 * seconds_per_step + 0.1 * seconds;
+        fprintf(log, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
+                update.loss, update.accuracy, update.learning_rate, update.norm, tokens_per_second,
+                now() - started);
+        fflush(log);
+        bool due = on_terminal ? now() - shown > 0.2 : run->step % plain_every == 0;
+        if (!options->quiet && (due || run->step == run->steps)) {
+            char line[256], rate[16], left[32];
+            shown = now();
+            snprintf(line, sizeof line,
+                     "step %ld/%ld  epoch %.2f  loss %.4f  lr %.2e  norm %.3f  %s tok/s  %s left", run->step,
+                     run->steps, epoch_of(run, run->step), update.loss, update.learning_rate, update.norm,
+                     short_number(tokens_per_second, rate),
+                     clock_time(seconds_per_step * (double)(run->steps - run->step), left));
+            show_progress(line, on_terminal);
+        }
+    }
+    end_progress();
+    fclose(log);
+    for (long i = 0; i < options->accumulate; i++)
+        batch_free(&batches[i]);
+    free(batches);
+    free(order);
+    if (stop_signal) {
+        printf("stopped at step %ld of %ld", run->step, run->steps);
+        printf(options->overfit ? "\n" : ", saved in %s; --resume goes on from there\n", options->out);
+        return 128 + stop_signal;
+    }
+    if (options->overfit) {
+        bool passed = update.accuracy == 1;
+        printf("overfit one batch: training accuracy %.2f %%, %s\n", 100 * update.accuracy,
+               passed ? "passed"
+                      : "NOT passed: 100 % expected; more --steps or a higher --learning-rate may help");
+        return passed ? 0 : 1;
+    }
+    save_result(run, now() - started);
+    return 0;
+}
+// =====================================================================================================
+// 12. Command line
+// =====================================================================================================
+// One table makes the parser, --help, defaults and range checks, and the settings that a checkpoint
+// remembers.
+
+typedef enum { FLAG, COUNT, REAL, WORD, CHOICE, LIST } OptionKind;
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8 }; // where an option applies
+
+typedef struct {
+    const char *name;
+    char letter;
+    OptionKind kind;
+    size_t field;        // where its value goes in Options
+    const char *initial; // its default
+    double least, most;  // for numbers
+    int modes;
+    const char *argument; // what --help calls it; for a CHOICE the words, separated by |
+    const char *help;
+} Option;
+
+// clang-format off
+#define FIELD(name) offsetof(Options, name)
+static const Option option_table[] = {
+    {.help = "Model and files"},
+    {"init", 'e', WORD, FIELD(init), "d4", 0, 0, ANY, "WHAT", "model folder, or a size to start at random: d4 d6 d12 d24 d36 d48"},
+    {"n-layer", 0, COUNT, FIELD(n_layer), "0", 1, 1000, TRAIN, "N", "override the size of a random start"},
+    {"n-head", 0, COUNT, FIELD(n_head), "0", 1, 1 << 16, TRAIN, "N", "the same"},
+    {"n-embd", 0, COUNT, FIELD(n_embd), "0", 1, 1 << 16, TRAIN, "N", "the same"},
+    {"n-positions", 0, COUNT, FIELD(n_positions), "0", 1, 1 << 20, TRAIN, "N", "the same; 1024 else"},
+    {"tokenizer", 0, WORD, FIELD(tokenizer), "", 0, 0, ANY, "WHAT", "folder with vocab.json + merges.txt, or a merges file; the model folder's else"},
+    {"train", 'i', WORD, FIELD(train), "", 0, 0, TRAIN, "PATH", ".txt, .jsonl or llm.c .bin; a quoted glob takes several"},
+    {"val", 'j', WORD, FIELD(val), "", 0, 0, TRAIN | EVAL, "PATH", "the same, to evaluate on"},
+    {"val-fraction", 0, REAL, FIELD(val_fraction), "0.05", 0, 0.9, TRAIN, "X", "without --val, this part of --train is split off its end"},
+    {"out", 'o', WORD, FIELD(out), "out", 0, 0, TRAIN | NOT_SAVED, "DIR", "checkpoints, log.csv and the final model"},
+    {"resume", 'y', FLAG, FIELD(resume), "", 0, 0, TRAIN | NOT_SAVED, NULL, "go on from the newest checkpoint in --out, if there is one"},
+    {.help = "Length of the run"},
+    {"batch-size", 'b', COUNT, FIELD(batch_size), "4", 1, 1 << 20, TRAIN | EVAL, "N", "examples per micro-batch"},
+    {"seq-len", 't', COUNT, FIELD(seq_len), "0", 1, 1 << 20, TRAIN | EVAL, "N", "longest sequence; the smaller of 1024 and n_positions else"},
+    {"accumulate", 0, COUNT, FIELD(accumulate), "1", 1, 1 << 20, TRAIN, "N", "micro-batches per update"},
+    {"epochs", 0, REAL, FIELD(epochs), "3", 0, 1e6, TRAIN, "X", "how often the data is gone through"},
+    {"steps", 'x', COUNT, FIELD(steps), "0", 1, 1e9, TRAIN, "N", "updates, in place of --epochs"},
+    {.help = "Optimizer and schedule"},
+    {"learning-rate", 'l', REAL, FIELD(learning_rate), "5e-5", 0, 1e3, TRAIN, "X", "the highest"},
+    {"warmup-steps", 'u', WORD, FIELD(warmup_steps), "", 0, 0, TRAIN, "W", "steps, 10% or 1ep; 1ep when fine-tuning for longer, 10% else"},
+    {"schedule", 'k', CHOICE, FIELD(schedule), "linear", 0, 0, TRAIN, "linear|cosine|constant", "how the rate falls after warm-up"},
+    {"final-lr", 'q', REAL, FIELD(final_lr), "0", 0, 1, TRAIN, "F", "the rate never falls below this part of the highest"},
+    {"weight-decay", 'c', REAL, FIELD(weight_decay), "0.01", 0, 1e3, TRAIN, "X", "AdamW's, on what --no-decay leaves"},
+    {"no-decay", 0, LIST, FIELD(no_decay), "bias,ln_.+weight,ln_.+bias", 0, 0, TRAIN, "REGEX", "tensors without decay; may repeat, the first replaces the defaults"},
+    {"freeze", 0, LIST, FIELD(freeze), "none", 0, 0, TRAIN, "REGEX", "tensors that stay as they are; may repeat"},
+    {"beta1", 0, REAL, FIELD(beta1), "0.9", 0, 0.999999, TRAIN, "X", "AdamW's averages of the gradient"},
+    {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and of its square"},
+    {"epsilon", 0, REAL, FIELD(epsilon), "1e-8", 0, 1, TRAIN, "X", "AdamW's"},
+    {"max-grad-norm", 0, REAL, FIELD(max_grad_norm), "1", 0, 1e30, TRAIN, "X", "clip gradients to this norm; 0: never"},
+    {"dropout", 0, REAL, FIELD(dropout), "0", 0, 0.99, TRAIN, "X", "probability, at the places GPT-2 has it"},
+    {"overfit", 0, FLAG, FIELD(overfit), "", 0, 0, TRAIN, NULL, "train on the first batch only; must reach 100 % accuracy"},
+    {.help = "Evaluation, samples, checkpoints"},
+    {"val-every", 'v', COUNT, FIELD(val_every), "0", 1, 1e9, TRAIN, "N", "steps between evaluations; 20 a run else"},
+    {"val-batches", 'm', COUNT, FIELD(val_batches), "0", 1, 1e9, TRAIN | EVAL, "N", "batches of an evaluation; all else"},
+    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample every N steps"},
+    {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN, "N", "its length"},
+    {"save-every", 'n', COUNT, FIELD(save_every), "0", 1, 1e9, TRAIN, "N", "steps between checkpoints; at each evaluation else"},
+    {"keep", 0, COUNT, FIELD(keep), "2", 1, 1e6, TRAIN, "N", "how many checkpoints stay, the best one besides"},
+    {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss"},
+    {.help = "Instead of training"},
+    {"eval", 0, FLAG, FIELD(eval), "", 0, 0, EVAL | NOT_SAVED, NULL, "loss, perplexity, accuracy and exact match of --val"},
+    {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
+    {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED, "TEXT", "- reads standard input"},
+    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | NOT_SAVED, "X", "0: always the most likely token"},
+    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw from the K most likely tokens only"},
+    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "or from the likeliest that reach probability P"},
+    {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
+    {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
+    {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
+    {.help = "The machine"},
+    {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "all cores, or OMP_NUM_THREADS, else"},
+    {"seed", 0, COUNT, FIELD(seed), "1337", 0, 1e15, TRAIN | GENERATE, "N", "of initial values, shuffling, dropout and samples"},
+    {"recompute", 0, FLAG, FIELD(recompute), "", 0, 0, TRAIN, NULL, "keep less for the backward pass: less memory, more time"},
+    {"matmul", 0, CHOICE, FIELD(matmul), "auto", 0, 0, ANY, "auto|openblas|builtin", "auto times both and takes the faster"},
+    {"quiet", 0, FLAG, FIELD(quiet), "", 0, 0, ANY | NOT_SAVED, NULL, "no banner and no progress line"},
+};
+// clang-format on
+enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
+enum { MATMUL_AUTO_CHOICE, MATMUL_OPENBLAS_CHOICE, MATMUL_BUILTIN_CHOICE };
+
+static void add_pattern(Patterns *patterns, const char *item)
+{
+    patterns->items = grow(patterns->items, patterns->size + 1, &patterns->capacity, sizeof *patterns->items);
+    patterns->items[patterns->size++] = xstrdup(item);
+}
+
+// Sets one option from its text; `again`: a LIST goes on. Ends the program with status 2 when the text is
+// wrong.
+static void set_option(Options *options, const Option *option, const char *text, bool again)
+{
+    char *field = (char *)options + option->field, *end = NULL;
+    if (option->kind == FLAG) {
+        *(bool *)field = *text != 0;
+    } else if (option->kind == WORD) {
+        *(const char **)field = xstrdup(text);
+    } else if (option->kind == CHOICE) {
+        const char *word = option->argument;
+        long number = 0;
+        for (size_t length = strlen(text); strncmp(word, text, length) != 0 || !strchr("|", word[length]);
+             number++) {
+            word = strchr(word, '|');
+            if (!word++)
+                die_usage("--%s %s: say one of %s", option->name, text, option->argument);
+        }
+        *(long *)field = number;
+    } else if (option->kind == LIST) {
+        Patterns *patterns = (Patterns *)field;
+        if (!again)
+            *patterns = (Patterns){0};
+        if (strcmp(text, "none") != 0)
+            add_pattern(patterns, text);
+    } else {
+        errno = 0;
+        double value = strtod(text, &end);
+        bool whole = option->kind == COUNT;
+        if (end == text || *end || errno || !(value >= option->least && value <= option->most) ||
+            (whole && value != floor(value)))
+            die_usage("--%s %s: a %snumber from %g to %g expected", option->name, text, whole ? "whole " : "",
+                      option->least, option->most);
+        if (whole)
+            *(long *)field = (long)value;
+        else
+            *(double *)field = value;
+    }
+}
+
+static void set_defaults(Options *options)
+{
+    *options = (Options){0};
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        char *field = (char *)options + option->field;
+        if (!option->name || option->kind == FLAG)
+            continue;
+        if (option->kind == COUNT) {
+            *(long *)field = atol(option->initial); // 0 where the default depends on something else
+        } else if (option->kind == LIST) {
+            char *list = xstrdup(option->initial);
+            for (char *item = strtok(list, ","), *first = item; item; item = strtok(NULL, ","))
+                set_option(options, option, item, item != first);
+            free(list);
+        } else {
+            set_option(options, option, option->initial, false);
+        }
+    }
+}
+
+// Keeps "--name=text" for checkpoints, which are read again in this order: later values override earlier ones.
+static void remember_option(Options *options, const Option *option, const char *text)
+{
+    char *word = xprintf(text ? "--%s=%s" : "--%s", option->name, text);
+    if (!(option->modes & NOT_SAVED))
+        add_pattern(&options->given, word);
+    free(word);
+}
+
+// Names the option that begins most like the unknown one.
+static void __attribute__((noreturn)) die_unknown_option(const char *word)
+{
+    const char *nearest = NULL, *name = word + strspn(word, "-");
+    size_t most = 2;
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        size_t same = 0;
+        while (option->name && option->name[same] && option->name[same] == name[same])
+            same++;
+        if (same > most) {
+            most = same;
+            nearest = option->name;
+        }
+    }
+    die_usage("unknown option %s; %s%s%s", word, nearest ? "did you mean --" : "--help lists all",
+              nearest ? nearest : "", nearest ? "?" : "");
+}
+
+// Reads the command line. Ends the program with status 2 and one line when it is wrong.
+static void parse_options(Options *options, int argc, char **argv)
+{
+    struct option names[OPTION_COUNT + 1] = {{0}};
+    char letters[3 * OPTION_COUNT + 2] = ":";
+    int count = 0;
+    for (int i = 0; i < OPTION_COUNT; i++) {
+        const Option *option = &option_table[i];
+        if (!option->name)
+            continue;
+        bool argument = option->kind != FLAG;
+        names[count++] =
+            (struct option){option->name, argument ? required_argument : no_argument, NULL, 1000 + i};
+        if (option->letter)
+            snprintf(letters + strlen(letters), 3, "%c%s", option->letter, argument ? ":" : "");
+    }
+    set_defaults(options);
+    bool given[OPTION_COUNT] = {false};
+    opterr = 0;
+    optind = 0; // start anew, also after an earlier command line
+#ifdef __APPLE__
+    optind = optreset = 1;
+#endif
+    for (int found; (found = getopt_long(argc, argv, letters, names, NULL)) != -1;) {
+        int i = found - 1000;
+        if (found < 1000)
+            for (i = 0; i < OPTION_COUNT && (!option_table[i].name || option_table[i].letter != found); i++)
+                ;
+        if (found == ':')
+            die_usage("%s needs a value; --help says which", argv[optind - 1]);
+        if (found == '?' || i >= OPTION_COUNT)
+            die_unknown_option(argv[optind - 1]);
+        set_option(options, &option_table[i], optarg ? optarg : "yes", given[i]);
+        remember_option(options, &option_table[i], optarg);
+        given[i] = true;
+    }
+    if (optind < argc)
+        die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", argv[optind]);
+    int mode = options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
+    static const char *const mode_names[] = {
+        [TRAIN] = "training", [EVAL] = "--eval", [GENERATE] = "--generate"};
+    for (int i = 0; i < OPTION_COUNT && !options->help; i++)
+        if (given[i] && !(option_table[i].modes & mode))
+            die_usage("--%s does not apply to %s%s", option_table[i].name, mode_names[mode],
+                      option_table[i].modes & GENERATE ? "; it goes with --generate N" : "");
+}
+
+static void print_help(void)
+{
+    printf("train_gpt2: train, fine-tune, evaluate and sample GPT-2 on CPU cores\n\n"
+           "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
+           "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
+           "  train_gpt2 --init DIR --eval --val FILE [options]        evaluate it\n"
+           "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n");
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        if (!option->name) {
+            printf("\n%s\n", option->help);
+            continue;
+        }
+        char left[80];
+        snprintf(left, sizeof left, "  %c%c%c --%s %s", option->letter ? '-' : ' ',
+                 option->letter ? option->letter : ' ', option->letter ? ',' : ' ', option->name,
+                 option->argument ? option->argument : "");
+        printf("%-34s %s", left, option->help);
+        bool shown =
+            option->initial[0] && strcmp(option->initial, "0") != 0 && strcmp(option->initial, "none") != 0;
+        printf(shown ? " [%s]\n" : "\n", option->initial);
+    }
+    printf("\nExit status: 0 done, 1 a run failed, 2 the command line is wrong, 130 or 143 stopped by a "
+           "signal and saved.\n");
+}
+
+// Reads a checkpoint's options and then, on top of them, the command line.
+static void parse_resumed_options(Options *options, const char *path, int argc, char **argv)
+{
+    Json *json = json_read_file(path);
+    const Json *saved = json_get(json, "options");
+    size_t count = 1;
+    for (const Json *item = saved ? saved->child : NULL; item; item = item->next)
+        count += item->kind == JSON_STRING;
+    char **words = xcalloc(count + (size_t)argc, sizeof *words);
+    words[0] = argv[0];
+    count = 1;
+    for (const Json *item = saved ? saved->child : NULL; item; item = item->next)
+        if (item->kind == JSON_STRING)
+            words[count++] = item->string;
+    for (int i = 1; i < argc; i++)
+        words[count++] = argv[i];
+    parse_options(options, (int)count, words);
+    free(words);
+    json_free(json);
+}
+
+// ---- the machine ----
+
+// Times both matmuls on one shape, the best of three, and takes the built-in one when it is over 1.2 times
+// faster.
+static void choose_matmul(Options *options)
+{
+#ifdef USE_OPENBLAS
+    if (openblas_get_parallel() == 1) { // its own pool of threads would fight with OpenMP's
+        openblas_set_num_threads(1);
+        blas_runs_alone = true;
+    }
+#endif
+#ifdef USE_CBLAS
+    if (options->matmul == MATMUL_AUTO_CHOICE) {
+        enum { M = 256, N = 768, K = 768 };
+        float *memory = xfloats(M * K + K * N + M * N), *a = memory, *b = a + M * K, *c = b + K * N;
+        for (size_t i = 0; i < M * K + K * N; i++)
+            memory[i] = random_uniform(1, i) - 0.5f;
+        double best[2] = {INFINITY, INFINITY};
+        for (int repeat = 0; repeat < 4; repeat++)
+            for (MatmulKind kind = MATMUL_BUILTIN; kind <= MATMUL_CBLAS; kind++) {
+                matmul_kind = kind;
+                double begin = now();
+                matmul(c, N, a, K, false, b, N, false, M, N, K, false);
+                double seconds = now() - begin;
+                best[kind] = repeat > 0 && seconds < best[kind] ? seconds : best[kind];
+            }
+        free(memory);
+        options->matmul =
+            best[MATMUL_BUILTIN] * 1.2 < best[MATMUL_CBLAS] ? MATMUL_BUILTIN_CHOICE : MATMUL_OPENBLAS_CHOICE;
+    }
+    matmul_kind = options->matmul == MATMUL_BUILTIN_CHOICE ? MATMUL_BUILTIN : MATMUL_CBLAS;
+#else
+    if (options->matmul == MATMUL_OPENBLAS_CHOICE)
+        die_usage("--matmul openblas: this program was built without a BLAS; --matmul builtin works");
+    options->matmul = MATMUL_BUILTIN_CHOICE;
+#endif
+    const Option *option = option_table;
+    while (!option->name || strcmp(option->name, "matmul") != 0)
+        option++;
+    remember_option(options, option, matmul_kind == MATMUL_BUILTIN ? "builtin" : "openblas"); // for --resume
+}
+
+static const char *matmul_name(void)
+{
+#ifdef USE_OPENBLAS
+    static char name[64];
+    static const char *const threading[] = {"sequential", "pthread", "OpenMP"};
+    int parallel = openblas_get_parallel();
+    snprintf(name, sizeof name, "OpenBLAS (%s, %s)", openblas_get_corename(),
+             parallel >= 0 && parallel <= 2 ? threading[parallel] : "unknown");
+    return matmul_kind == MATMUL_CBLAS ? name : "built-in matmul (faster here than OpenBLAS)";
+#elif defined(USE_CBLAS)
+    return matmul_kind == MATMUL_CBLAS ? "CBLAS" : "built-in matmul";
+#else
+    return "built-in matmul";
+#endif
+}
+
+// ---- starting a run ----
+
+// clang-format off
+static const struct {
+    const char *name;
+    int layers, channels, heads;
+} size_table[] = {{"d4", 4, 256, 4},    {"d6", 6, 384, 6},    {"d12", 12, 768, 12},
+                  {"d24", 24, 1024, 16}, {"d36", 36, 1280, 20}, {"d48", 48, 1600, 25}};
+// clang-format on
+
+// The number of a size such as d12 in the table, or -1: then it is the name of a folder.
+static int size_index(const char *name)
+{
+    for (size_t i = 0; i < sizeof size_table / sizeof *size_table; i++)
+        if (strcmp(name, size_table[i].name) == 0)
+            return (int)i;
+    return -1;
+}
+
+// The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
+static Tokenizer *load_tokenizer(const char *given, const char *folder)
+{
+    if (*given)
+        return tokenizer_load(given);
+    static const char *const names[] = {"merges.txt", "vocab.bpe", "tokenizer.json"};
+    bool found = false;
+    for (int i = 0; i < 3; i++) {
+        char *path = xprintf("%s/%s", folder, names[i]);
+        found = found || file_exists(path);
+        free(path);
+    }
+    return found ? tokenizer_load(folder) : NULL;
+}
+
+static void check_vocabulary(const Model *model, const Tokenizer *tokenizer)
+{
+    if (tokenizer && tokenizer->vocab_size > model->config.vocab_size)
+        die("the tokenizer has %d entries, the model only %d: it is not this model's own",
+            tokenizer->vocab_size, model->config.vocab_size);
+}
+
+// A model of a size of the table with random values, or the one in a folder (on --resume the checkpoint's).
+static Model *start_model(const Options *options, const Tokenizer *tokenizer, const char *checkpoint)
+{
+    int size = size_index(options->init);
+    if (checkpoint || size < 0) {
+        if (size < 0 && (options->n_layer || options->n_head || options->n_embd || options->n_positions))
+            die_usage("--n-layer, --n-head, --n-embd and --n-positions apply to a random start, not to a "
+                      "model folder");
+        if (!checkpoint && ends_with(options->init, ".bin"))
+            die("%s: is not a model folder; python3 data/convert.py makes one of it", options->init);
+        Model *model = model_load(checkpoint ? checkpoint : options->init);
+        check_vocabulary(model, tokenizer);
+        return model;
+    }
+    Config config = {tokenizer ? tokenizer->vocab_size : 50257,
+                     options->n_positions ? (int)options->n_positions : 1024,
+                     options->n_layer ? (int)options->n_layer : size_table[size].layers,
+                     options->n_head ? (int)options->n_head : size_table[size].heads,
+                     options->n_embd ? (int)options->n_embd : size_table[size].channels,
+                     0,
+                     1e-5f,
+                     true};
+    if (options->n_embd && !options->n_head) // heads of 64, where that divides evenly
+        config.n_head = config.n_embd % 64 == 0 ? config.n_embd / 64 : config.n_head;
+    config.n_inner = 4 * config.n_embd;
+    check_config(&config, "--init");
+    Model *model = model_new(config);
+    model_initialise(model, (uint64_t)options->seed);
+    return model;
+}
+
+// Rows of the largest batch: that of the longest examples.
+static int largest_batch(const Dataset *data, long batch_size, int seq_len)
+{
+    size_t *counts = xcalloc((size_t)seq_len + 1, sizeof *counts), rows = 0;
+    for (size_t i = 0; i < data->count; i++)
+        counts[data->examples[i].size - 1]++;
+    for (int length = seq_len; length > 0 && batch_size > 0; length--) {
+        size_t taken = counts[length] < (size_t)batch_size ? counts[length] : (size_t)batch_size;
+        rows += taken * (size_t)length;
+        batch_size -= (long)taken;
+    }
+    free(counts);
+    if (rows > INT_MAX)
+        die("a batch of %zu rows is too large: choose a smaller --batch-size", rows);
+    return (int)rows;
+}
+
+// The number of warm-up steps from `300`, `10%` or `1ep`.
+static long warmup_of(const Options *options, long steps, long steps_per_epoch)
+{
+    const char *text = options->warmup_steps;
+    if (!*text)
+        text = size_index(options->init) < 0 && steps > steps_per_epoch ? "1ep" : "10%";
+    char *unit;
+    double value = strtod(text, &unit);
+    if (unit == text || !(value >= 0) || value > 1e12 ||
+        (*unit && strcmp(unit, "%") != 0 && strcmp(unit, "ep") != 0))
+        die_usage("--warmup-steps %s: steps, or a share such as 10%%, or epochs such as 1ep expected", text);
+    double warmup = *unit == '%' ? value / 100 * (double)steps
+                    : *unit      ? value * (double)steps_per_epoch
+                                 : value;
+    return warmup < (double)steps ? (long)(warmup + 0.5) : steps;
+}
+
+static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
+
+static void print_plan(const Run *run)
+{
+    const Model *model = run->model;
+    const Options *options = run->options;
+    size_t decayed = 0, trainable = count_parameters(model, true), all = count_parameters(model, false), rows,
+           targets;
+    printf("%-40s %-16s %12s  %-6s %s\n", "tensor", "shape", "parameters", "decay", "frozen");
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        char shape[48];
+        snprintf(shape, sizeof shape, t->dims == 2 ? "[%zu, %zu]" : "[%zu]", t->shape[0], t->shape[1]);
+        printf("%-40s %-16s %12zu  %-6s %s\n", t->name, shape, t->size, t->decay && !t->frozen ? "yes" : "-",
+               t->frozen ? "yes" : "-");
+        decayed += t->decay && !t->frozen ? t->size : 0;
+    }
+    printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trainable, decayed,
+           all - trainable);
+    printf("\nmemory, MB\n  weights %.1f%s\n  gradients %.1f\n  AdamW's moments %.1f\n  activations %.1f (%d "
+           "rows)\n",
+           megabytes(all), model->value_file.data ? " (mapped from the file; copied where trained)" : "",
+           megabytes(trainable), megabytes(2 * trainable), megabytes(run->activations.memory_size),
+           run->activations.rows);
+    printf("  in all %.1f\n", megabytes(all + 3 * trainable + run->activations.memory_size));
+    dataset_size(run->train, &rows, &targets);
+    printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
+    if (run->val) {
+        dataset_size(run->val, &rows, &targets);
+        printf("validation: %zu examples, %zu tokens, %zu of them scored\n", run->val->count, rows, targets);
+    }
+    printf("%ld updates of %ld x %ld examples, %ld an epoch; evaluation every %ld, checkpoint every %ld\n",
+           run->steps, options->accumulate, options->batch_size, run->steps_per_epoch, run->val_every,
+           run->save_every);
+    printf("learning rate:");
+    for (int i = 0; i <= 10; i++) {
+        long step = (run->steps - 1) * i / 10;
+        printf(" %.3g", options->learning_rate * schedule_factor((Schedule)options->schedule, step,
+                                                                 run->warmup, run->steps, options->final_lr));
+    }
+    printf("  (warm-up %ld updates)\n", run->warmup);
+}
+
+static int run_training(Options *options, int argc, char **argv)
+{
+    char *checkpoint = NULL;
+    long checkpoint_at = -1;
+    size_t count;
+    long *steps = list_checkpoints(options->out, &count);
+    if (count > 0 && options->resume) {
+        checkpoint_at = steps[count - 1];
+        checkpoint = checkpoint_path(options->out, checkpoint_at);
+        char *state = xprintf("%s/trainer_state.json", checkpoint);
+        parse_resumed_options(options, state, argc, argv);
+        free(state);
+    } else if (count > 0 && !options->plan) {
+        die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
+                  options->out);
+    }
+    free(steps);
+    if (!options->train[0])
+        die_usage("nothing to train on: say --train FILE (.txt, .jsonl or .bin); --help shows examples");
+    choose_matmul(options);
+    Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1};
+    run.tokenizer =
+        checkpoint ? load_tokenizer("", checkpoint) : load_tokenizer(options->tokenizer, options->init);
+    run.model = start_model(options, run.tokenizer, checkpoint);
+    const Config *config = &run.model->config;
+    model_set_training(run.model, &options->freeze, &options->no_decay);
+    if (count_parameters(run.model, true) == 0)
+        die_usage("--freeze leaves nothing to train");
+    if (options->seq_len > config->n_positions)
+        die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
+    int seq_len = options->seq_len             ? (int)options->seq_len
+                  : config->n_positions < 1024 ? config->n_positions
+                                               : 1024;
+    run.train = dataset_load(options->train, run.tokenizer, seq_len, config->vocab_size);
+    if (options->val[0])
+        run.val = dataset_load(options->val, run.tokenizer, seq_len, config->vocab_size);
+    else if (options->val_fraction > 0)
+        run.val = dataset_split(run.train, options->val_fraction);
+
+    size_t group = (size_t)(options->batch_size * options->accumulate);
+    run.steps_per_epoch = (long)((run.train->count + group - 1) / group);
+    run.steps = options->steps ? options->steps : (long)(options->epochs * (double)run.steps_per_epoch + 0.5);
+    if (run.steps < 1)
+        die_usage("--epochs %g: less than one update", options->epochs);
+    run.warmup = warmup_of(options, run.steps, run.steps_per_epoch);
+    run.val_every = options->val_every ? options->val_every : run.steps >= 20 ? run.steps / 20 : 1;
+    run.save_every = options->save_every ? options->save_every : run.val_every;
+    int rows = largest_batch(run.train, options->batch_size, seq_len);
+    activations_reserve(&run.activations, run.model, rows, seq_len, true, options->recompute,
+                        options->dropout > 0, options->plan);
+    int status = 0;
+    if (options->plan) {
+        print_plan(&run);
+    } else {
+        make_folder(options->out);
+        model_allocate_training(run.model, checkpoint == NULL);
+        if (checkpoint)
+            load_trainer_state(&run, checkpoint_at);
+        if (!options->quiet) {
+            char size[16], trained[16];
+            size_t train_rows, targets;
+            dataset_size(run.train, &train_rows, &targets);
+            printf("machine: %d threads, %s\n", omp_get_max_threads(), matmul_name());
+            printf("model: %s, %d layers, %d channels, %d heads, vocabulary %d; %s parameters, %s of them "
+                   "trained\n",
+                   checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
+                   config->vocab_size, short_number((double)count_parameters(run.model, false), size),
+                   short_number((double)count_parameters(run.model, true), trained));
+            printf("data: %zu examples, %zu tokens (%zu scored); %zu validation examples\n", run.train->count,
+                   train_rows, targets, run.val ? run.val->count : 0);
+            printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", run.steps, epoch_of(&run, run.steps),
+                   run.warmup,
+                   checkpoint        ? "; resumed"
+                   : options->resume ? "; no checkpoint yet, starting afresh"
+                                     : "");
+            fflush(stdout);
+        }
+        status = train(&run);
+    }
+    free(checkpoint);
+    activations_free(&run.activations);
+    dataset_free(run.val);
+    dataset_free(run.train);
+    model_free(run.model);
+    if (run.tokenizer)
+        tokenizer_free(run.tokenizer);
+    return status;
+}
+
+static int run_evaluation(Options *options)
+{
+    if (!options->val[0])
+        die_usage("--eval needs --val FILE");
+    choose_matmul(options);
+    Run run = {.options = options, .tokenizer = load_tokenizer(options->tokenizer, options->init)};
+    run.model = start_model(options, run.tokenizer, NULL);
+    int P = run.model->config.n_positions, seq_len = options->seq_len ? (int)options->seq_len
+                                                     : P < 1024       ? P
+                                                                      : 1024;
+    if (seq_len > P)
+        die_usage("--seq-len %d: the model has only %d positions", seq_len, P);
+    run.val = dataset_load(options->val, run.tokenizer, seq_len, run.model->config.vocab_size);
+    Evaluation e = evaluate(&run, run.val, (size_t)options->batch_size, options->val_batches);
+    printf("loss %.6f  perplexity %.4f  accuracy %.3f %%  of %zu tokens", e.loss, exp(e.loss),
+           100 * e.accuracy, e.targets);
+    if (run.val->prompts)
+        printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
+    printf("\n");
+    activations_free(&run.activations);
+    dataset_free(run.val);
+    model_free(run.model);
+    if (run.tokenizer)
+        tokenizer_free(run.tokenizer);
+    return 0;
+}
+
+static int run_generation(Options *options)
+{
+    choose_matmul(options);
+    Tokenizer *tokenizer = load_tokenizer(options->tokenizer, options->init);
+    if (!tokenizer)
+        die("%s: has no tokenizer (vocab.json and merges.txt); say --tokenizer FOLDER", options->init);
+    Model *model = start_model(options, tokenizer, NULL);
+    Text text = {0};
+    if (strcmp(options->prompt, "-") == 0)
+        text = read_file("-");
+    else
+        text_append(&text, options->prompt, strlen(options->prompt));
+    Ids prompt = {0}, *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
+    tokenizer_encode(tokenizer, &prompt, text.data, text.size, false);
+    if (prompt.size == 0)
+        ids_push(&prompt, tokenizer->end_of_text >= 0 ? tokenizer->end_of_text : 0);
+    Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed};
+    bool stream = options->samples == 1;
+    if (stream) {
+        fwrite(text.data, 1, text.size, stdout);
+        fflush(stdout);
+    }
+    generate(model, stream ? tokenizer : NULL, &prompt, (int)options->generate, (int)options->samples,
+             tokenizer->end_of_text, &sampling, outputs);
+    for (long s = 0; s < options->samples && !stream;
+         s++) { // the same separator as between documents of a text file
+        Text sample = {0};
+        text_append(&sample, text.data, text.size);
+        for (size_t i = 0; i < outputs[s].size; i++)
+            tokenizer_decode(tokenizer, &sample, outputs[s].data[i]);
+        printf("%s", s ? "<|endoftext|>\n" : "");
+        fwrite(sample.data, 1, sample.size, stdout);
+        printf("%s", sample.size && sample.data[sample.size - 1] == '\n' ? "" : "\n");
+        free(sample.data);
+    }
+    if (stream)
+        printf("\n");
+    for (long s = 0; s < options->samples; s++)
+        free(outputs[s].data);
+    free(outputs);
+    free(prompt.data);
+    free(text.data);
+    model_free(model);
+    tokenizer_free(tokenizer);
+    return 0;
+}
+
+// The whole program; the tests call it too.
+static int train_gpt2_main(int argc, char **argv)
+{
+    Options options;
+    parse_options(&options, argc, argv);
+    if (options.help) {
+        print_help();
+        return 0;
+    }
+    if (options.threads)
+        omp_set_num_threads((int)options.threads);
+    if (options.generate)
+        return run_generation(&options);
+    if (options.eval)
+        return run_evaluation(&options);
+    return run_training(&options, argc, argv);
+}
+
+#ifndef TRAIN_GPT2_NO_MAIN
+int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
+#endif
