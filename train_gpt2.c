@@ -2109,7 +2109,7 @@ static inline float fast_exp(float x)
         float f;
         int32_t i;
     } n = {.f = x * 1.44269504f + rounder}, power;
-    power.i = (n.i - 0x4b400000 + 127) << 23; // 2^n: n + 127 in the exponent's bits; 0x4b400000 are rounder's
+    power.i = (int32_t)((uint32_t)(n.i - 0x4b400000 + 127) << 23); // 2^n: n + 127 in the exponent's bits; 0x4b400000 are rounder's
     n.f -= rounder;
     float r = x - n.f * 0.693359375f + n.f * 2.12194440e-4f; // ln 2 in two parts, the first one exact in n.f
     float series = 1 / 5040.f;                               // of exp(r), innermost term first
@@ -3001,50 +3001,52 @@ static int compare_candidates(const void *a, const void *b)
     return (x->token > y->token) - (x->token < y->token);
 }
 
-// Draws a token from softmax(logits / temperature), cut to the top k and then to the top p, as transformers
-// does.
-//   logits (V); draw: uniform in [0, 1); candidates: room for V
-static int sample_token(const float *logits, int V, const Sampling *sampling, float draw,
-                        Candidate *candidates)
+// The k-th largest of x (n), 1 <= k <= n: the k largest so far are kept sorted, and few of the rest get in.
+static float kth_largest(const float *x, int n, int k)
 {
-    int best = 0, count = 0;
+    float *kept = xmalloc((size_t)k * sizeof *kept), result;
+    for (int i = 0, count = 0; i < n; i++) {
+        if (count == k && x[i] <= kept[k - 1])
+            continue;
+        int at = count < k ? count++ : k - 1;
+        for (; at > 0 && kept[at - 1] < x[i]; at--)
+            kept[at] = kept[at - 1];
+        kept[at] = x[i];
+    }
+    result = kept[k - 1];
+    free(kept);
+    return result;
+}
+
+// Draws a token from softmax(logits / temperature), cut to the top k (with those that equal the k-th) and then to
+// the top p, as transformers does.
+//   logits (V); draw: uniform in [0, 1); candidates: room for V
+static int sample_token(const float *logits, int V, const Sampling *sampling, float draw, Candidate *candidates)
+{
+    int best = 0, count = 0, kept = 0;
     for (int v = 1; v < V; v++)
         if (logits[v] > logits[best])
             best = v;
     if (sampling->temperature == 0)
         return best;
-    double sum = 0, least = 0;
-    if (sampling->top_p <
-        1) { // tokens below `least` do not reach 1 - top_p all together: they need no sorting
-        for (int v = 0; v < V; v++)
-            sum += exp((logits[v] - logits[best]) / sampling->temperature);
-        least = sum * (1 - sampling->top_p) / V;
-    }
-    for (int v = 0; v < V; v++) {
-        Candidate candidate = {(float)exp((logits[v] - logits[best]) / sampling->temperature), v};
-        if (candidate.probability < least)
-            continue;
-        if (sampling->top_k == 0 || count < sampling->top_k)
-            count++;
-        else if (compare_candidates(&candidate, &candidates[count - 1]) > 0)
-            continue;
-        int at = count - 1;
-        if (sampling->top_k > 0) // kept sorted: the least likely one makes room
-            for (; at > 0 && compare_candidates(&candidate, &candidates[at - 1]) < 0; at--)
-                candidates[at] = candidates[at - 1];
-        candidates[at] = candidate;
-    }
-    sum = 0;
-    for (int i = 0; i < count; i++)
-        sum += candidates[i].probability;
+    bool cut = sampling->top_k > 0 && sampling->top_k < V;
+    float lowest = cut ? kth_largest(logits, V, sampling->top_k) : -INFINITY;
+    double sum = 0, reached = 0;
+    for (int v = 0; v < V; v++)
+        if (logits[v] >= lowest) {
+            candidates[count] = (Candidate){(float)exp((logits[v] - logits[best]) / sampling->temperature), v};
+            sum += candidates[count++].probability;
+        }
     if (sampling->top_p < 1) {
-        qsort(candidates, (size_t)count, sizeof *candidates, compare_candidates);
-        double reached = 0;
-        int kept = 0;
-        while (kept < count && reached < sampling->top_p * sum)
-            reached += candidates[kept++].probability;
-        count = kept > 0 ? kept : 1;
-        sum = kept > 0 ? reached : candidates[0].probability;
+        // Tokens below `least` do not reach 1 - p all together: they are out, and need no sorting.
+        double least = sum * (1 - sampling->top_p) / count, wanted = sum * sampling->top_p;
+        for (int i = 0; i < count; i++)
+            if (candidates[i].probability >= least)
+                candidates[kept++] = candidates[i];
+        qsort(candidates, (size_t)kept, sizeof *candidates, compare_candidates);
+        for (count = 0; count < kept && (count == 0 || reached < wanted); count++)
+            reached += candidates[count].probability;
+        sum = reached;
     }
     double left = draw * sum;
     for (int i = 0; i < count - 1; i++)
@@ -3186,6 +3188,13 @@ static size_t json_size(const Json *node, const char *path, const char *name)
     return (size_t)node->number;
 }
 
+static int compare_places(const void *a, const void *b)
+{
+    const StoredTensor *x = a, *y = b;
+    return x->data != y->data ? (x->data > y->data) - (x->data < y->data)
+                              : (x->bytes > y->bytes) - (x->bytes < y->bytes);
+}
+
 // Maps a safetensors file and checks every size and offset in it against the file's length.
 static SafeTensors safetensors_open(const char *path)
 {
@@ -3234,6 +3243,12 @@ static SafeTensors safetensors_open(const char *path)
         file.tensors = grow(file.tensors, file.count + 1, &capacity, sizeof tensor);
         file.tensors[file.count++] = tensor;
     }
+    if (file.count > 0)
+        qsort(file.tensors, file.count, sizeof *file.tensors, compare_places);
+    for (size_t i = 0; i < file.count; data += file.tensors[i++].bytes)
+        if (file.tensors[i].data != data)
+            die("%s: tensor %s does not begin where the one before ends: holes or overlaps", path,
+                file.tensors[i].name);
     if (total != data_size)
         die("%s: the tensors have %zu bytes, the file %zu: holes or overlaps", path, total, data_size);
     return file;
@@ -3575,8 +3590,21 @@ static int compare_steps(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-// The steps of all whole checkpoints in a folder, ascending; *count tells how many. Leftovers of writes that
-// were cut off are deleted on the way.
+// Deletes what is left of checkpoints whose writing was cut off.
+static void remove_leftovers(const char *out)
+{
+    DIR *folder = opendir(out);
+    for (struct dirent *entry; folder && (entry = readdir(folder));)
+        if (strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp")) {
+            char *path = xprintf("%s/%s", out, entry->d_name);
+            remove_folder(path);
+            free(path);
+        }
+    if (folder)
+        closedir(folder);
+}
+
+// The steps of all whole checkpoints in a folder, ascending; *count tells how many.
 static long *list_checkpoints(const char *out, size_t *count)
 {
     long *steps = NULL;
@@ -3584,14 +3612,10 @@ static long *list_checkpoints(const char *out, size_t *count)
     *count = 0;
     DIR *folder = opendir(out);
     for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        char *path = xprintf("%s/%s", out, entry->d_name);
-        if (strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp")) {
-            remove_folder(path);
-        } else if (checkpoint_step(entry->d_name) >= 0) {
+        if (checkpoint_step(entry->d_name) >= 0) {
             steps = grow(steps, *count + 1, &capacity, sizeof *steps);
             steps[(*count)++] = checkpoint_step(entry->d_name);
         }
-        free(path);
     }
     if (folder)
         closedir(folder);
@@ -3796,7 +3820,7 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
 {
     Dataset *data = xcalloc(1, sizeof *data);
     glob_t found;
-    if (glob(pattern, 0, NULL, &found) != 0)
+    if (glob(pattern, file_exists(pattern) ? GLOB_NOCHECK : 0, NULL, &found) != 0) // a name may have a [
         die("%s: no such file", pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
         const char *path = found.gl_pathv[i];
@@ -3901,7 +3925,7 @@ static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, siz
         order[i] = i;
     shuffle(order, data->count, stream);
     size_t groups = data->count / group;
-    Shuffled *pool = xmalloc(POOL * group * sizeof *pool);
+    Shuffled *pool = xmalloc((POOL * group < data->count ? POOL * group : data->count) * sizeof *pool);
     for (size_t begin = 0; begin < groups * group; begin += POOL * group) {
         size_t count = groups * group - begin < POOL * group ? groups * group - begin : POOL * group;
         for (size_t i = 0; i < count; i++)
@@ -4262,6 +4286,7 @@ static void report_evaluation(const Run *run, const Evaluation *e, FILE *log, do
     fflush(stdout);
     fprintf(log, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e->loss,
             e->accuracy, learning_rate, seconds);
+    fflush(log); // before a checkpoint that knows of it
 }
 
 // What an evaluation decides: is this the best model so far, is it time to stop? Returns whether it is the
@@ -4339,11 +4364,11 @@ static int train(Run *run)
                 run->evaluated_step = run->step;
                 report_evaluation(run, &e, log, update.learning_rate, now() - started);
                 save = (run->step > 0 && judge(run, e.loss)) || save;
-                if (options->patience > 0 && run->stale >= options->patience) {
-                    printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
-                    ending = save = true;
-                }
             }
+        }
+        if (options->patience > 0 && run->stale >= options->patience) { // also when resumed
+            printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
+            ending = save = true;
         }
         if (run->step > 0 && options->sample_every > 0 && run->step % options->sample_every == 0 &&
             !stop_signal) {
@@ -4510,7 +4535,7 @@ static void set_option(Options *options, const Option *option, const char *text,
     } else if (option->kind == CHOICE) {
         const char *word = option->argument;
         long number = 0;
-        for (size_t length = strlen(text); strncmp(word, text, length) != 0 || !strchr("|", word[length]);
+        for (size_t length = strlen(text); strcspn(word, "|") != length || strncmp(word, text, length) != 0;
              number++) {
             word = strchr(word, '|');
             if (!word++)
@@ -4567,22 +4592,26 @@ static void remember_option(Options *options, const Option *option, const char *
     free(word);
 }
 
-// Names the option that begins most like the unknown one.
+// Names the option that begins and ends most like the unknown one.
 static void __attribute__((noreturn)) die_unknown_option(const char *word)
 {
     const char *nearest = NULL, *name = word + strspn(word, "-");
-    size_t most = 2;
+    size_t length = strcspn(name, "="), most = length / 2;
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
-        size_t same = 0;
-        while (option->name && option->name[same] && option->name[same] == name[same])
-            same++;
-        if (same > most) {
-            most = same;
+        size_t known = option->name ? strlen(option->name) : 0, front = 0, back = 0;
+        size_t shorter = known < length ? known : length;
+        while (front < shorter && option->name[front] == name[front])
+            front++;
+        while (front + back < shorter && option->name[known - 1 - back] == name[length - 1 - back])
+            back++;
+        if (front + back > most) {
+            most = front + back;
             nearest = option->name;
         }
     }
-    die_usage("unknown option %s; %s%s%s", word, nearest ? "did you mean --" : "--help lists all",
-              nearest ? nearest : "", nearest ? "?" : "");
+    if (nearest && length > 3)
+        die_usage("unknown option %s; did you mean --%s?", word, nearest);
+    die_usage("unknown option %s; --help lists all", word);
 }
 
 // Reads the command line. Ends the program with status 2 and one line when it is wrong.
@@ -4615,8 +4644,10 @@ static void parse_options(Options *options, int argc, char **argv)
                 ;
         if (found == ':')
             die_usage("%s needs a value; --help says which", argv[optind - 1]);
-        if (found == '?' || i >= OPTION_COUNT)
-            die_unknown_option(argv[optind - 1]);
+        if (found == '?' || i >= OPTION_COUNT) { // a letter may stand among others, as in -yZ
+            char letter[3] = {'-', (char)optopt, 0};
+            die_unknown_option(optopt > 0 && optopt < 256 ? letter : argv[optind - 1]);
+        }
         set_option(options, &option_table[i], optarg ? optarg : "yes", given[i]);
         remember_option(options, &option_table[i], optarg);
         given[i] = true;
@@ -4941,6 +4972,7 @@ static int run_training(Options *options, int argc, char **argv)
         print_plan(&run);
     } else {
         make_folder(options->out);
+        remove_leftovers(options->out);
         model_allocate_training(run.model, checkpoint == NULL);
         if (checkpoint)
             load_trainer_state(&run, checkpoint_at);

@@ -1,0 +1,3878 @@
+// test_gpt2.c - every test of the project: make test
+//
+//   ./test_gpt2                          all tests, a line each, and at the end `N passed, N failed`
+//   ./test_gpt2 WORD...                  only the tests whose name contains one of the words
+//   ./test_gpt2 --reference DIR...       compare with what PyTorch computed (dev/reference.py made DIR)
+//   ./test_gpt2 --reference DIR --dump FILE.safetensors    the same, and write what we computed
+//
+// Reference values come from PyTorch or from arithmetic in double precision, never from our own output.
+
+#define TRAIN_GPT2_NO_MAIN
+#include "train_gpt2.c"
+#include <sys/wait.h>
+
+#pragma GCC diagnostic ignored "-Wunused-function"
+
+// ---- harness ----
+
+// Programs that end in die() free nothing, on purpose: no reports of leaks in what tests capture.
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "detect_leaks=0"; }
+
+static const char *current_test = "";
+static int failures_of_test = 0;
+static char self_path[4096]; // of this program, which also acts as the trainer: see run_trainer
+
+// Records whether something holds; says what when it does not.
+static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *format, ...)
+{
+    if (ok || ++failures_of_test > 5)
+        return;
+    va_list arguments;
+    va_start(arguments, format);
+    printf("    %s: ", current_test);
+    vprintf(format, arguments);
+    printf("\n");
+    va_end(arguments);
+}
+
+// Runs f in a child process with its standard error captured; returns its exit status, or 128 + signal.
+static int run_child(void (*f)(void), Text *stderr_text)
+{
+    int ends[2], status;
+    fflush(stdout);
+    if (pipe(ends) != 0)
+        die("pipe: %s", strerror(errno));
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(ends[1], 2);
+        close(ends[0]);
+        f();
+        _exit(0);
+    }
+    close(ends[1]);
+    FILE *file = fdopen(ends[0], "r");
+    read_stream(stderr_text, file, "standard error of a test");
+    fclose(file);
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// Runs `train_gpt2 ARGUMENTS` (words of a shell command) in a process of its own; returns the exit status, and in `out`
+// what it printed on both streams.
+static int __attribute__((format(printf, 2, 3))) run_trainer(Text *out, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    char *words = NULL;
+    if (vasprintf(&words, format, arguments) < 0)
+        die("out of memory");
+    va_end(arguments);
+    char *command = xprintf("'%s' --trainer %s 2>&1 </dev/null", self_path, words);
+    fflush(stdout);
+    FILE *pipe = popen(command, "r");
+    out->size = 0;
+    read_stream(out, pipe, command);
+    int status = pclose(pipe);
+    free(command);
+    free(words);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+static char *temporary_folder(void)
+{
+    static char *folder = NULL;
+    if (!folder) {
+        const char *parent = getenv("TMPDIR");
+        folder = xprintf("%s/test_gpt2.XXXXXX", parent && *parent ? parent : "/tmp");
+        if (!mkdtemp(folder))
+            die("%s: cannot be made: %s", folder, strerror(errno));
+    }
+    return folder;
+}
+
+static void write_file(const char *path, const void *bytes, size_t size)
+{
+    FILE *file = create_file(path);
+    fwrite(bytes, 1, size, file);
+    finish_file(file, path);
+}
+
+// ---- references: what PyTorch computed for a model, a batch and some AdamW steps ----
+
+// The worst deviation of one kind of value (logits, gradients, ...) over all tensors of that kind.
+typedef struct {
+    const char *kind;
+    double absolute, relative;
+    char where[128];
+    size_t outside; // values outside the tolerance
+    size_t compared;
+} Worst;
+
+// |ours - theirs| <= 1e-5 scale + 1e-4 |theirs|, scale being the tensor's largest magnitude
+static void compare_values(Worst *worst, const char *name, const float *ours, const StoredTensor *theirs)
+{
+    const float *expected = (const float *)theirs->data;
+    double scale = 0;
+    for (size_t i = 0; i < theirs->count; i++)
+        scale = fabs(expected[i]) > scale ? fabs(expected[i]) : scale;
+    for (size_t i = 0; i < theirs->count; i++) {
+        double error = fabs((double)ours[i] - expected[i]);
+        bool inside = error <= 1e-5 * scale + 1e-4 * fabs(expected[i]); // false for NaN
+        if (!(error / (scale + 1e-30) <= worst->relative)) {
+            worst->relative = error / (scale + 1e-30);
+            snprintf(worst->where, sizeof worst->where, "%s", name);
+        }
+        if (!(error <= worst->absolute))
+            worst->absolute = error;
+        worst->outside += !inside;
+    }
+    worst->compared += theirs->count;
+}
+
+// Compares updates: |(ours - initial) - (theirs - initial)| / |theirs - initial| <= 1e-3 in the L2 norm, since AdamW
+// magnifies rounding where a gradient is nearly zero. What does not move in PyTorch must be the same to the bit.
+static void compare_update(Worst *worst, const Tensor *tensor, const float *initial,
+                           const StoredTensor *theirs)
+{
+    const float *expected = (const float *)theirs->data;
+    double difference = 0, moved = 0;
+    for (size_t i = 0; i < theirs->count; i++) {
+        difference += pow((double)tensor->value[i] - expected[i], 2);
+        moved += pow((double)expected[i] - initial[i], 2);
+        worst->absolute = fmax(worst->absolute, fabs((double)tensor->value[i] - expected[i]));
+    }
+    bool same = memcmp(tensor->value, expected, theirs->bytes) == 0;
+    double relative = same ? 0 : sqrt(difference) / sqrt(moved);
+    if (!(relative <= worst->relative)) {
+        worst->relative = relative;
+        snprintf(worst->where, sizeof worst->where, "%s", tensor->name);
+    }
+    worst->outside += !(relative <= 1e-3) || (tensor->frozen && !same);
+    worst->compared += theirs->count;
+}
+
+static const StoredTensor *reference_tensor(const SafeTensors *file, const char *name, const char *dtype,
+                                            size_t count, const char *path)
+{
+    const StoredTensor *tensor = safetensors_find(file, name);
+    if (!tensor)
+        die("%s: tensor %s is missing", path, name);
+    if (strcmp(tensor->dtype, dtype) != 0 || (count && tensor->count != count))
+        die("%s: tensor %s must be %s with %zu elements", path, name, dtype, count);
+    return tensor;
+}
+
+// Logits (R, V) of every row of a batch.
+static void all_logits(const Model *model, Activations *a, const Batch *batch, float *logits)
+{
+    const size_t V = (size_t)model->config.vocab_size;
+    int rows[LOGIT_ROWS];
+    activations_reserve(a, model, batch->rows, longest_sequence(batch), true, a->recompute, false, false);
+    model_forward(model, a, batch, NULL, (Dropout){0});
+    for (int begin = 0, n; begin < batch->rows; begin += n) {
+        n = batch->rows - begin < LOGIT_ROWS ? batch->rows - begin : LOGIT_ROWS;
+        for (int i = 0; i < n; i++)
+            rows[i] = begin + i;
+        head_forward(model, a, rows, n);
+        memcpy(logits + (size_t)begin * V, a->logits, (size_t)n * V * sizeof(float));
+    }
+}
+
+// Splits a string of options at spaces and parses it as a command line.
+static void options_from_text(Options *options, const char *text)
+{
+    char *copy = xstrdup(text), *words[256] = {"train_gpt2"};
+    int count = 1;
+    for (char *word = strtok(copy, " "); word && count < 255; word = strtok(NULL, " "))
+        words[count++] = word;
+    parse_options(options, count, words); // values are copied
+    free(copy);
+}
+
+static void keep_tensor(StoredTensor **list, size_t *count, size_t *capacity, const char *prefix,
+                        const char *name, const StoredTensor *shape, const float *data)
+{
+    *list = grow(*list, *count + 1, capacity, sizeof **list);
+    StoredTensor *kept = &(*list)[(*count)++];
+    *kept = *shape;
+    kept->name = xprintf("%s%s", prefix, name);
+    kept->data = xmalloc(shape->bytes);
+    memcpy(kept->data, data, shape->bytes);
+}
+
+// Computes everything that the folder's reference.safetensors holds, compares, prints (unless `quiet`) the worst
+// deviation of each kind, and returns whether all are inside the tolerance. With dump_path also writes it all.
+static bool compare_reference(const char *folder, const char *dump_path, bool quiet, bool recompute)
+{
+    char *path = xprintf("%s/reference.safetensors", folder);
+    SafeTensors file = safetensors_open(path);
+    const Json *metadata = json_get(json_get(file.header, "__metadata__"), "options");
+    Options options;
+    options_from_text(&options, metadata && metadata->string ? metadata->string : "");
+    options.recompute = recompute;
+    Model *model = model_load(folder);
+    const size_t V = (size_t)model->config.vocab_size;
+    model_set_training(model, &options.freeze, &options.no_decay);
+    model_allocate_training(model, true);
+
+    const StoredTensor *ids = reference_tensor(&file, "input_ids", "I64", 0, path);
+    if (ids->dims != 2)
+        die("%s: input_ids must be [B, T]", path);
+    const int B = (int)ids->shape[0], T = (int)ids->shape[1], A = (int)options.accumulate;
+    const int64_t *input_ids = (int64_t *)ids->data;
+    const int64_t *mask = (int64_t *)reference_tensor(&file, "attention_mask", "I64", ids->count, path)->data;
+    const int64_t *positions =
+        (int64_t *)reference_tensor(&file, "position_ids", "I64", ids->count, path)->data;
+    const int64_t *labels = (int64_t *)reference_tensor(&file, "labels", "I64", ids->count, path)->data;
+    for (size_t i = 0; i < ids->count; i++)
+        if (mask[i] && (input_ids[i] < 0 || input_ids[i] >= (int64_t)V || positions[i] < 0 ||
+                        positions[i] >= model->config.n_positions || labels[i] >= (int64_t)V))
+            die("%s: token, position or label out of range at element %zu", path, i);
+    if (B % A)
+        die("%s: %d sequences do not make %d micro-batches", path, B, A);
+
+    Batch whole = {0}, *batches = xcalloc((size_t)A, sizeof *batches);
+    pack_padded(&whole, input_ids, mask, positions, labels, B, T);
+    for (int a = 0; a < A; a++) {
+        size_t begin = (size_t)a * (B / A) * T;
+        pack_padded(&batches[a], input_ids + begin, mask + begin, positions + begin, labels + begin, B / A,
+                    T);
+    }
+    Activations activations = {.recompute = recompute};
+    StoredTensor *kept = NULL;
+    size_t kept_count = 0, kept_capacity = 0;
+    Worst worst[] = {{.kind = "logits"}, {.kind = "loss"},  {.kind = "gradients"}, {.kind = "losses"},
+                     {.kind = "norms"},  {.kind = "rates"}, {.kind = "updates"}};
+    enum { LOGITS, LOSS, GRADIENTS, LOSSES, NORMS, RATES, UPDATES, KINDS };
+
+    const StoredTensor *theirs = reference_tensor(&file, "logits", "F32", ids->count * V, path);
+    float *packed = xfloats((size_t)whole.rows * V), *padded = xfloats(ids->count * V);
+    all_logits(model, &activations, &whole, packed);
+    unpack_rows(padded, packed, mask, B, T, V);
+    compare_values(&worst[LOGITS], "logits", padded, theirs);
+    keep_tensor(&kept, &kept_count, &kept_capacity, "", "logits", theirs, padded);
+
+    double total = 0;
+    for (int a = 0; a < A; a++) {
+        activations_reserve(&activations, model, batches[a].rows, longest_sequence(&batches[a]), true,
+                            recompute, false, false);
+        total += model_forward_backward(model, &activations, &batches[a],
+                                        whole.targets ? 1.0f / (float)whole.targets : 0, a > 0, (Dropout){0});
+    }
+    float loss = whole.targets ? (float)(total / whole.targets) : 0;
+    theirs = reference_tensor(&file, "loss", "F32", 1, path);
+    compare_values(&worst[LOSS], "loss", &loss, theirs);
+    keep_tensor(&kept, &kept_count, &kept_capacity, "", "loss", theirs, &loss);
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        char *name = xprintf("grad.%s", tensor->name);
+        if (tensor->gradient) {
+            theirs = reference_tensor(&file, name, "F32", tensor->size, path);
+            compare_values(&worst[GRADIENTS], name, tensor->gradient, theirs);
+            keep_tensor(&kept, &kept_count, &kept_capacity, "", name, theirs, tensor->gradient);
+        } else if (safetensors_find(&file, name)) {
+            die("%s: has %s, which --freeze makes superfluous", path, name);
+        }
+        free(name);
+    }
+
+    if (safetensors_find(&file, "losses")) {
+        size_t steps = safetensors_find(&file, "losses")->count;
+        float *initial = xfloats(count_parameters(model, false)), *at = initial;
+        float *losses = xfloats(steps), *norms = xfloats(steps), *rates = xfloats(steps);
+        for (int i = 0; i < model->tensor_count; at += model->tensors[i++].size)
+            memcpy(at, model->tensors[i].value, model->tensors[i].size * sizeof(float));
+        long total_steps = options.steps ? options.steps : (long)steps;
+        long warmup = warmup_of(&options, total_steps, total_steps);
+        for (size_t s = 0; s < steps; s++) {
+            double factor =
+                schedule_factor((Schedule)options.schedule, (long)s, warmup, total_steps, options.final_lr);
+            Update update = take_update(model, &activations, batches, A, &options, (long)s,
+                                        factor * options.learning_rate);
+            losses[s] = (float)update.loss;
+            norms[s] = (float)update.norm;
+            rates[s] = (float)update.learning_rate;
+        }
+        const struct {
+            const char *name;
+            const float *values;
+        } series[] = {{"losses", losses}, {"grad_norms", norms}, {"learning_rates", rates}};
+        for (int i = 0; i < 3; i++) {
+            theirs = reference_tensor(&file, series[i].name, "F32", steps, path);
+            compare_values(&worst[LOSSES + i], series[i].name, series[i].values, theirs);
+            keep_tensor(&kept, &kept_count, &kept_capacity, "", series[i].name, theirs, series[i].values);
+        }
+        at = initial;
+        for (int i = 0; i < model->tensor_count; at += model->tensors[i++].size) {
+            char *name = xprintf("param.%s", model->tensors[i].name);
+            theirs = reference_tensor(&file, name, "F32", model->tensors[i].size, path);
+            compare_update(&worst[UPDATES], &model->tensors[i], at, theirs);
+            keep_tensor(&kept, &kept_count, &kept_capacity, "", name, theirs, model->tensors[i].value);
+            free(name);
+        }
+        free(initial);
+        free(losses);
+        free(norms);
+        free(rates);
+    }
+    bool passed = true;
+    for (int i = 0; i < KINDS; i++) {
+        passed = passed && worst[i].outside == 0;
+        if (worst[i].compared && (!quiet || worst[i].outside))
+            printf("    %-28s %-10s worst absolute %.2e, relative %.2e in %s%s\n", folder, worst[i].kind,
+                   worst[i].absolute, worst[i].relative, worst[i].where,
+                   worst[i].outside ? "   OUTSIDE" : "");
+    }
+    if (dump_path)
+        safetensors_write(dump_path, kept, kept_count);
+    for (size_t i = 0; i < kept_count; i++) {
+        free((char *)kept[i].name);
+        free(kept[i].data);
+    }
+    free(kept);
+    free(packed);
+    free(padded);
+    for (int a = 0; a < A; a++)
+        batch_free(&batches[a]);
+    free(batches);
+    batch_free(&whole);
+    activations_free(&activations);
+    model_free(model);
+    safetensors_close(&file, false);
+    free(path);
+    return passed;
+}
+// ---- matmul ----
+
+// Random operands. Storage ends exactly where the last row does, so that a sanitizer sees any read beyond; C
+// has a guard zone behind it and between its rows. flags: transpose A 1, B 2, accumulate 4, wider rows 8.
+typedef struct {
+    size_t M, N, K, lda, ldb, ldc, size_c;
+    bool transpose_a, transpose_b, accumulate;
+    float *A, *B, *C;
+} MatmulCase;
+
+static float *random_floats(uint64_t stream, size_t count)
+{
+    float *data = xmalloc(count * sizeof(float));
+    for (size_t i = 0; i < count; i++)
+        data[i] = 2 * random_uniform(stream, i) - 1;
+    return data;
+}
+
+static MatmulCase matmul_case(uint64_t seed, size_t M, size_t N, size_t K, unsigned flags)
+{
+    MatmulCase c = {.M = M, .N = N, .K = K, .accumulate = flags & 4};
+    c.transpose_a = flags & 1;
+    c.transpose_b = flags & 2;
+    size_t extra = flags & 8 ? 1 + seed % 9 : 0, rows_a = flags & 1 ? K : M, rows_b = flags & 2 ? N : K;
+    size_t columns_a = flags & 1 ? M : K, columns_b = flags & 2 ? K : N;
+    c.lda = columns_a + extra;
+    c.ldb = columns_b + extra * 2;
+    c.ldc = N + extra * 3;
+    c.size_c = M * c.ldc + 16;
+    c.A = random_floats(random_stream(seed, 1), rows_a ? (rows_a - 1) * c.lda + columns_a : 0);
+    c.B = random_floats(random_stream(seed, 2), rows_b ? (rows_b - 1) * c.ldb + columns_b : 0);
+    c.C = random_floats(random_stream(seed, 3), c.size_c);
+    return c;
+}
+
+static void matmul_case_run(MatmulCase *c)
+{
+    matmul_builtin(c->C, c->ldc, c->A, c->lda, c->transpose_a, c->B, c->ldb, c->transpose_b, c->M, c->N, c->K,
+                   c->accumulate);
+}
+
+static void matmul_case_free(MatmulCase *c)
+{
+    free(c->A);
+    free(c->B);
+    free(c->C);
+}
+
+// The oracle: element (i, j) of op(A) · op(B), three plain loops in all, in double precision.
+static double matmul_naive(const MatmulCase *c, size_t i, size_t j)
+{
+    double sum = 0;
+    for (size_t k = 0; k < c->K; k++)
+        sum += (double)c->A[c->transpose_a ? k * c->lda + i : i * c->lda + k] *
+               c->B[c->transpose_b ? j * c->ldb + k : k * c->ldb + j];
+    return sum;
+}
+
+// Runs a case and returns its worst error in units of K + 1 float roundings (operands are within -1..1);
+// HUGE_VAL when something outside C was written.
+static double matmul_case_error(MatmulCase *c)
+{
+    float *before = xmalloc(c->size_c * sizeof(float));
+    double worst = 0;
+    memcpy(before, c->C, c->size_c * sizeof(float));
+    matmul_case_run(c);
+    for (size_t at = 0; at < c->size_c; at++) {
+        size_t i = c->ldc ? at / c->ldc : c->M, j = c->ldc ? at % c->ldc : 0;
+        double error = c->C[at] == before[at] ? 0 : HUGE_VAL, wanted = c->accumulate ? before[at] : 0;
+        if (i < c->M && j < c->N)
+            error = fabs(c->C[at] - wanted - matmul_naive(c, i, j)) * 0x1p24 / (double)(c->K + 1);
+        worst = error <= worst ? worst : error; // NaN counts as worst
+    }
+    free(before);
+    return worst;
+}
+
+// 400 random shapes, from 0 to a few tiles, every tenth with one dimension beyond all blocks; each inside a
+// parallel region and outside.
+static void test_matmul_shapes(void)
+{
+    static const size_t most[][3] = {{40, 60, 40}, {9, 60, 40}, {990, 20, 30}, {20, 990, 30}, {20, 40, 1700}};
+    static double error[2][400];
+    for (int parallel = 0; parallel < 2; parallel++) {
+#pragma omp parallel for schedule(dynamic) if (parallel)
+        for (int n = 0; n < 400; n++) {
+            uint64_t stream = random_stream(11, (uint64_t)n);
+            size_t size[3], kind = n % 10 == 9 ? 2 + (size_t)n / 10 % 3 : (size_t)n % 2;
+            for (uint64_t d = 0; d < 3; d++)
+                size[d] = random_bits(stream, d) % (most[kind][d] + 1);
+            MatmulCase c = matmul_case((uint64_t)n, size[0], size[1], size[2], random_bits(stream, 3) % 16);
+            error[parallel][n] = matmul_case_error(&c);
+            matmul_case_free(&c);
+        }
+    }
+    for (int n = 0; n < 400; n++)
+        check(error[0][n] <= 2 && error[1][n] <= 2, "matmul, random shape %d: errors of %g and %g", n,
+              error[0][n], error[1][n]);
+}
+
+// The same bits on 1, 2 and 5 threads, and inside a parallel region.
+static void test_matmul_threads(void)
+{
+    static const size_t shapes[][3] = {{61, 517, 801}, {1003, 97, 130}, {3, 1301, 515}, {51, 533, 1024}};
+    int threads_before = omp_get_max_threads();
+    for (unsigned n = 0; n < 4 * 8; n++) {
+        const size_t *shape = shapes[n / 8];
+        MatmulCase runs[4];
+        for (int run = 0; run < 4; run++) {
+            runs[run] = matmul_case(5, shape[0], shape[1], shape[2], n % 8);
+            omp_set_num_threads(run == 0 ? 1 : run == 1 ? 5 : 2);
+#pragma omp parallel for if (run == 3)
+            for (int once = 0; once < 2; once++)
+                if (once == 0)
+                    matmul_case_run(&runs[run]);
+            check(memcmp(runs[0].C, runs[run].C, runs[0].size_c * sizeof(float)) == 0,
+                  "matmul, shape %u, flags %u: other bits in run %d than on one thread", n / 8, n % 8, run);
+        }
+        for (int run = 0; run < 4; run++)
+            matmul_case_free(&runs[run]);
+    }
+    omp_set_num_threads(threads_before);
+}
+
+// A NaN in row r of A and an infinity in column s of B reach row r and column s of C, and no other element;
+// what C held before a product that does not accumulate reaches nothing.
+static void test_matmul_poison(void)
+{
+    for (unsigned n = 0; n < 3 * 8; n++) {
+        size_t M = n / 8 == 0 ? 3 : 53, N = n / 8 == 1 ? 1 : 77, K = 41, r = M - 2, s = N - 1, wrong = 0;
+        MatmulCase clean = matmul_case(n, M, N, K, n % 8 | 8), c = matmul_case(n, M, N, K, n % 8 | 8);
+        c.A[c.transpose_a ? 7 * c.lda + r : r * c.lda + 7] = NAN;
+        c.B[c.transpose_b ? s * c.ldb + 9 : 9 * c.ldb + s] = INFINITY;
+        for (size_t i = 0; i < c.size_c && !c.accumulate; i++)
+            c.C[i] = NAN;
+        matmul_case_run(&clean);
+        matmul_case_run(&c);
+        for (size_t i = 0; i < M; i++)
+            for (size_t j = 0; j < N; j++) {
+                float got = c.C[i * c.ldc + j];
+                wrong += i == r ? !isnan(got) : j == s ? isfinite(got) : got != clean.C[i * c.ldc + j];
+            }
+        check(wrong == 0, "matmul, flags %u: poison in %zu wrong elements", n % 8, wrong);
+        matmul_case_free(&clean);
+        matmul_case_free(&c);
+    }
+}
+// ---- tokenizer ----
+
+// Writes a vocabulary for tests: random merges over few characters, so that texts are full of them. Returns
+// its folder. odd: <|endoftext|> is in the middle, and the merges are in reverse order, so that low ranks
+// come late.
+static char *random_vocabulary(uint64_t stream, int merges, bool odd)
+{
+    static const char characters[] = "ababc \n'\xc3\xa9";
+    Tokenizer *t = tokenizer_new();
+    NameTable table = names_of_bytes(t, (size_t)merges + 257);
+    if (odd)
+        name_add(t, &table, END_OF_TEXT, END_OF_TEXT_SIZE);
+    t->merges = xcalloc((size_t)merges, sizeof *t->merges);
+    char name[4];
+    for (uint64_t draw = 0; t->merge_count < merges;) {
+        Text joined = {0};
+        int *sides = t->merges[odd ? merges - 1 - t->merge_count : t->merge_count];
+        for (int side = 0; side < 2; side++) {
+            int pick = (int)(random_bits(stream, draw++) % (uint64_t)(10 + t->vocab_size - 256 - odd));
+            unsigned code = t->spelling[(unsigned char)characters[pick % 10]];
+            sides[side] =
+                pick < 10 ? *name_slot(&table, name, (size_t)utf8_write(name, code)) : 246 + odd + pick;
+            const size_t *start = &t->name_start[sides[side]];
+            text_append(&joined, t->names.data + start[0], start[1] - start[0]);
+        }
+        bool known = joined.size >= 6;
+        for (int i = 0; i < t->merge_count; i++)
+            known = known || memcmp(t->merges[odd ? merges - 1 - i : i], sides, sizeof *t->merges) == 0;
+        if (!known &&
+            (name_add(t, &table, joined.data, joined.size) || odd)) // odd: two merges may make one token
+            t->merge_count++;
+        free(joined.data);
+    }
+    name_add(t, &table, END_OF_TEXT, END_OF_TEXT_SIZE);
+    char *folder = xprintf("%s/vocabulary", temporary_folder());
+    tokenizer_save(t, folder);
+    free(table.ids);
+    tokenizer_free(t);
+    return folder;
+}
+
+static Tokenizer *random_tokenizer(uint64_t stream)
+{
+    char *folder = random_vocabulary(stream, 90, false);
+    Tokenizer *t = tokenizer_load(folder);
+    free(folder);
+    return t;
+}
+
+// Random text over what the vocabulary above has merges for, and white space, quotes and broken UTF-8.
+static Text random_text(uint64_t stream, size_t size)
+{
+    static const char parts[] =
+        "a\0b\0c\0aa\0 \0 \0\n\0'\0's\0s\0001\0\xc3\xa9\0\xe3\x80\x80\0\xff\0\xe2\x80\0're\0ab\0'l\0"
+        "l\0!\0\xcc\x81\0\xc2\xa0\0<|endoftext|>\0<|end";
+    Text text = {0};
+    text_append(&text, "", 0);
+    for (uint64_t i = 0; text.size < size; i++) {
+        const char *part = parts + random_bits(stream, i) % (sizeof parts - 1); // somewhere inside one
+        while (*part == 0 || (part > parts && part[-1] != 0))
+            part += *part == 0 ? 1 : -1;
+        text_append(&text, part, strlen(part));
+    }
+    return text;
+}
+
+static bool same_ids(const Ids *a, const Ids *b)
+{
+    return a->size == b->size && (a->size == 0 || memcmp(a->data, b->data, a->size * sizeof(int)) == 0);
+}
+
+static bool decodes_to(const Tokenizer *t, const Ids *ids, const Text *text)
+{
+    Text back = {0};
+    text_append(&back, "", 0);
+    for (size_t i = 0; i < ids->size; i++)
+        tokenizer_decode(t, &back, ids->data[i]);
+    bool same = back.size == text->size && memcmp(back.data, text->data, text->size) == 0;
+    free(back.data);
+    return same;
+}
+
+static void test_unicode_classes(void)
+{
+    Tokenizer *t = tokenizer_new();
+    int totals[4] = {0};
+    for (unsigned code = 0; code < CODE_POINTS; code++)
+        totals[t->classes[code]]++;
+    // General_Category L and N of Unicode 16.0, and the 25 characters of
+    // White_Space
+    check(totals[CLASS_LETTER] == 141028, "%d letters", totals[CLASS_LETTER]);
+    check(totals[CLASS_NUMBER] == 1911, "%d numbers", totals[CLASS_NUMBER]);
+    check(totals[CLASS_SPACE] == 25, "%d kinds of white space", totals[CLASS_SPACE]);
+    static const char kinds[] = "LLLLLLLLNNNNNNNOOOOOO"; // letters, numbers, others
+    static const unsigned codes[] = {'A',     'z', 0xaa,  0xb5,  0xe9,   0x5d0,   0x1c89,
+                                     0x31350, '0', 0xb2,  0xbd,  0x664,  0x2167,  0x3007,
+                                     0x1d7ce, '_', 0x301, 0x93e, 0x200b, 0x1f600, 0x10ffff};
+    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
+        check(t->classes[codes[i]] == (kinds[i] == 'L'   ? CLASS_LETTER
+                                       : kinds[i] == 'N' ? CLASS_NUMBER
+                                                         : CLASS_OTHER),
+              "U+%04X has class %d", codes[i], t->classes[codes[i]]);
+    tokenizer_free(t);
+}
+
+static void test_utf8(void)
+{
+    for (unsigned code = 0; code < CODE_POINTS; code++) {
+        char bytes[4];
+        unsigned back = 0;
+        int size = utf8_write(bytes, code), read = utf8_read(bytes, (size_t)size, &back);
+        bool surrogate = code >= 0xd800 && code < 0xe000;
+        check(surrogate ? read == 0 : read == size && back == code, "U+%04X is read as U+%04X", code, back);
+        for (int cut = 0; cut < size && !surrogate; cut++)
+            check(utf8_whole(bytes, (size_t)cut) == 0, "U+%04X cut after %d bytes waits", code, cut);
+        check(utf8_whole(bytes, (size_t)size) == (size_t)size, "U+%04X is whole", code);
+    }
+    static const char *const bad[] = {
+        "\x80", "\xc0\x80", "\xe0\x9f\xbf", "\xed\xa0\x80", "\xf0\x8f\xbf\xbf", "\xf4\x90\x80\x80",
+        "\xff", "\xc3(",    "\xf0\x9f\x98"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        unsigned code;
+        check(utf8_read(bad[i], strlen(bad[i]), &code) == 0, "case %zu is not valid", i);
+    }
+    check(utf8_whole("caf\xc3", 4) == 3 && utf8_whole("\xe0\x9f", 2) == 2 && utf8_whole("\xff", 1) == 1 &&
+              utf8_whole("a\xf0\x9f\x98", 4) == 1,
+          "only what may still become a character waits");
+}
+
+// GPT-2's expression taken literally, alternative by alternative, over classes
+// of characters.
+static size_t literal_piece(const Tokenizer *t, const char *text, size_t size)
+{
+    static const char *const endings[] = {"'s", "'d", "'m", "'t", "'ll", "'ve", "'re"};
+    for (int i = 0; i < 7; i++)
+        if (size >= strlen(endings[i]) && memcmp(text, endings[i], strlen(endings[i])) == 0)
+            return strlen(endings[i]);
+    static const int order[] = {CLASS_LETTER, CLASS_NUMBER, CLASS_OTHER};
+    size_t length, at, last = 0;
+    for (int i = 0; i < 3; i++) {
+        size_t from = text[0] == ' ';
+        for (at = from; at < size && class_at(t, text, at, size, &length) == order[i];)
+            at += length;
+        if (at > from)
+            return at;
+    }
+    for (at = 0; at < size && class_at(t, text, at, size, &length) == CLASS_SPACE; at += length)
+        last = at;
+    return at == size || last == 0 ? at : last;
+}
+
+static void test_pieces(void)
+{
+    static const char cases[] = // a text a line, | between pieces; ~ stands for a newline
+        "Hello| world|'s| end\nI|'ll|  | pay| $|100|!|~\n''|s\n'|S\n't|'re|nt\n '|s\n ~\na|~ |~|b\nx|   | "
+        "y\na|  \n'|lL\n"
+        "don|'t|'ve|'|vE\n\xc2\xa0|a\na|  |\xc2\xa0|b\na| "
+        "|\xe3\x80\x80|b\ncaf\xc3\xa9|2\xc2\xbd\ne|\xcc\x81|e\n \xff\xfe|a\n"
+        "\xe4\xbd\xa0\xe5\xa5\xbd|\xef\xbc\x8c|\xe4\xb8\x96\n";
+    Tokenizer *t = tokenizer_new();
+    for (const char *line = cases, *next; *line; line = next) {
+        Text wanted = {0}, text = {0}, found = {0};
+        for (next = line; *next != '\n'; next++) {
+            text_append(&wanted, *next == '~' ? "\n" : next, 1);
+            text_append(&text, *next == '~' ? "\n" : next, *next != '|');
+        }
+        next++;
+        for (size_t at = 0, end; at < text.size; at = end) {
+            end = find_piece(t, text.data, at, text.size);
+            text_append(&found, "|", at > 0);
+            text_append(&found, text.data + at, end - at);
+        }
+        check(strcmp(found.data, wanted.data) == 0, "\"%s\" is cut as \"%s\"", wanted.data, found.data);
+        free(wanted.data);
+        free(text.data);
+        free(found.data);
+    }
+    Text text = random_text(77, 300000);
+    for (size_t at = 0, end, literal; at < text.size; at = end) {
+        end = find_piece(t, text.data, at, text.size);
+        literal = at + literal_piece(t, text.data + at, text.size - at);
+        check(end == literal, "random text at %zu: piece ends at %zu, the expression says %zu", at, end,
+              literal);
+    }
+    free(text.data);
+    tokenizer_free(t);
+}
+
+// BPE as it is defined: look for the lowest rank among all neighbours, join the
+// leftmost such pair, again.
+static void literal_bpe(const Tokenizer *t, Ids *ids, const char *piece, size_t size)
+{
+    size_t start = ids->size;
+    for (size_t i = 0; i < size; i++)
+        ids_push(ids, t->byte_ids[(unsigned char)piece[i]]);
+    for (;;) {
+        const MergeSlot *best = NULL;
+        size_t where = 0;
+        for (size_t i = start; i + 1 < ids->size; i++) {
+            const MergeSlot *merge = merge_slot(t, ids->data[i], ids->data[i + 1]);
+            if (merge->rank >= 0 && (!best || merge->rank < best->rank))
+                best = merge, where = i;
+        }
+        if (!best)
+            return;
+        ids->data[where] = best->id;
+        memmove(ids->data + where + 1, ids->data + where + 2, (ids->size - where - 2) * sizeof(int));
+        ids->size--;
+    }
+}
+
+static void test_encode_is_bpe(void)
+{
+    for (int round = 0; round < 12; round++) {
+        char *folder = random_vocabulary((uint64_t)round, 60 + 6 * round, round % 3 == 2);
+        char *merges = xprintf("%s/merges.txt", folder);
+        Tokenizer *t = tokenizer_load(round % 3 == 0 ? merges : folder);
+        check(t->end_of_text == (round % 3 == 2 ? 256 : t->vocab_size - 1), "end of text is %d",
+              t->end_of_text);
+        for (int run = 0; run < 200; run++) { // texts of all lengths, then long pieces of anything
+            Text text = random_text((uint64_t)run + 1000, (size_t)run * 5);
+            Ids ours = {0}, literal = {0};
+            if (run % 2) {
+                tokenizer_encode(t, &ours, text.data, text.size, false);
+                for (size_t at = 0, end; at < text.size; at = end) {
+                    end = find_piece(t, text.data, at, text.size);
+                    literal_bpe(t, &literal, text.data + at, end - at);
+                }
+            } else if (text.size > 0) {
+                for (size_t i = 0; i < text.size && run % 4; i++) // few letters: many merges meet
+                    text.data[i] = "aaab"[random_bits((uint64_t)run, i) % 4];
+                Encoder *encoder = encoder_take(t);
+                merge_piece(t, encoder, &ours, text.data, text.size);
+                encoder_give_back(t, encoder);
+                literal_bpe(t, &literal, text.data, text.size);
+            }
+            check(same_ids(&ours, &literal), "round %d run %d: %zu ids, not %zu", round, run, ours.size,
+                  literal.size);
+            check(decodes_to(t, &ours, &text), "round %d run %d: other text", round, run);
+            free(text.data);
+            free(ours.data);
+            free(literal.data);
+        }
+        free(folder);
+        free(merges);
+        tokenizer_free(t);
+    }
+}
+
+static void push_piece_ends(const Tokenizer *t, Ids *ends, const char *text, size_t at, size_t size)
+{
+    while (at < size)
+        ids_push(ends, (int)(at = find_piece(t, text, at, size)));
+}
+
+static void test_encode_in_parts(void)
+{
+    Tokenizer *t = random_tokenizer(5);
+    Ids whole = {0}, parts = {0};
+    int cuts = 0;
+    for (int round = 0; round < 40; round++) { // at every place: what comes before the cut, then the rest
+        Text text = random_text((uint64_t)round + 500, 200);
+        Ids ends = {0}, part_ends = {0};
+        push_piece_ends(t, &ends, text.data, 0, text.size);
+        for (int special = 0; special < 2; special++) {
+            whole.size = 0;
+            tokenizer_encode(t, &whole, text.data, text.size, special);
+            for (size_t place = 0; place <= text.size; place++) {
+                size_t cut = tokenizer_cut(t, text.data, place);
+                parts.size = 0;
+                tokenizer_encode(t, &parts, text.data, cut, special);
+                tokenizer_encode(t, &parts, text.data + cut, text.size - cut, special);
+                check(cut <= place && same_ids(&whole, &parts), "round %d: cut at %zu of %zu gives other ids",
+                      round, cut, place);
+                cuts += cut > 0;
+                part_ends.size = 0;
+                push_piece_ends(t, &part_ends, text.data, 0, cut);
+                push_piece_ends(t, &part_ends, text.data, cut, text.size);
+                check(same_ids(&ends, &part_ends), "round %d: cut at %zu gives other pieces", round, cut);
+            }
+        }
+        free(text.data);
+        free(ends.data);
+        free(part_ends.data);
+    }
+    check(cuts > 5000, "only %d places could be cut", cuts);
+
+    Text text = random_text(9, 1500000);
+    int threads = omp_get_max_threads();
+    for (int n = 1; n <= 7; n += 2) {
+        omp_set_num_threads(n);
+        Ids *ids = n == 1 ? &whole : &parts;
+        ids->size = 0;
+        ids_push(ids, 77); // what is there stays
+        tokenizer_encode(t, ids, text.data, text.size, true);
+        check(n == 1 || same_ids(&whole, &parts), "%d threads give other ids", n);
+    }
+    omp_set_num_threads(4);
+    int different = 0;
+#pragma omp parallel for reduction(+ : different)
+    for (int i = 0; i < 4; i++) { // several callers at once
+        Ids ids = {0};
+        ids_push(&ids, 77);
+        tokenizer_encode(t, &ids, text.data, text.size, true);
+        different += !same_ids(&whole, &ids);
+        free(ids.data);
+    }
+    omp_set_num_threads(threads);
+    check(different == 0, "%d of 4 threads that encode at once get other ids", different);
+    free(text.data);
+    free(whole.data);
+    free(parts.data);
+    tokenizer_free(t);
+}
+
+static void test_special_token(void)
+{
+    static const char cases[] = // how often <|endoftext|> is in the text behind
+        "1<|endoftext|>\0"
+        "2a<|endoftext|><|endoftext|> b\0"
+        "0<|endoftext|\0"
+        "1<|<|endoftext|>|>\0"
+        "0";
+    Tokenizer *t = random_tokenizer(3);
+    for (const char *c = cases; c < cases + sizeof cases; c += strlen(c) + 1)
+        for (int special = 0; special < 2; special++) {
+            Ids ids = {0};
+            Text text = {0};
+            text_append(&text, c + 1, strlen(c + 1));
+            tokenizer_encode(t, &ids, text.data, text.size, special);
+            int marks = 0;
+            for (size_t k = 0; k < ids.size; k++)
+                marks += ids.data[k] == t->end_of_text;
+            check(marks == (special ? *c - '0' : 0), "\"%s\" has %d end-of-text ids", text.data, marks);
+            check(decodes_to(t, &ids, &text), "\"%s\" is decoded to another text", text.data);
+            free(ids.data);
+            free(text.data);
+        }
+    tokenizer_free(t);
+}
+
+static void test_tokenizer_files(void)
+{
+    char *folder = random_vocabulary(8, 80, true), *copy = xprintf("%s/copy", temporary_folder());
+    Tokenizer *t = tokenizer_load(folder);
+    tokenizer_save(t, copy);
+    tokenizer_free(t);
+    for (int i = 0; i < 2; i++) {
+        const char *name = i ? "vocab.json" : "merges.txt";
+        char *one = xprintf("%s/%s", folder, name), *other = xprintf("%s/%s", copy, name);
+        Text a = read_file(one), b = read_file(other);
+        check(a.size == b.size && memcmp(a.data, b.data, a.size) == 0,
+              "%s is not the same after load and save", name);
+        check(strncmp(a.data, i ? "{\"!\":0,\"\\\"\":1," : "#version: 0.2\n", 14) == 0, "%s starts otherwise",
+              name);
+        free(a.data);
+        free(b.data);
+        free(one);
+        free(other);
+    }
+    static const char tiny[] = "o w\r\nl ow\nĠ low"; // no first line, a DOS line, no last newline
+    char *path = xprintf("%s/tiny.bpe", temporary_folder());
+    write_file(path, tiny, sizeof tiny - 1);
+    t = tokenizer_load(path);
+    Ids ids = {0};
+    tokenizer_encode(t, &ids, " low low<|endoftext|>", 21, true);
+    check(t->vocab_size == 260 && t->end_of_text == 259, "%d tokens", t->vocab_size);
+    check(ids.size == 3 && ids.data[0] == 258 && ids.data[1] == 258 && ids.data[2] == 259, "%zu ids",
+          ids.size);
+    const int *bytes = t->byte_ids;
+    check(bytes['!'] == 0 && bytes['~'] == 93 && bytes[0xff] == 187 && bytes[0] == 188 && bytes[' '] == 220 &&
+              bytes[0xad] == 255,
+          "bytes are not in GPT-2's order");
+    tokenizer_free(t);
+    free(ids.data);
+    free(path);
+    free(folder);
+    free(copy);
+}
+
+static char damaged_path[4200];
+
+static void load_damaged(void) { tokenizer_free(tokenizer_load(damaged_path)); }
+
+static void decode_damaged(void)
+{
+    Text text = {0};
+    tokenizer_decode(tokenizer_load(damaged_path), &text, 1000);
+}
+
+static void test_damaged_tokenizers(void)
+{
+    static const struct {
+        const char *vocabulary, *merges, *expected; // how to change a good vocab.json ("from>to"), or NULL
+    } cases[] = {
+        {NULL, "#version: 0.2\na b\nab\n", "line 3: expected two tokens"},
+        {NULL, "a b c\n", "line 1: expected two tokens"},
+        {NULL, "a  b\n", "line 1: expected two tokens"},
+        {NULL, "a b\nab c\nabd c\n", "line 3: expected tokens"},
+        {NULL, "a b\na b\n", "line 2: expected a new token"},
+        {NULL, "a b\nb c\nab c\na bc\n", "line 4: expected a new token"},
+        {NULL, "a \xff\n", "line 1: expected tokens"},
+        {"", "a b\n", "line 1: expected \"ab\" to be in the vocabulary"},
+        {"\"a\":64>\"a\":65", "", "\"a\" and \"b\" both have id 65"},
+        {"\"a\":64>\"a\":257", "", "\"a\": expected an id from 0 to 256"},
+        {"\"a\":64>\"a\":-1", "", "\"a\": expected an id from 0 to 256"},
+        {"\"a\":64>\"a\":1.5", "", "\"a\": expected an id from 0 to 256"},
+        {"\"a\":64>\"a\":1e99", "", "\"a\": expected an id from 0 to 256"},
+        {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected an id from 0 to 256"},
+        {"\"a\":64>\"b\":64", "", "\"b\" is there twice"},
+        {"\"a\":64>\"aa\":64", "", "no token \"a\" for byte 97"},
+        {"\"a\":64>\"a\":64,", "", "line 1, column"},
+        {"{>[", "", "not valid JSON at line 1"},
+        {"256}>256", "", "not valid JSON at line 1"},
+        {"256}>257,\"ab\":256}", "a b\na b\n", "line 2: expected each merge once"},
+        {NULL, NULL, "cannot be opened"},
+    };
+    char *folder = xprintf("%s/damaged", temporary_folder()), *merges_path = xprintf("%s/merges.txt", folder);
+    char *vocabulary_path = xprintf("%s/vocab.json", folder);
+    make_folder(folder);
+    write_file(merges_path, "", 0);
+    Tokenizer *bytes = tokenizer_load(merges_path);
+    tokenizer_save(bytes, folder);
+    tokenizer_free(bytes);
+    Text good = read_file(vocabulary_path);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Text bad = {0}, said = {0};
+        const char *change = cases[i].vocabulary, *to = change ? strchr(change, '>') : NULL;
+        size_t from = to ? (size_t)(to - change) : 0;
+        const char *place = to ? memmem(good.data, good.size, change, from) : good.data + good.size;
+        text_append(&bad, good.data, (size_t)(place - good.data));
+        text_append(&bad, to ? to + 1 : "", to ? strlen(to + 1) : 0);
+        text_append(&bad, place + from, good.size - (size_t)(place - good.data) - from);
+        write_file(vocabulary_path, bad.data, bad.size);
+        if (cases[i].merges)
+            write_file(merges_path, cases[i].merges, strlen(cases[i].merges));
+        snprintf(damaged_path, sizeof damaged_path, "%s",
+                 change            ? folder
+                 : cases[i].merges ? merges_path
+                                   : "/nowhere/vocab.bpe");
+        int status = run_child(load_damaged, &said);
+        check(status == 1, "case %zu ends with status %d", i, status);
+        check(strstr(said.data, cases[i].expected) && strstr(said.data, damaged_path), "case %zu says: %s", i,
+              said.data);
+        check(said.size > 0 && strchr(said.data, '\n') == said.data + said.size - 1,
+              "case %zu does not say one line", i);
+        free(bad.data);
+        free(said.data);
+    }
+    write_file(merges_path, "a b\n", 4);
+    snprintf(damaged_path, sizeof damaged_path, "%s", merges_path);
+    Text said = {0};
+    check(run_child(decode_damaged, &said) == 1, "a wrong id is decoded");
+    check(strstr(said.data, "1000 is not in the vocabulary"), "a wrong id: %s", said.data);
+    free(said.data);
+    free(good.data);
+    free(folder);
+    free(merges_path);
+    free(vocabulary_path);
+}
+
+static void test_long_runs(void)
+{
+    static const char *const units[] = {"a", " ", "ab", "\n", "'", "\xc3\xa9", "\xff", "bca"};
+    Tokenizer *t = random_tokenizer(21);
+    for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
+        Text text = {0};
+        while (text.size < 1000000)
+            text_append(&text, units[i], strlen(units[i]));
+        Ids ids = {0};
+        double begin = now();
+        tokenizer_encode(t, &ids, text.data, text.size, false);
+        check(now() - begin < 5, "\"%s\" again and again takes %.1f s", units[i], now() - begin);
+        check(decodes_to(t, &ids, &text), "\"%s\" again and again is lost", units[i]);
+        free(text.data);
+        free(ids.data);
+    }
+    tokenizer_free(t);
+}
+
+// The command-line program, when it was built beside this one.
+static void test_tokenizer_program(void)
+{
+    const char *slash = strrchr(self_path, '/');
+    char *program = xprintf("%.*s/tokenizer", slash ? (int)(slash - self_path) : 1, slash ? self_path : ".");
+    static const struct {
+        const char *command; // in the temporary folder; $T is the program
+        int status;
+        const char *expected;
+    } cases[] = {
+        {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
+         "a.txt",
+         0, "261 tokens"},
+        {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
+        {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
+        {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same",
+         0, "same"},
+        {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
+         "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
+        {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
+         "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
+        {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
+         "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
+        {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
+         "20240520           1           9\n   260   257   258   198\n"},
+        {"echo 7 x | $T decode --tokenizer v", 1, "line 1: expected ids"},
+        {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
+        {"$T count --tokenizer v nothing-*", 1, "nothing-*: there is no such file"},
+        {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
+        {"$T decode --length 3", 2, "--length does not apply to decode"},
+        {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
+        {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
+        {"$T", 2, "expected a command"},
+    };
+    if (!file_exists(program))
+        printf("    %s is not built: not tested\n", program);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases && file_exists(program); i++) {
+        char *full = realpath(program, NULL);
+        char *command = xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, cases[i].command);
+        FILE *pipe = popen(command, "r");
+        Text out = {0};
+        read_stream(&out, pipe, command);
+        int status = pclose(pipe);
+        check(WEXITSTATUS(status) == cases[i].status, "%s: status %d", cases[i].command, WEXITSTATUS(status));
+        check(strstr(out.data, cases[i].expected), "%s: %s", cases[i].command, out.data);
+        free(out.data);
+        free(command);
+        free(full);
+    }
+    free(program);
+}
+
+// ---- numerics: the layers, the model, the optimizer and generation, against formulas in double precision ----
+
+// Largest |ours - wanted|, relative to the largest |wanted|; HUGE_VAL when something is not a number.
+static double deviation(const float *ours, const double *wanted, size_t count)
+{
+    double worst = 0, scale = 1e-30;
+    for (size_t i = 0; i < count; i++) {
+        double error = fabs(ours[i] - wanted[i]);
+        scale = fmax(scale, fabs(wanted[i]));
+        if (!(error <= worst))
+            worst = isnan(error) ? HUGE_VAL : error;
+    }
+    return worst / scale;
+}
+
+static double *doubles(const float *from, size_t count)
+{
+    double *to = xmalloc(count * sizeof *to);
+    for (size_t i = 0; i < count; i++)
+        to[i] = from[i];
+    return to;
+}
+
+static double deviation_of_floats(const float *ours, const float *wanted, size_t count)
+{
+    double *exact = doubles(wanted, count), result = deviation(ours, exact, count);
+    free(exact);
+    return result;
+}
+
+static bool same_bits(const float *a, const float *b, size_t count)
+{
+    return memcmp(a, b, count * sizeof(float)) == 0;
+}
+
+static Config tiny_config(int V, int P, int L, int NH, int C, int F, bool tied)
+{
+    return (Config){.vocab_size = V,
+                    .n_positions = P,
+                    .n_layer = L,
+                    .n_head = NH,
+                    .n_embd = C,
+                    .n_inner = F,
+                    .layer_norm_epsilon = 1e-5f,
+                    .tie_word_embeddings = tied};
+}
+
+// A model whose values are large enough that every layer matters, biases included. `freeze`: a regular expression
+// or NULL; biases and layernorms are not decayed.
+static Model *tiny_model(Config config, uint64_t seed, const char *freeze)
+{
+    const char *no_decay[] = {"bias", "ln_"};
+    Model *model = model_new(config);
+    model_allocate_values(model);
+    for (int i = 0; i < model->tensor_count; i++)
+        for (size_t j = 0; j < model->tensors[i].size; j++)
+            model->tensors[i].value[j] = 0.3f * random_normal(random_stream(seed, (uint64_t)i), j) +
+                                         (tensor_table[model->tensors[i].kind].initial == ONES);
+    model_set_training(model, &(Patterns){.items = &freeze, .size = freeze != NULL},
+                       &(Patterns){no_decay, 2, 2});
+    model_allocate_training(model, true);
+    return model;
+}
+
+// Sequences of random tokens; about a quarter of the rows is not scored.
+static Batch ragged_batch(uint64_t seed, int V, int sequences, const int *lengths)
+{
+    Batch batch = {0};
+    batch_clear(&batch);
+    for (int s = 0; s < sequences; s++, batch_end_sequence(&batch))
+        for (int t = 0; t < lengths[s]; t++) {
+            uint64_t bits = random_bits(seed, (uint64_t)batch.rows);
+            batch_add_row(&batch, (int)(bits % (uint64_t)V), t,
+                          bits >> 62 ? (int)((bits >> 32) % (uint64_t)V) : -1);
+        }
+    return batch;
+}
+
+static void append_sequence(Batch *to, const Batch *from, int s)
+{
+    for (int r = from->first_row[s]; r < from->first_row[s + 1]; r++)
+        batch_add_row(to, from->token[r], from->position[r], from->target[r]);
+    batch_end_sequence(to);
+}
+
+static float *logits_of(const Model *model, const Batch *batch)
+{
+    Activations a = {0};
+    float *logits = xfloats((size_t)batch->rows * (size_t)model->config.vocab_size);
+    all_logits(model, &a, batch, logits);
+    activations_free(&a);
+    return logits;
+}
+
+// Gradients of the mean loss over all micro-batches; returns that mean.
+static double gradients_of(Model *model, const Batch *batches, int count, Dropout dropout, bool recompute)
+{
+    Activations a = {0};
+    double loss = 0;
+    int targets = 0;
+    for (int i = 0; i < count; i++)
+        targets += batches[i].targets;
+    for (int i = 0; i < count; i++) {
+        activations_reserve(&a, model, batches[i].rows, longest_sequence(&batches[i]), true, recompute,
+                            dropout.probability > 0, false);
+        loss += model_forward_backward(model, &a, &batches[i], 1.0f / (float)targets, i > 0, dropout);
+    }
+    activations_free(&a);
+    return loss / targets;
+}
+
+static bool regex_found(const char *regex, const char *name)
+{
+    return patterns_match(&(Patterns){&regex, 1, 1}, name);
+}
+
+// The gradients of `model` are those of `wanted` wherever it has any. Tolerance 0: to the bit.
+static void check_gradients(const Model *model, const Model *wanted, double tolerance, const char *what)
+{
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        const float *other = wanted->tensors[i].gradient;
+        if (!tensor->gradient)
+            continue;
+        double error = tolerance > 0 ? deviation_of_floats(tensor->gradient, other, tensor->size)
+                                     : !same_bits(tensor->gradient, other, tensor->size);
+        check(error <= tolerance, "%s: gradient of %s differs by %.1e", what, tensor->name, error);
+    }
+}
+
+// ---- references ----
+
+// Every folder of dev/fixtures, with activations kept, with --recompute, and on the built-in matmul.
+static void test_references(void)
+{
+    char *self = xstrdup(self_path), *slash = strrchr(self, '/');
+    *(slash ? slash : self) = 0;
+    const char *const places[] = {"", slash ? self : ".", "/", slash ? self : ".", "/../../"};
+    glob_t found = {0};
+    for (int i = 0; i < 3 && found.gl_pathc == 0; i++) { // here, beside the program, or above build/sanitize
+        char *pattern = xprintf("%s%sdev/fixtures/*/reference.safetensors", places[i ? 2 * i - 1 : 0],
+                                i ? places[2 * i] : "");
+        globfree(&found);
+        glob(pattern, 0, NULL, &found);
+        free(pattern);
+    }
+    check(found.gl_pathc > 0, "dev/fixtures was not found here nor beside the program");
+    MatmulKind usual = matmul_kind;
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char *folder = xstrdup(found.gl_pathv[i]);
+        *strrchr(folder, '/') = 0;
+        check(compare_reference(folder, NULL, true, false), "%s: not what PyTorch computed", folder);
+        check(compare_reference(folder, NULL, true, true), "%s: not what PyTorch computed, with --recompute",
+              folder);
+        matmul_kind = MATMUL_BUILTIN;
+        check(compare_reference(folder, NULL, true, false), "%s: not what PyTorch computed, built-in matmul",
+              folder);
+        matmul_kind = usual;
+        free(folder);
+    }
+    globfree(&found);
+    free(self);
+}
+
+// ---- oracles: each layer's formula in plain loops and double precision, forward only ----
+
+static void oracle_linear(double *y, const double *x, const double *weight, const double *bias, int R, int K,
+                          int N)
+{
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) {
+            y[r * N + n] = bias[n];
+            for (int k = 0; k < K; k++)
+                y[r * N + n] += x[r * K + k] * weight[k * N + n];
+        }
+}
+
+static void oracle_layernorm(double *y, const double *x, const double *weight, const double *bias, int R,
+                             int C)
+{
+    for (int r = 0; r < R; r++, x += C, y += C) {
+        double mean = 0, variance = 0;
+        for (int c = 0; c < C; c++)
+            mean += x[c] / C;
+        for (int c = 0; c < C; c++)
+            variance += (x[c] - mean) * (x[c] - mean) / C;
+        for (int c = 0; c < C; c++)
+            y[c] = (x[c] - mean) / sqrt(variance + (double)1e-5f) * weight[c] + bias[c];
+    }
+}
+
+static void oracle_attention(double *out, const double *qkv, int sequences, const int *first_row,
+                             Dropout dropout, int NH, int HS)
+{
+    const int C = NH * HS;
+    double *p = xmalloc((size_t)(first_row[sequences] + 1) * sizeof *p);
+    for (int s = 0; s < sequences; s++)
+        for (int i = first_row[s]; i < first_row[s + 1]; i++)
+            for (int head = 0; head < NH; head++) {
+                const double *q = qkv + (size_t)i * 3 * C + head * HS;
+                double largest = -HUGE_VAL, sum = 0, *o = out + (size_t)i * C + head * HS;
+                for (int j = first_row[s]; j <= i; j++) {
+                    p[j] = 0;
+                    for (int c = 0; c < HS; c++)
+                        p[j] += q[c] * qkv[(size_t)j * 3 * C + C + head * HS + c] / sqrt(HS);
+                    largest = fmax(largest, p[j]);
+                }
+                for (int j = first_row[s]; j <= i; j++)
+                    sum += p[j] = exp(p[j] - largest);
+                memset(o, 0, (size_t)HS * sizeof *o);
+                for (int j = first_row[s]; j <= i; j++) {
+                    double keep =
+                        dropout_factor(dropout, attention_dropout_index(i, NH, head, j - first_row[s]));
+                    for (int c = 0; c < HS; c++)
+                        o[c] += p[j] / sum * keep * qkv[(size_t)j * 3 * C + 2 * C + head * HS + c];
+                }
+            }
+    free(p);
+}
+
+static double oracle_gelu(double x)
+{
+    return 0.5 * x * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+}
+
+static double oracle_cross_entropy(const double *logits, int target, int V)
+{
+    double largest = -HUGE_VAL, sum = 0;
+    for (int v = 0; v < V; v++)
+        largest = fmax(largest, logits[v]);
+    for (int v = 0; v < V; v++)
+        sum += exp(logits[v] - largest);
+    return log(sum) + largest - logits[target];
+}
+
+// A layer with its inputs in double, and the weights that make one number of its output: loss = sum of dy · y.
+typedef struct {
+    enum { LINEAR, LAYERNORM, ATTENTION, GELU, CROSS_ENTROPY } kind;
+    int R, K, N; // rows; channels in and out (attention: heads and head size)
+    double *x, *weight, *bias, *y;
+    const float *dy;
+    const int *first_row, *target;
+    int sequences;
+    Dropout dropout;
+} Layer;
+
+static double layer_loss(const void *context)
+{
+    const Layer *l = context;
+    double loss = 0;
+    size_t size = (size_t)l->R * (size_t)(l->kind == ATTENTION       ? l->K * l->N
+                                          : l->kind == CROSS_ENTROPY ? 1
+                                                                     : l->N);
+    if (l->kind == LINEAR)
+        oracle_linear(l->y, l->x, l->weight, l->bias, l->R, l->K, l->N);
+    else if (l->kind == LAYERNORM)
+        oracle_layernorm(l->y, l->x, l->weight, l->bias, l->R, l->N);
+    else if (l->kind == ATTENTION)
+        oracle_attention(l->y, l->x, l->sequences, l->first_row, l->dropout, l->K, l->N);
+    for (size_t i = 0; i < size; i++) {
+        if (l->kind == GELU)
+            l->y[i] = oracle_gelu(l->x[i]);
+        else if (l->kind == CROSS_ENTROPY)
+            l->y[i] = oracle_cross_entropy(l->x + i * (size_t)l->N, l->target[i], l->N);
+        loss += l->dy[i] * l->y[i];
+    }
+    return loss;
+}
+
+// Compares gradients with central differences (f(x + h) - f(x - h)) / 2h of an oracle, for single elements and
+// along random directions in which every element moves, so that none is left out. In double precision with
+// h = 1e-6 and values around 1 the differences are good to about 1e-9: what remains is the rounding (6e-8) of the
+// float code under test. 1e-5 of the largest element allows for a few hundred roundings; the random signs of a
+// direction let its sum grow with the square root of the size.
+static void check_differences(const char *what, double (*loss)(const void *), const void *context, double *x,
+                              size_t size, const float *gradient, int elements)
+{
+    double *kept = xmalloc(size * sizeof *kept), scale = 1e-9;
+    memcpy(kept, x, size * sizeof *kept);
+    for (size_t i = 0; i < size; i++)
+        scale = fmax(scale, fabs(gradient[i]));
+    for (int n = 0; n < elements + 2; n++) {
+        uint64_t stream = random_stream(17, (uint64_t)n);
+        bool all = n >= elements;
+        size_t one = random_bits(stream, size) % size;
+        double f[2], ours = 0, wanted;
+        for (int side = 0; side < 2; side++) {
+            for (size_t i = all ? 0 : one; i < (all ? size : one + 1); i++) {
+                double sign = random_bits(stream, i) & 1 ? 1 : -1;
+                x[i] = kept[i] + (side ? 1e-6 : -1e-6) * sign;
+                ours += side ? sign * gradient[i] : 0;
+            }
+            f[side] = loss(context);
+        }
+        memcpy(x, kept, size * sizeof *kept);
+        wanted = (f[1] - f[0]) / 2e-6;
+        check(fabs(ours - wanted) <= 1e-5 * scale * (all ? sqrt((double)size) : 1),
+              "%s: derivative by %s %zu is %.7g, should be %.7g", what, all ? "direction" : "element",
+              all ? (size_t)(n - elements) : one, ours, wanted);
+    }
+    free(kept);
+}
+
+// ---- layers ----
+
+// The error promised above fast_exp, at a million places; limits and NaN.
+static void test_exp(void)
+{
+    double worst = 0;
+    for (int i = 0; i <= 1000000; i++) {
+        float x = -87.0f + 175.0f * 1e-6f * (float)i;
+        worst = fmax(worst, x <= 88 ? fabs(fast_exp(x) / exp(x) - 1) : 0);
+    }
+    check(worst < 2e-7, "relative error %.2e", worst);
+    check(fast_exp(0) == 1, "exp(0) is %.9g", fast_exp(0));
+    check(fast_exp(-1e30f) >= 0 && fast_exp(-INFINITY) < 2e-38f, "far below zero: %g", fast_exp(-INFINITY));
+    check(fast_exp(1e30f) > 1e38f && isfinite(fast_exp(INFINITY)), "far above zero: %g", fast_exp(INFINITY));
+    check(isnan(fast_exp(NAN)), "exp(NaN) is %g", fast_exp(NAN));
+}
+
+// Values and slopes in -8 .. 8 against the formula; far outside gelu is x or 0 and its slope 1 or 0.
+static void test_gelu(void)
+{
+    enum { N = 1601 };
+    static const float far[] = {-1e6f, -300, -30, 30, 300, 1e6f};
+    float x[N], y[N], slope[N], ones[N];
+    for (int i = 0; i < N; i++)
+        x[i] = 0.01f * (float)i - 8, ones[i] = slope[i] = 1;
+    gelu_forward(y, x, N);
+    Layer layer = {
+        .kind = GELU, .R = N, .N = 1, .x = doubles(x, N), .y = xmalloc(N * sizeof(double)), .dy = ones};
+    layer_loss(&layer);
+    check(deviation(y, layer.y, N) < 2e-7, "forward differs by %.1e", deviation(y, layer.y, N));
+    gelu_backward(slope, x, N);
+    check(same_bits(x, y, N), "the backward pass does not give the forward values again");
+    check_differences("gelu", layer_loss, &layer, layer.x, N, slope, 100);
+    for (int i = 0; i < 6; i++) {
+        float at = far[i], value, d = 1;
+        gelu_forward(&value, &at, 1);
+        gelu_backward(&d, &at, 1);
+        check(fabsf(value - fmaxf(far[i], 0)) <= 1e-30f && fabsf(d - (far[i] > 0)) <= 1e-6f,
+              "gelu(%g) = %g with slope %g", far[i], value, d);
+    }
+    free(layer.x);
+    free(layer.y);
+}
+
+// Rows are sums, to the bit; gradients are summed by token and by position, and added to what was there.
+static void test_embedding(void)
+{
+    enum { V = 23, P = 17, C = 150, R = 200 };
+    float *wte = random_floats(1, V * C), *wpe = random_floats(2, P * C), *dx = random_floats(3, R * C);
+    float *x = xfloats(R * C), *table = random_floats(4, V * C);
+    int token[R], position[R], wrong = 0;
+    double *wanted = doubles(table, V * C);
+    for (int r = 0; r < R; r++)
+        token[r] = (int)(random_bits(5, (uint64_t)r) % V),
+        position[r] = (int)(random_bits(6, (uint64_t)r) % P);
+    embedding_forward(x, wte, wpe, token, position, R, C);
+    embedding_backward(table, dx, token, R, C);
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) {
+            wrong += x[r * C + c] != wte[token[r] * C + c] + wpe[position[r] * C + c];
+            wanted[token[r] * C + c] += dx[r * C + c];
+        }
+    check(wrong == 0, "forward: %d elements are no sums", wrong);
+    check(deviation(table, wanted, V * C) < 1e-6, "backward differs by %.1e",
+          deviation(table, wanted, V * C));
+    free(wte), free(wpe), free(dx), free(x), free(table), free(wanted);
+}
+
+// Linear and layernorm: forward, backward, gradients added or written, and each gradient that is not wanted.
+static void test_linear_and_layernorm(void)
+{
+    enum { R = 37, K = 70, N = 91 };
+    static const int kinds[2] = {LINEAR, LAYERNORM};
+    for (int kind = 0; kind < 2; kind++) {
+        const int in = kind == 0 ? K : N, weights = kind == 0 ? K * N : N;
+        const char *name = kind == 0 ? "linear" : "layernorm";
+        float *x = random_floats(1, R * K + R * N), *weight = random_floats(2, K * N),
+              *bias = random_floats(3, N);
+        float *residual = random_floats(4, R * N), *dy = random_floats(5, R * N), *y = xfloats(R * N);
+        float mean[R], rstd[R], *rebuilt = xfloats(R * N);
+        Layer layer = {.kind = kinds[kind],
+                       .R = R,
+                       .K = in,
+                       .N = N,
+                       .x = doubles(x, (size_t)R * in),
+                       .dy = dy,
+                       .weight = doubles(weight, weights),
+                       .bias = doubles(bias, N),
+                       .y = doubles(dy, R * N)};
+        layer_loss(&layer);
+        if (kind == 0) {
+            linear_forward(y, residual, x, weight, bias, R, K, N);
+            for (int i = 0; i < R * N; i++)
+                layer.y[i] += residual[i];
+        } else {
+            layernorm_forward(y, mean, rstd, x, weight, bias, 1e-5f, R, N);
+            layernorm_rebuild(rebuilt, mean, rstd, x, weight, bias, R, N);
+            check(same_bits(y, rebuilt, R * N), "layernorm is rebuilt with other bits");
+        }
+        check(deviation(y, layer.y, R * N) < 1e-6, "%s differs by %.1e", name, deviation(y, layer.y, R * N));
+        for (int wanted = 1; wanted < 8; wanted++)
+            for (int accumulate = 0; accumulate < 2; accumulate++) {
+                float *dx = xfloats((size_t)R * in), *dweight = xfloats(weights), *dbias = xfloats(N);
+                for (int i = 0; i < R * in; i++)
+                    dx[i] = kind == 0 ? NAN : 3; // linear writes it, layernorm adds to it
+                for (int i = 0; i < weights; i++)
+                    dweight[i] = accumulate ? 5 : NAN;
+                for (int i = 0; i < N; i++)
+                    dbias[i] = accumulate ? 7 : NAN;
+                float *w = wanted & 2 ? dweight : NULL, *b = wanted & 4 ? dbias : NULL;
+                if (kind == 0)
+                    linear_backward(wanted & 1 ? dx : NULL, w, b, dy, x, weight, accumulate, R, K, N);
+                else
+                    layernorm_backward(dx, w, b, dy, x, mean, rstd, weight, accumulate, R, N);
+                for (int i = 0; i < R * in; i++)
+                    dx[i] -= kind == 0 ? 0 : 3;
+                for (int i = 0; i < weights; i++)
+                    dweight[i] -= accumulate ? 5 : 0;
+                for (int i = 0; i < N; i++)
+                    dbias[i] -= accumulate ? 7 : 0;
+                if (wanted & 1)
+                    check_differences(name, layer_loss, &layer, layer.x, (size_t)R * in, dx, 3);
+                if (w)
+                    check_differences(name, layer_loss, &layer, layer.weight, weights, w, 3);
+                if (b)
+                    check_differences(name, layer_loss, &layer, layer.bias, N, b, 3);
+                free(dx), free(dweight), free(dbias);
+            }
+        free(x), free(weight), free(bias), free(residual), free(dy), free(y), free(rebuilt);
+        free(layer.x), free(layer.weight), free(layer.bias), free(layer.y);
+    }
+}
+
+// Ragged sequences, one of them empty, over several tiles of queries and blocks of keys; head sizes from 1 to 64,
+// with dropout and without, and scores so large that softmax picks one key.
+static void test_attention(void)
+{
+    static const struct {
+        int NH, HS, sequences, lengths[5];
+        float p, scale;
+    } cases[] = {{2, 5, 4, {300, 0, 1, 70}, 0, 1},
+                 {2, 4, 3, {270, 64, 65}, 0.3f, 2},
+                 {3, 1, 4, {1, 2, 63, 130}, 0.1f, 3},
+                 {1, 64, 2, {67, 40}, 0, 1},
+                 {2, 16, 2, {128, 3}, 0, 12}};
+    for (int n = 0; n < 5; n++) {
+        const int NH = cases[n].NH, HS = cases[n].HS, C = NH * HS;
+        Batch batch = ragged_batch(1, 2, cases[n].sequences, cases[n].lengths);
+        const int R = batch.rows, longest = longest_sequence(&batch);
+        size_t size = attention_scratch(longest);
+        float *qkv = random_floats(20 + n, (size_t)R * 3 * C), *dout = random_floats(30 + n, (size_t)R * C);
+        float *out = xfloats((size_t)R * C), *dqkv = xfloats((size_t)R * 3 * C),
+              *lse = xfloats((size_t)R * NH);
+        float *scratch = xfloats(size * omp_get_max_threads());
+        Dropout dropout = {cases[n].p, 99};
+        for (int i = 0; i < R * 3 * C; i++)
+            qkv[i] *= cases[n].scale, dqkv[i] = NAN;
+        Layer layer = {.kind = ATTENTION,
+                       .R = R,
+                       .K = NH,
+                       .N = HS,
+                       .x = doubles(qkv, (size_t)R * 3 * C),
+                       .dy = dout,
+                       .y = xmalloc((size_t)R * C * sizeof(double)),
+                       .first_row = batch.first_row,
+                       .sequences = batch.sequences,
+                       .dropout = dropout};
+        attention_forward(out, lse, qkv, 3 * C, qkv + C, qkv + 2 * C, 3 * C, batch.sequences, batch.first_row,
+                          batch.first_row, 0, dropout, scratch, size, NH, HS);
+        layer_loss(&layer);
+        double error = deviation(out, layer.y, (size_t)R * C);
+        check(error < 5e-6, "case %d: forward differs by %.1e", n, error);
+        attention_backward(dqkv, dout, qkv, out, lse, batch.sequences, batch.first_row, dropout, scratch,
+                           size, NH, HS);
+        check_differences("attention", layer_loss, &layer, layer.x, (size_t)R * 3 * C, dqkv, 20);
+        free(qkv), free(dout), free(out), free(dqkv), free(lse), free(scratch), free(layer.x), free(layer.y);
+        batch_free(&batch);
+    }
+}
+
+// Moderate logits, huge ones of both signs, and equal ones (a tie counts as a hit).
+static void test_cross_entropy(void)
+{
+    enum { R = 40, V = 301 };
+    float *logits = random_floats(7, R * V), *backward = xfloats(R * V), loss[R], ones[R];
+    int target[R];
+    bool hit[R];
+    for (int r = 0; r < R; r++) {
+        target[r] = (int)(random_bits(8, (uint64_t)r) % V), ones[r] = 0.25f;
+        for (int v = 0; v < V; v++)
+            logits[r * V + v] *= r < 20 ? 5 : r < 30 ? 3e4f : r < 38 ? -1e30f : 0;
+    }
+    memcpy(backward, logits, R * V * sizeof(float));
+    Layer layer = {.kind = CROSS_ENTROPY,
+                   .R = R,
+                   .N = V,
+                   .x = doubles(logits, R * V),
+                   .target = target,
+                   .dy = ones,
+                   .y = xmalloc(R * sizeof(double))};
+    layer_loss(&layer);
+    cross_entropy(backward, loss, hit, target, true, 0.25f, R, V);
+    for (int r = 0; r < R; r++) {
+        bool best = true;
+        for (int v = 0; v < V; v++)
+            best = best && logits[r * V + v] <= logits[r * V + target[r]];
+        check(fabs(loss[r] - layer.y[r]) <= 1e-6 * (fabs(layer.y[r]) + 1),
+              "row %d: loss %.8g, should be %.8g", r, loss[r], layer.y[r]);
+        check(hit[r] == best, "row %d: hit is %d", r, hit[r]);
+    }
+    check(hit[39], "a tie is no hit");
+    layer.R = 20; // the moderate rows: among huge logits a step of 1e-6 is nothing
+    check_differences("cross-entropy", layer_loss, &layer, layer.x, 20 * V, backward, 100);
+    for (int r = 20; r < R; r++) {
+        double *x = layer.x + r * V, largest = -HUGE_VAL, sum = 0;
+        for (int v = 0; v < V; v++)
+            largest = fmax(largest, x[v]);
+        for (int v = 0; v < V; v++)
+            sum += x[v] = exp(x[v] - largest);
+        for (int v = 0; v < V; v++) {
+            double wanted = 0.25 * (x[v] / sum - (v == target[r])), ours = backward[r * V + v];
+            check(fabs(ours - wanted) < 1e-7, "row %d: dlogit %g, should be %g", r, ours, wanted);
+        }
+    }
+    memcpy(backward, logits, R * V * sizeof(float));
+    float loss_only[R];
+    cross_entropy(backward, loss_only, hit, target, false, 0, R, V);
+    check(same_bits(loss, loss_only, R), "the loss depends on whether gradients are wanted");
+    free(logits), free(backward), free(layer.x), free(layer.y);
+}
+
+// The share of zeros is p within 5 deviations; what is kept is scaled so that the mean stays; places, layers and
+// streams agree as often as independent draws do: p² + (1 - p)².
+static void test_dropout(void)
+{
+    enum { R = 400, C = 250, N = R * C };
+    float *ones = xfloats(N), *zeros = xcalloc(N, sizeof(float)), *y[8];
+    for (int i = 0; i < N; i++)
+        ones[i] = 1;
+    for (int k = 0; k < 8; k++)
+        y[k] = xfloats(N);
+    for (int n = 0; n < 3; n++) {
+        const float p = n == 0 ? 0.1f : n == 1 ? 0.5f : 0.9f;
+        for (int k = 0; k < 8; k++) // 2 layers with 3 places each, then two other streams
+            dropout_add(
+                y[k], k % 2 ? zeros : NULL, ones,
+                dropout_at((Dropout){p, (uint64_t)(k < 6 ? 3 : k)}, k < 6 ? k / 3 : 0, k < 6 ? k % 3 : 0), R,
+                C);
+        for (int k = 0; k < 8; k++) {
+            double dropped = 0, kept = 0, agree, same = p * p + (1 - p) * (1 - p);
+            for (int i = 0; i < N; i++)
+                y[k][i] == 0 ? dropped++ : (kept += fabs(y[k][i] - 1 / (1 - (double)p)) < 1e-6 / (1 - p));
+            check(fabs(dropped - N * p) < 5 * sqrt(N * p * (1 - p)), "p = %g: %g of %d are zero", p, dropped,
+                  N);
+            check(dropped + kept == N, "p = %g: something is neither 0 nor 1 / (1 - p)", p);
+            for (int other = 0; other < k; other++) {
+                agree = 0;
+                for (int i = 0; i < N; i++)
+                    agree += (y[k][i] == 0) == (y[other][i] == 0);
+                check(fabs(agree - N * same) < 5 * sqrt(N * same * (1 - same)),
+                      "masks %d and %d agree in %g of %d", k, other, agree, N);
+            }
+        }
+    }
+    for (int k = 0; k < 8; k++)
+        free(y[k]);
+    free(ones), free(zeros);
+    // Steps draw differently; the same step draws the same; without dropout the step does not matter.
+    Model *model = tiny_model(tiny_config(19, 30, 2, 2, 8, 32, true), 1, NULL);
+    Batch batches[2] = {ragged_batch(1, 19, 2, (int[]){20, 30}), ragged_batch(1, 19, 2, (int[]){20, 30})};
+    Options options;
+    double loss[2][2], twice = 0;
+    for (int p = 0; p < 2; p++) {
+        Activations a = {0};
+        options_from_text(&options, p ? "--dropout 0.2" : "");
+        loss[p][0] = take_update(model, &a, batches, 1, &options, 5, 0).loss;
+        loss[p][1] = take_update(model, &a, batches, 1, &options, 6, 0).loss;
+        check(loss[p][0] == take_update(model, &a, batches, 1, &options, 5, 0).loss,
+              "a step draws other masks again");
+        twice = take_update(model, &a, batches, 2, &options, 5, 0).loss;
+        activations_free(&a);
+    }
+    check(loss[0][0] == loss[0][1], "without dropout the loss depends on the step");
+    check(fabs(loss[1][0] - loss[1][1]) > 1e-4, "two steps draw the same masks");
+    check(fabs(loss[1][0] - twice) > 1e-4, "two micro-batches draw the same masks");
+    check(fabs(loss[1][0] - loss[0][0]) > 1e-4, "dropout changes nothing");
+    batch_free(&batches[0]), batch_free(&batches[1]);
+    model_free(model);
+}
+
+// ---- the whole model ----
+
+typedef struct {
+    const Model *model;
+    const Batch *batch;
+    Dropout dropout;
+    double **value; // of each tensor
+    double *logits; // (R, V)
+} Oracle;
+
+// GPT-2 from the formulas: the mean loss over scored rows; fills `logits`.
+static double oracle_loss(const void *context)
+{
+    const Oracle *o = context;
+    const Config *config = &o->model->config;
+    const Batch *batch = o->batch;
+    const int R = batch->rows, C = config->n_embd, F = config->n_inner, V = config->vocab_size,
+              L = config->n_layer;
+    double *x = xmalloc((size_t)R * (3 * C + (F > 3 * C ? F : 3 * C)) * sizeof *x);
+    double *normed = x + R * C, *out = normed + R * C, *wide = out + R * C, loss = 0, **value = o->value;
+    for (int i = 0; i < R * C; i++)
+        x[i] =
+            (value[WTE][batch->token[i / C] * C + i % C] + value[WPE][batch->position[i / C] * C + i % C]) *
+            dropout_factor(dropout_at(o->dropout, L, DROP_EMBEDDING), i);
+    for (int l = 0; l < L; l++) {
+        double **block = value + l * BLOCK_TENSORS; // block[ATTN_WEIGHT] is this layer's
+        oracle_layernorm(normed, x, block[LN_1_WEIGHT], block[LN_1_BIAS], R, C);
+        oracle_linear(wide, normed, block[ATTN_WEIGHT], block[ATTN_BIAS], R, C, 3 * C);
+        oracle_attention(normed, wide, batch->sequences, batch->first_row,
+                         dropout_at(o->dropout, l, DROP_ATTENTION), config->n_head, C / config->n_head);
+        oracle_linear(out, normed, block[ATTN_PROJ_WEIGHT], block[ATTN_PROJ_BIAS], R, C, C);
+        for (int i = 0; i < R * C; i++)
+            x[i] += out[i] * dropout_factor(dropout_at(o->dropout, l, DROP_PROJECTION), i);
+        oracle_layernorm(normed, x, block[LN_2_WEIGHT], block[LN_2_BIAS], R, C);
+        oracle_linear(wide, normed, block[FC_WEIGHT], block[FC_BIAS], R, C, F);
+        for (int i = 0; i < R * F; i++)
+            wide[i] = oracle_gelu(wide[i]);
+        oracle_linear(out, wide, block[FC_PROJ_WEIGHT], block[FC_PROJ_BIAS], R, F, C);
+        for (int i = 0; i < R * C; i++)
+            x[i] += out[i] * dropout_factor(dropout_at(o->dropout, l, DROP_MLP), i);
+    }
+    value += (L - 1) * BLOCK_TENSORS;
+    oracle_layernorm(normed, x, value[LN_F_WEIGHT], value[LN_F_BIAS], R, C);
+    const double *head = config->tie_word_embeddings ? o->value[WTE] : value[LM_HEAD];
+    for (int r = 0; r < R; r++) {
+        for (int v = 0; v < V; v++) {
+            o->logits[r * V + v] = 0;
+            for (int c = 0; c < C; c++)
+                o->logits[r * V + v] += normed[r * C + c] * head[v * C + c];
+        }
+        if (batch->target[r] >= 0)
+            loss += oracle_cross_entropy(o->logits + r * V, batch->target[r], V) / batch->targets;
+    }
+    free(x);
+    return loss;
+}
+
+// Logits, loss, and the gradient of every tensor; tied and not, with dropout (masks must be drawn again alike in the
+// backward pass), --recompute, and more scored rows than fit into one chunk of logits.
+static void test_model(void)
+{
+    static const struct {
+        int L, NH, C, F, lengths[4];
+        bool tied, recompute;
+        float dropout;
+    } cases[] = {{2, 3, 12, 20, {9, 0, 1, 14}, true, false, 0},
+                 {2, 2, 10, 40, {9, 5, 1, 14}, false, false, 0},
+                 {3, 2, 8, 32, {6, 0, 1, 12}, true, true, 0.25f},
+                 {2, 2, 8, 20, {6, 0, 1, 12}, false, false, 0.5f},
+                 {1, 2, 4, 16, {160, 99, 130, 2}, true, false, 0}};
+    for (int n = 0; n < 5; n++) {
+        Model *model = tiny_model(
+            tiny_config(17, 160, cases[n].L, cases[n].NH, cases[n].C, cases[n].F, cases[n].tied), n, NULL);
+        Batch batch = ragged_batch(n, 17, 4, cases[n].lengths);
+        Oracle oracle = {model,
+                         &batch,
+                         {0, 0},
+                         xmalloc((size_t)model->tensor_count * sizeof(double *)),
+                         xmalloc((size_t)batch.rows * 17 * sizeof(double))};
+        for (int i = 0; i < model->tensor_count; i++)
+            oracle.value[i] = doubles(model->tensors[i].value, model->tensors[i].size);
+        oracle_loss(&oracle);
+        float *logits = logits_of(model, &batch);
+        double error = deviation(logits, oracle.logits, (size_t)batch.rows * 17);
+        check(error < 5e-6, "case %d: logits differ by %.1e", n, error);
+        oracle.dropout = (Dropout){cases[n].dropout, 5};
+        double loss = gradients_of(model, &batch, 1, oracle.dropout, cases[n].recompute),
+               wanted = oracle_loss(&oracle);
+        check(fabs(loss - wanted) < 2e-6 * wanted, "case %d: loss %.8g, should be %.8g", n, loss, wanted);
+        for (int i = 0; i < model->tensor_count; i++)
+            check_differences(model->tensors[i].name, oracle_loss, &oracle, oracle.value[i],
+                              model->tensors[i].size, model->tensors[i].gradient, n == 4 ? 1 : 6);
+        for (int i = 0; i < model->tensor_count; i++)
+            free(oracle.value[i]);
+        free(oracle.value), free(oracle.logits), free(logits);
+        batch_free(&batch);
+        model_free(model);
+    }
+}
+
+// NaN at a token or a position of sequence 1, and another token there, reach nothing before and no other sequence: to
+// the bit. Nor does a row that is not seen by any scored row get a gradient.
+static void test_poison(void)
+{
+    enum { V = 31, AT = 100 };
+    static const int places[] = {1, 63, 64, 65, 128, 149};
+    MatmulKind usual = matmul_kind;
+    for (int kind = 0; kind < 2; kind++) {
+        matmul_kind = kind ? usual : MATMUL_BUILTIN;
+        Model *model = tiny_model(tiny_config(V, 160, 2, 2, 8, 32, false), 3, NULL);
+        Batch batch = ragged_batch(1, V - 1, 3, (int[]){40, 150, 90});
+        const int first = batch.first_row[1], end = batch.first_row[2];
+        float *clean = logits_of(model, &batch);
+        for (int n = 0; n < 8; n++) {
+            int t = n < 6 ? places[n] : AT, kept = batch.token[first + t], reached = 0;
+            float *poison = n == 6 ? value_of(model, WTE, 0) + (V - 1) * 8 : value_of(model, WPE, 0) + AT * 8,
+                  value = *poison;
+            if (n < 7)
+                batch.token[first + t] = V - 1; // no other row has this token
+            if (n >= 6)
+                *poison = NAN; // no other row has token V - 1 or position AT
+            float *logits = logits_of(model, &batch);
+            check(same_bits(logits, clean, (size_t)(first + t) * V),
+                  "case %d: what comes at %d is seen before", n, t);
+            check(same_bits(logits + end * V, clean + end * V, (size_t)(batch.rows - end) * V),
+                  "case %d: another "
+                  "sequence is touched",
+                  n);
+            for (int r = first + t; r < end; r++)
+                reached += n < 6 ? !same_bits(logits + r * V, clean + r * V, V) : isnan(logits[r * V]) != 0;
+            check(reached == end - first - t, "case %d: only %d of %d rows see it", n, reached,
+                  end - first - t);
+            batch.token[first + t] = kept;
+            *poison = value;
+            free(logits);
+        }
+        for (int r = first + AT; r < end; r++) // positions from AT on: seen by nothing that is scored
+            batch.targets -= batch.target[r] >= 0, batch.target[r] = -1;
+        gradients_of(model, &batch, 1, (Dropout){0}, false);
+        for (int t = AT - 20; t < 150; t++) {
+            double sum = 0;
+            for (int c = 0; c < 8; c++)
+                sum += fabs(gradient_of(model, WPE, 0)[t * 8 + c]);
+            check(t < AT ? sum > 0 : sum == 0, "position %d has gradient %g", t, sum);
+        }
+        free(clean);
+        batch_free(&batch);
+        model_free(model);
+    }
+    matmul_kind = usual;
+}
+
+// Padded batches (right, left, holes, none, all PAD; nonsense where PAD is) give what each sequence gives alone, and
+// zeros at PAD; labels are shifted by columns.
+static void test_padding(void)
+{
+    enum { B = 5, T = 12, V = 23 };
+    static const char *const masks[B] = {"111110000000", "000011111111", "011010011101", "111111111111",
+                                         "000000000000"};
+    int64_t ids[B * T], mask[B * T], labels[B * T], positions[B * T];
+    Model *model = tiny_model(tiny_config(V, T + 5, 2, 2, 8, 32, true), 2, NULL);
+    for (int i = 0; i < B * T; i++) {
+        mask[i] = masks[i / T][i % T] == '1';
+        ids[i] = mask[i] ? (int64_t)(random_bits(1, (uint64_t)i) % V) : -777;
+        labels[i] = mask[i] && i % 3 ? (int64_t)(random_bits(2, (uint64_t)i) % V) : -100;
+        positions[i] = mask[i] ? (int64_t)(random_bits(3, (uint64_t)i) % T) : -777;
+    }
+    for (int given = 0; given < 2; given++) {
+        Batch batch = {0};
+        pack_padded(&batch, ids, mask, given ? positions : NULL, labels, B, T);
+        float *packed = logits_of(model, &batch), padded[B * T * V];
+        for (int i = 0; i < B * T * V; i++)
+            padded[i] = NAN;
+        unpack_rows(padded, packed, mask, B, T, V);
+        int row = 0, wrong = 0, targets = 0;
+        for (int b = 0; b < B; b++) {
+            Batch alone = {0};
+            batch_clear(&alone);
+            for (int i = b * T; i < (b + 1) * T; i++)
+                if (mask[i]) {
+                    int target = i + 1 < (b + 1) * T && labels[i + 1] >= 0 ? (int)labels[i + 1] : -1;
+                    wrong += batch.target[row++] != target, targets += target >= 0;
+                    batch_add_row(&alone, (int)ids[i], given ? (int)positions[i] : alone.rows, -1);
+                }
+            batch_end_sequence(&alone);
+            float *logits = logits_of(model, &alone), expected[T * V] = {0};
+            for (int t = 0, r = 0; t < T; t++)
+                if (mask[b * T + t])
+                    memcpy(expected + t * V, logits + r++ * V, V * sizeof(float));
+            double error = deviation_of_floats(padded + b * T * V, expected, T * V);
+            check(error < 2e-6, "sequence %d: logits differ by %.1e from those it has alone", b, error);
+            for (int t = 0; t < T; t++)
+                check(mask[b * T + t] || padded[(b * T + t) * V] == 0, "sequence %d: no zeros at PAD %d", b,
+                      t);
+            batch_free(&alone);
+            free(logits);
+        }
+        check(wrong == 0 && targets == batch.targets && row == batch.rows, "%d targets are wrong", wrong);
+        batch_free(&batch);
+        free(packed);
+    }
+    model_free(model);
+}
+
+// The same sequences in 1, 2 or 4 uneven micro-batches, one of them without targets, give the same loss and gradients; an
+// update without any target changes nothing.
+static void test_accumulation(void)
+{
+    static const char *const splits[] = {"abcdefgh", "fg|a|bcde|h", "abcde|fgh", "h|gf||edcba"};
+    Config config = tiny_config(23, 40, 2, 2, 8, 32, true);
+    Model *model = tiny_model(config, 2, NULL), *whole = tiny_model(config, 2, NULL);
+    Batch all = ragged_batch(4, 23, 8, (int[]){30, 2, 17, 8, 40, 6, 3, 11});
+    for (int r = all.first_row[5]; r < all.first_row[7]; r++) // sequences f and g
+        all.targets -= all.target[r] >= 0, all.target[r] = -1;
+    double loss = gradients_of(whole, &all, 1, (Dropout){0}, false);
+    for (int n = 0; n < 4; n++) {
+        Batch parts[4] = {0};
+        int count = 0;
+        batch_clear(&parts[count++]);
+        for (const char *at = splits[n]; *at; at++)
+            *at == '|' ? batch_clear(&parts[count++]) : append_sequence(&parts[count - 1], &all, *at - 'a');
+        double parts_loss = gradients_of(model, parts, count, (Dropout){0}, false);
+        check(fabs(parts_loss - loss) < 1e-6 * loss, "%s: loss %.8g, not %.8g", splits[n], parts_loss, loss);
+        check_gradients(model, whole, 1e-5, splits[n]);
+        for (int i = 0; i < count; i++)
+            batch_free(&parts[i]);
+    }
+    Activations a = {0};
+    Options options;
+    options_from_text(&options, "--weight-decay 0.1");
+    Batch silent[2] = {{0}, {0}};
+    for (int s = 5; s < 7; s++)
+        batch_clear(&silent[s - 5]), append_sequence(&silent[s - 5], &all, s);
+    Update update = take_update(model, &a, silent, 2, &options, 0, 0.1);
+    check(update.targets == 0 && update.loss == 0, "loss %g of no targets", update.loss);
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        bool still = same_bits(tensor->value, whole->tensors[i].value, tensor->size);
+        for (size_t j = 0; j < tensor->size; j++)
+            still = still && tensor->exp_avg[j] == 0 && tensor->exp_avg_sq[j] == 0;
+        check(still, "%s was changed by an update without targets", tensor->name);
+    }
+    for (int n = 0; n < 2; n++) { // without targets gradients are zero, or stay when accumulated
+        activations_reserve(&a, model, silent[0].rows, 40, true, false, false, false);
+        double none = model_forward_backward(n ? whole : model, &a, &silent[0], 0, n == 1, (Dropout){0});
+        check(none == 0, "loss %g without targets", none);
+    }
+    for (int i = 0; i < model->tensor_count; i++)
+        for (size_t j = 0; j < model->tensors[i].size; j++)
+            check(model->tensors[i].gradient[j] == 0, "%s: a gradient without targets",
+                  model->tensors[i].name);
+    gradients_of(model, &all, 1, (Dropout){0}, false);
+    check_gradients(whole, model, 1e-9, "after a micro-batch without targets");
+    for (int i = 0; i < 2; i++)
+        batch_free(&silent[i]);
+    activations_free(&a);
+    batch_free(&all);
+    model_free(model);
+    model_free(whole);
+}
+
+// ---- optimizer ----
+
+// Six updates against the formula in double precision, for gradients from 0 through 1e-8, where epsilon decides, to 30; with
+// clipping and decay. Frozen tensors keep their bits.
+static void test_adamw(void)
+{
+    static const float sizes[] = {0, 1e-12f, 1e-8f, 3e-8f, 1e-5f, 1e-2f, 1, 30};
+    Config config = tiny_config(23, 10, 1, 2, 8, 32, false);
+    Model *model = tiny_model(config, 4, "wpe|mlp.c_fc.weight|ln_f.bias"),
+          *before = tiny_model(config, 4, NULL);
+    const Adam adam = {.beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .weight_decay = 0.1};
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        check(tensor->decay == !(strstr(tensor->name, "bias") || strstr(tensor->name, "ln_")),
+              "%s: decay is %d", tensor->name, tensor->decay);
+    }
+    double *p[64] = {0}, *m[64] = {0}, *v[64] = {0};
+    for (int i = 0; i < model->tensor_count; i++) {
+        p[i] = doubles(model->tensors[i].value, model->tensors[i].size);
+        m[i] = xcalloc(model->tensors[i].size, sizeof(double)),
+        v[i] = xcalloc(model->tensors[i].size, sizeof(double));
+    }
+    for (long t = 1; t <= 6; t++) {
+        const double rate = 0.01 / (double)t;
+        const float clip = t == 4 ? 0.25f : 1;
+        for (int i = 0; i < model->tensor_count; i++)
+            for (size_t j = 0; model->tensors[i].gradient && j < model->tensors[i].size; j++)
+                model->tensors[i].gradient[j] =
+                    sizes[(j + (t > 3)) % 8] * (0.5f + random_uniform((uint64_t)t, j)) * (j % 3 ? 1 : -1);
+        adamw_update(model, &adam, rate, t, clip);
+        for (int i = 0; i < model->tensor_count; i++) {
+            const Tensor *tensor = &model->tensors[i];
+            for (size_t j = 0; !tensor->frozen && j < tensor->size; j++) {
+                double g = (double)tensor->gradient[j] * clip, wd = tensor->decay ? adam.weight_decay : 0;
+                m[i][j] = adam.beta1 * m[i][j] + (1 - adam.beta1) * g;
+                v[i][j] = adam.beta2 * v[i][j] + (1 - adam.beta2) * g * g;
+                p[i][j] -= rate * wd * p[i][j];
+                p[i][j] -= rate * m[i][j] / (1 - pow(adam.beta1, (double)t)) /
+                           (sqrt(v[i][j]) / sqrt(1 - pow(adam.beta2, (double)t)) + adam.epsilon);
+                // each update rounds p two or three times (6e-8 p) and moves it by about `rate`, in a dozen roundings
+                double allowed = (double)t * (2e-7 * fabs(p[i][j]) + 2e-6 * rate);
+                check(fabs(tensor->value[j] - p[i][j]) <= allowed,
+                      "update %ld, %s %zu, gradient %g: %.9g, should be "
+                      "%.9g",
+                      t, tensor->name, j, g, tensor->value[j], p[i][j]);
+            }
+            if (!tensor->frozen)
+                check(deviation(tensor->exp_avg, m[i], tensor->size) < 1e-6 &&
+                          deviation(tensor->exp_avg_sq, v[i], tensor->size) < 1e-6,
+                      "%s: moments differ", tensor->name);
+        }
+    }
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        check(tensor->frozen == (regex_found("wpe|mlp.c_fc.weight|ln_f.bias", tensor->name)),
+              "%s: frozen is %d", tensor->name, tensor->frozen);
+        if (tensor->frozen)
+            check(!tensor->gradient && !tensor->exp_avg && !tensor->exp_avg_sq &&
+                      same_bits(tensor->value, before->tensors[i].value, tensor->size),
+                  "%s is not frozen", tensor->name);
+        free(p[i]), free(m[i]), free(v[i]);
+    }
+    model_free(model);
+    model_free(before);
+}
+
+static void update_that_overflows(void)
+{
+    omp_set_num_threads(1); // after a fork OpenMP must not start threads
+    matmul_kind = MATMUL_BUILTIN;
+    // Channel 1 dominates, normalised it is 8. The logits are 1.5e38 · 1e-38 · 8 with both signs: a loss of 24;
+    // but the gradient of ln_f.weight is 3e38 · 8: infinite.
+    Model *model = tiny_model(tiny_config(23, 40, 1, 2, 64, 8, false), 2, NULL);
+    float *head = value_of(model, LM_HEAD, 0);
+    for (size_t c = 0; c < 64; c++) {
+        value_of(model, LN_F_WEIGHT, 0)[c] = c == 1 ? 1e-38f : 0;
+        value_of(model, LN_F_BIAS, 0)[c] = 0;
+    }
+    for (size_t v = 0; v < 23; v++) {
+        value_of(model, WTE, 0)[v * 64 + 1] = 1e3f;
+        head[v * 64 + 1] = v < 22 ? -1.5e38f : 1.5e38f;
+    }
+    Batch batch = ragged_batch(1, 22, 1, (int[]){2});
+    batch.target[0] = 5;
+    batch.target[1] = -1;
+    batch.targets = 1;
+    Options options;
+    options_from_text(&options, "");
+    take_update(model, &(Activations){0}, &batch, 1, &options, 0, 1e-3);
+}
+
+// The norm of all gradients, the same on any number of threads; clipping as torch does it; what is not finite is named.
+static void test_norm_and_clipping(void)
+{
+    Model *model =
+        tiny_model(tiny_config(3000, 10, 1, 2, 64, 8, true), 4, "wpe"); // wte: three blocks of NORM_BLOCK
+    const Tensor *worst;
+    double squares = 0, norm[6];
+    int threads = omp_get_max_threads();
+    for (int i = 0; i < model->tensor_count; i++)
+        for (size_t j = 0; model->tensors[i].gradient && j < model->tensors[i].size; j++) {
+            model->tensors[i].gradient[j] = 2 * random_uniform((uint64_t)i, j) - 1;
+            squares += (double)model->tensors[i].gradient[j] * model->tensors[i].gradient[j];
+        }
+    for (int n = 1; n < 6; n++) {
+        omp_set_num_threads(n);
+        norm[n] = gradient_norm(model, &worst);
+        check(norm[n] == norm[1] && !worst, "%d threads: norm %.17g, with one %.17g", n, norm[n], norm[1]);
+    }
+    omp_set_num_threads(threads);
+    check(fabs(norm[1] / sqrt(squares) - 1) < 1e-12, "norm %.12g, should be %.12g", norm[1], sqrt(squares));
+    static const double cases[][2] = {{0.5, 1},   {1, 1}, {1 - 1e-6, 1}, {2, 1},
+                                      {1e6, 0.1}, {0, 1}, {5, 0},        {1e-9, 1e-9}};
+    for (int i = 0; i < 8; i++) {
+        double limit = cases[i][1], wanted = limit == 0 ? 1 : fmin(1, limit / (cases[i][0] + 1e-6));
+        check(fabs(clip_factor(cases[i][0], limit) - wanted) <= 1e-7 * wanted,
+              "norm %g, at most %g: factor %g", cases[i][0], limit, clip_factor(cases[i][0], limit));
+    }
+    model->tensors[9].gradient[3] = INFINITY;
+    gradient_norm(model, &worst);
+    check(worst == &model->tensors[9], "an infinite gradient in %s was not found", model->tensors[9].name);
+    model->tensors[6].gradient[1] = NAN;
+    gradient_norm(model, &worst);
+    check(worst == &model->tensors[6], "NaN in the gradient of %s was not found", model->tensors[6].name);
+    model_free(model);
+    Text text = {0};
+    int status = run_child(update_that_overflows, &text);
+    check(status == 1 && strstr(text.data, "transformer.ln_f.weight"),
+          "an overflow ends with %d and says: %s", status, text.data);
+    free(text.data);
+}
+
+// transformers' get_*_schedule_with_warmup, in its own form, at every step; and some values by hand.
+static void test_schedule(void)
+{
+    enum { N = 20 };
+    static const long warmups[] = {0, 1, 7, N};
+    static const double finals[] = {0, 0.1, 1};
+    for (int kind = SCHEDULE_LINEAR; kind <= SCHEDULE_CONSTANT; kind++)
+        for (int w = 0; w < 4; w++)
+            for (int f = 0; f < 3; f++)
+                for (long s = 0, W = warmups[w]; s <= N; s++) {
+                    double left = W < N ? (double)(N - s) / (double)(N - W) : 0,
+                           wanted = (double)s / (double)W;
+                    if (s >= W) {
+                        wanted = kind == SCHEDULE_LINEAR   ? left
+                                 : kind == SCHEDULE_COSINE ? 0.5 - 0.5 * cos(acos(-1) * left)
+                                                           : 1;
+                        wanted = fmax(wanted, finals[f]);
+                    }
+                    double ours = schedule_factor((Schedule)kind, s, W, N, finals[f]);
+                    check(fabs(ours - wanted) < 1e-12,
+                          "schedule %d, step %ld of %d, %ld warm-up: %g, should be %g", kind, s, N, W, ours,
+                          wanted);
+                }
+    static const struct {
+        Schedule kind;
+        long step, warmup;
+        double final, factor;
+    } known[] = {{SCHEDULE_LINEAR, 0, 4, 0, 0},     {SCHEDULE_LINEAR, 3, 4, 0.9, 0.75},
+                 {SCHEDULE_LINEAR, 4, 4, 0, 1},     {SCHEDULE_LINEAR, 12, 4, 0, 0.5},
+                 {SCHEDULE_LINEAR, 0, 0, 0, 1},     {SCHEDULE_LINEAR, 19, 0, 0, 0.05},
+                 {SCHEDULE_COSINE, 12, 4, 0, 0.5},  {SCHEDULE_COSINE, 5, 0, 0, 0.85355339059327373},
+                 {SCHEDULE_COSINE, 20, 4, 0, 0},    {SCHEDULE_CONSTANT, 19, 4, 0, 1},
+                 {SCHEDULE_LINEAR, 18, 0, 0.3, 0.3}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        double ours = schedule_factor(known[i].kind, known[i].step, known[i].warmup, N, known[i].final);
+        check(fabs(ours - known[i].factor) < 1e-15, "known value %zu: %.17g", i, ours);
+    }
+}
+
+// ---- freezing, determinism ----
+
+// For random choices of frozen tensors, and of whole lower parts, what is trained gets the same gradients to the bit as in
+// the full run, with --recompute too; and frozen lower blocks keep no activations.
+static void test_freezing(void)
+{
+    for (int n = 0; n < 48; n++) {
+        Config config = tiny_config(23, 40, 3, 2, 8, 20, n % 2);
+        Batch batch = ragged_batch(6, 23, 4, (int[]){12, 3, 40, 1});
+        Dropout dropout = {n % 3 ? 0.2f : 0, 8};
+        Model *full = tiny_model(config, 6, NULL);
+        gradients_of(full, &batch, 1, dropout, false);
+        int lowest = (int)(random_bits(1, n) % 5) - 1, frozen = 0; // all below this block is frozen
+        Text regex = {0};
+        text_append(&regex, "^(nothing", 9);
+        for (int i = 0; i < full->tensor_count; i++) {
+            const Tensor *tensor = &full->tensors[i];
+            int depth = kind_is_per_layer(tensor->kind) ? tensor->layer : tensor->kind < LN_1_WEIGHT ? -1 : 3;
+            if (depth >= lowest && random_bits(random_stream(2, n), i) % 4 > (uint64_t)(n % 3))
+                continue;
+            text_append(&regex, "|", 1);
+            text_append(&regex, tensor->name, strlen(tensor->name));
+            frozen++;
+        }
+        text_append(&regex, ")$", 2);
+        Model *model = tiny_model(config, 6, regex.data);
+        for (int recompute = 0; recompute < 2; recompute++) {
+            gradients_of(model, &batch, 1, dropout, recompute);
+            check_gradients(model, full, 0, recompute ? "frozen, recompute" : "frozen");
+        }
+        for (int i = 0; i < model->tensor_count; i++)
+            frozen -= model->tensors[i].gradient == NULL;
+        check(frozen == 0, "%d frozen tensors have gradients", frozen);
+        free(regex.data);
+        batch_free(&batch);
+        model_free(model);
+        model_free(full);
+    }
+    static const char *const lower[] = {NULL, "wte|wpe", "wte|wpe|h.0", "wte|wpe|h.[01]", "wte|wpe|h.[012]"};
+    size_t size[2][5];
+    for (int i = 0; i < 5; i++)
+        for (int recompute = 0; recompute < 2; recompute++) {
+            Activations a = {0};
+            Model *model = tiny_model(tiny_config(23, 40, 3, 2, 8, 20, true), 6, lower[i]);
+            activations_reserve(&a, model, 160, 40, true, recompute, false, true);
+            size[recompute][i] = a.memory_size;
+            check(i < 2 || size[recompute][i] < size[recompute][i - 1], "freezing %s saves nothing",
+                  lower[i]);
+            check(!a.memory, "measuring allocates");
+            model_free(model);
+        }
+    // per row of 160: C = 8, F = 20, 2 heads; a block keeps 6C + 2 heads + F + 4, and its input
+    check(size[0][1] == size[0][0] && size[0][1] - size[0][2] == 160 * (6 * 8 + 2 + 20 + 4),
+          "a frozen block saves %zu floats", size[0][1] - size[0][2]);
+    check(size[0][0] - size[1][0] == 2 * 160 * (5 * 8 + 2 + 20 + 4), "--recompute saves %zu",
+          size[0][0] - size[1][0]);
+}
+
+// Two updates with dropout, over more rows than a block of the built-in matmul has.
+static Model *updated_model(int threads)
+{
+    Model *model = tiny_model(tiny_config(300, 320, 2, 2, 32, 128, true), 9, NULL);
+    Batch batches[2] = {ragged_batch(1, 300, 3, (int[]){300, 250, 77}),
+                        ragged_batch(2, 300, 2, (int[]){100, 1})};
+    Activations a = {0};
+    Options options;
+    options_from_text(&options, "--dropout 0.1");
+    int before = omp_get_max_threads();
+    omp_set_num_threads(threads);
+    for (int step = 0; step < 2; step++)
+        take_update(model, &a, batches, 2, &options, step, 1e-3);
+    omp_set_num_threads(before);
+    activations_free(&a);
+    batch_free(&batches[0]), batch_free(&batches[1]);
+    return model;
+}
+
+// Weights, gradients and moments after two updates: the same bits in each run, and with the built-in matmul on any
+// number of threads.
+static void test_determinism(void)
+{
+    MatmulKind usual = matmul_kind;
+    for (int n = 0; n < 4; n++) {
+        matmul_kind = n == 0 ? usual : MATMUL_BUILTIN;
+        Model *one = updated_model(n < 2 ? omp_get_max_threads() : 1);
+        Model *other = updated_model(n < 2 ? omp_get_max_threads() : n);
+        check_gradients(one, other, 0, n < 2 ? "a second run" : "other threads");
+        for (int i = 0; i < one->tensor_count; i++) {
+            const Tensor *a = &one->tensors[i], *b = &other->tensors[i];
+            check(same_bits(a->value, b->value, a->size) && same_bits(a->exp_avg, b->exp_avg, a->size) &&
+                      same_bits(a->exp_avg_sq, b->exp_avg_sq, a->size),
+                  "case %d: %s has other bits", n, a->name);
+        }
+        model_free(one);
+        model_free(other);
+    }
+    matmul_kind = usual;
+}
+
+// ---- generation ----
+
+// Three samples fed to the cache in chunks (a long one, single tokens, a middling one): the logits at every position
+// are those of the full forward pass.
+static void test_cache(void)
+{
+    enum { S = 3, T = 110, P = 120, V = 23, C = 8 };
+    static const int chunks[] = {70, 1, 1, 1, 25, 1, 11};
+    Model *model = tiny_model(tiny_config(V, P, 2, 2, C, 32, true), 7, NULL);
+    Batch full = ragged_batch(3, V, S, (int[]){T, T, T}), batch = {0};
+    Activations a = {0};
+    int first_key[S] = {0, P, 2 * P}, rows[S * 70];
+    Cache cache = {
+        .sequences = S, .positions = P, .first_key = first_key, .memory = xfloats(2 * S * P * 2 * C)};
+    float *wanted = logits_of(model, &full);
+    for (size_t n = 0; n < sizeof chunks / sizeof *chunks; n++) {
+        int past = cache.past;
+        batch_clear(&batch);
+        for (int s = 0; s < S; s++, batch_end_sequence(&batch))
+            for (int t = past; t < past + chunks[n]; t++)
+                batch_add_row(&batch, full.token[s * T + t], t, -1);
+        for (int i = 0; i < batch.rows; i++)
+            rows[i] = i;
+        activations_reserve(&a, model, batch.rows, P, false, false, false, false);
+        model_forward(model, &a, &batch, &cache, (Dropout){0});
+        head_forward(model, &a, rows, batch.rows);
+        check(cache.past == past + chunks[n], "the cache holds %d positions", cache.past);
+        for (int s = 0; s < S; s++) {
+            double error = deviation_of_floats(a.logits + s * chunks[n] * V, wanted + (s * T + past) * V,
+                                               (size_t)chunks[n] * V);
+            check(error < 1e-5, "sample %d from position %d: logits differ by %.1e", s, past, error);
+        }
+    }
+    free(wanted), free(cache.memory);
+    batch_free(&full), batch_free(&batch);
+    activations_free(&a);
+    model_free(model);
+}
+
+// Greedy generation without a cache: every token from a full forward pass over the window. A full window goes on from
+// its last half, as does a prompt that is longer than the context.
+static void generate_slowly(const Model *model, const Ids *prompt, int count, Ids *output)
+{
+    const int V = model->config.vocab_size, P = model->config.n_positions;
+    Ids all = {0};
+    size_t begin = 0;
+    for (size_t i = 0; i < prompt->size; i++)
+        ids_push(&all, prompt->data[i]);
+    for (int n = 0; n < count; n++) {
+        Batch batch = {0};
+        batch_clear(&batch);
+        if (all.size - begin > (size_t)P)
+            begin = all.size - (size_t)(P > 1 ? P / 2 : 1);
+        for (size_t i = begin; i < all.size; i++)
+            batch_add_row(&batch, all.data[i], (int)(i - begin), -1);
+        batch_end_sequence(&batch);
+        float *logits = logits_of(model, &batch), *last = logits + (size_t)(batch.rows - 1) * V;
+        int best = 0;
+        for (int v = 0; v < V; v++)
+            best = last[v] > last[best] ? v : best;
+        ids_push(&all, best);
+        ids_push(output, best);
+        free(logits);
+        batch_free(&batch);
+    }
+    free(all.data);
+}
+
+static bool begin_alike(const Ids *a, const Ids *b, size_t count)
+{
+    return a->size == count && b->size >= count && memcmp(a->data, b->data, count * sizeof(int)) == 0;
+}
+
+// Greedy text equals the slow one, for every sample, past the end of the context, and up to the token that ends it;
+// random samples differ, and do not depend on how many there are.
+static void test_generation(void)
+{
+    enum { V = 31, COUNT = 50 };
+    static const int cases[][2] = {
+        {16, 3}, {16, 16}, {17, 40}, {1, 2}, {64, 5}}; // context, length of the prompt
+    for (int n = 0; n < 5; n++) {
+        Model *model = tiny_model(tiny_config(V, cases[n][0], 2, 2, 8, 32, n % 2), 10 + n, NULL);
+        Ids prompt = {0}, slow = {0}, fast[3] = {{0}}, ended = {0}, drawn[4] = {{0}};
+        for (int i = 0; i < cases[n][1]; i++)
+            ids_push(&prompt, (int)(random_bits(n, i) % V));
+        generate_slowly(model, &prompt, COUNT, &slow);
+        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){0, 0, 1, 1}, fast);
+        for (int s = 0; s < 3; s++)
+            check(begin_alike(&fast[s], &slow, COUNT), "case %d: sample %d differs from the slow way", n, s);
+        int end = slow.data[COUNT / 2];
+        size_t length = 0;
+        while (slow.data[length] != end)
+            length++;
+        generate(model, NULL, &prompt, COUNT, 1, end, &(Sampling){0, 0, 1, 1}, &ended);
+        check(begin_alike(&ended, &slow, length), "case %d: %zu tokens before the end, not %zu", n, ended.size,
+              length);
+        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){1, 0, 1, 1}, drawn);
+        generate(model, NULL, &prompt, COUNT, 1, -1, &(Sampling){1, 0, 1, 1}, &drawn[3]);
+        check(begin_alike(&drawn[3], &drawn[0], COUNT), "case %d: a sample depends on how many there are", n);
+        check(!begin_alike(&drawn[0], &drawn[1], COUNT) && !begin_alike(&drawn[1], &drawn[2], COUNT),
+              "case %d: samples are "
+              "the same",
+              n);
+        free(prompt.data), free(slow.data), free(ended.data);
+        for (int s = 0; s < 4; s++)
+            free(drawn[s].data), free(s < 3 ? fast[s].data : NULL);
+        model_free(model);
+    }
+}
+
+// The distribution that is asked for: softmax, the k most likely, and of those the fewest that together reach p (as
+// transformers has it: those before which less than p lies).
+static void wanted_probabilities(double *p, const float *logits, int V, const Sampling *sampling)
+{
+    double largest = -HUGE_VAL, sum = 0;
+    for (int v = 0; v < V; v++)
+        largest = fmax(largest, logits[v]);
+    for (int v = 0; v < V; v++) {
+        int before = 0; // with top-k, what equals the k-th is kept as well
+        for (int u = 0; u < V; u++)
+            before += logits[u] > logits[v] || (sampling->temperature == 0 && logits[u] == logits[v] && u < v);
+        bool kept =
+            sampling->temperature == 0 ? before == 0 : sampling->top_k == 0 || before < sampling->top_k;
+        sum += p[v] =
+            kept ? sampling->temperature == 0 ? 1 : exp((logits[v] - largest) / sampling->temperature) : 0;
+    }
+    double full[64], rest = 0;
+    for (int v = 0; v < V; v++)
+        full[v] = p[v] / sum;
+    for (int v = 0; v < V; v++) {
+        double before = 0;
+        for (int u = 0; u < V; u++)
+            before += logits[u] > logits[v] || (logits[u] == logits[v] && u < v) ? full[u] : 0;
+        rest += p[v] = before < sampling->top_p ? full[v] : 0;
+    }
+    for (int v = 0; v < V; v++)
+        p[v] /= rest;
+}
+
+// Draws at equal distances give each token its share, up to one draw at each end of it.
+static void test_sampling(void)
+{
+    enum { N = 20000, V = 10 };
+    static const Sampling cases[] = {{1, 0, 1, 0},   {0.7, 0, 1, 0},   {1.5, 5, 1, 0},   {1, 0, 0.9, 0},
+                                     {1, 0, 0.5, 0}, {0.8, 6, 0.7, 0}, {1, 99, 1, 0},    {1, 1, 1, 0},
+                                     {0, 0, 1, 0},   {1, 0, 1e-9, 0},  {2, 3, 0.999, 0}, {1e-6, 0, 1, 0},
+                                     {1, 9, 0.5, 0}, {0, 5, 0.5, 0}};
+    Candidate candidates[V];
+    for (int set = 0; set < 4; set++) {
+        float logits[V];
+        for (int v = 0; v < V; v++) { // random; one with ties; one with a long flat tail
+            logits[v] = set < 2    ? 2 * random_normal((uint64_t)set, v)
+                        : set == 2 ? (float)(v * 7 % 4)
+                                   : logf(0.045f);
+            if (set == 3 && (v == 3 || v == 7))
+                logits[v] = logf(v == 3 ? 0.2f : 0.4f);
+        }
+        for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
+            double wanted[V];
+            int drawn[V] = {0}, best = 0;
+            wanted_probabilities(wanted, logits, V, &cases[n]);
+            for (int i = 0; i < N; i++)
+                drawn[sample_token(logits, V, &cases[n], ((float)i + 0.5f) / N, candidates)]++;
+            for (int v = 0; v < V; v++) {
+                best = logits[v] > logits[best] ? v : best;
+                check(fabs(drawn[v] - N * wanted[v]) <= (wanted[v] > 0 ? 2 : 0),
+                      "logits %d, case %zu: token %d drawn %d "
+                      "times, not %.1f",
+                      set, n, v, drawn[v], N * wanted[v]);
+            }
+            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2) || cases[n].top_p < 1e-6)
+                check(drawn[best] == N, "logits %d, case %zu is not greedy", set, n);
+        }
+    }
+}
+
+// ---- the table of tensors ----
+
+static void test_tensor_table(void)
+{
+    // name, shape, D: decayed by default; of a model with V 11, P 7, C 6, F 10
+    static const char *const expected[] = {"transformer.wte.weight 11 6 D",
+                                           "transformer.wpe.weight 7 6 D",
+                                           "transformer.h.0.ln_1.weight 6",
+                                           "transformer.h.0.ln_1.bias 6",
+                                           "transformer.h.0.attn.c_attn.weight 6 18 D",
+                                           "transformer.h.0.attn.c_attn.bias 18",
+                                           "transformer.h.0.attn.c_proj.weight 6 6 D",
+                                           "transformer.h.0.attn.c_proj.bias 6",
+                                           "transformer.h.0.ln_2.weight 6",
+                                           "transformer.h.0.ln_2.bias 6",
+                                           "transformer.h.0.mlp.c_fc.weight 6 10 D",
+                                           "transformer.h.0.mlp.c_fc.bias 10",
+                                           "transformer.h.0.mlp.c_proj.weight 10 6 D",
+                                           "transformer.h.0.mlp.c_proj.bias 6",
+                                           "transformer.ln_f.weight 6",
+                                           "transformer.ln_f.bias 6",
+                                           "lm_head.weight 11 6 D"};
+    Options options;
+    options_from_text(&options, "");
+    for (int tied = 0; tied < 2; tied++) {
+        Model *model = tiny_model(tiny_config(11, 7, 1, 2, 6, 10, tied), 1, NULL);
+        model_set_training(model, &options.freeze, &options.no_decay);
+        check(model->tensor_count == 17 - tied, "%d tensors", model->tensor_count);
+        for (int i = 0; i < 17 - tied; i++) {
+            const Tensor *t = &model->tensors[i];
+            char *columns = t->dims == 2 ? xprintf(" %zu", t->shape[1]) : xstrdup("");
+            char *line = xprintf("%s %zu%s%s", t->name, t->shape[0], columns, t->decay ? " D" : "");
+            check(strcmp(line, expected[i]) == 0 &&
+                      t->size == t->shape[0] * (t->dims == 2 ? t->shape[1] : 1) && !t->frozen,
+                  "tensor %d is '%s', not '%s'", i, line, expected[i]);
+            free(line), free(columns);
+        }
+        model_free(model);
+    }
+    // Initial values of GPT-2: deviation 0.02, what writes into the stream 0.02 / sqrt(2L); and each tensor its own.
+    Model *model = model_new(tiny_config(300, 200, 2, 2, 64, 256, false));
+    model_initialise(model, 3);
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        bool matrix = t->dims == 2, constant = true;
+        double square = 0, wanted = strstr(t->name, "c_proj") ? 0.01 : 0.02,
+               value = strstr(t->name, "bias") ? 0 : 1;
+        for (size_t j = 0; j < t->size; j++)
+            square += (double)t->value[j] * t->value[j], constant = constant && t->value[j] == value;
+        check(matrix ? fabs(sqrt(square / (double)t->size) / wanted - 1) < 0.05 : constant,
+              "initial values of %s", t->name);
+        check(!matrix || i == 0 || t->value[0] / wanted != model->tensors[0].value[0] / 0.02,
+              "%s starts like wte", t->name);
+    }
+    model_free(model);
+    static const struct {
+        int L, NH, C;
+        size_t parameters;
+    } sizes[] = {{12, 12, 768, 124439808},
+                 {24, 16, 1024, 354823168},
+                 {36, 20, 1280, 774030080},
+                 {48, 25, 1600, 1557611200}};
+    for (int i = 0; i < 4; i++) {
+        Config config = tiny_config(50257, 1024, sizes[i].L, sizes[i].NH, sizes[i].C, 4 * sizes[i].C, true);
+        model = model_new(config);
+        check(count_parameters(model, false) == sizes[i].parameters, "%d layers have %zu parameters",
+              sizes[i].L, count_parameters(model, false));
+        model_free(model);
+    }
+    static const struct {
+        const char *regex, *name;
+        bool found;
+    } matches[] = {{"bias", "transformer.h.3.attn.c_attn.bias", true},
+                   {"bias", "transformer.wte.weight", false},
+                   {"ln_.+weight", "transformer.h.11.ln_2.weight", true},
+                   {"ln_.+weight", "transformer.ln_f.weight", true},
+                   {"\\.h\\.[01]\\.", "transformer.h.1.ln_1.bias", true},
+                   {"\\.h\\.[01]\\.", "transformer.h.10.ln_1.bias", false},
+                   {"wte|wpe", "transformer.wpe.weight", true},
+                   {"^wte", "transformer.wte.weight", false},
+                   {"(mlp|attn).c_proj.weight$", "transformer.h.0.mlp.c_proj.weight", true},
+                   {"WTE", "transformer.wte.weight", false}};
+    for (size_t i = 0; i < sizeof matches / sizeof *matches; i++)
+        check(regex_found(matches[i].regex, matches[i].name) == matches[i].found, "'%s' and %s",
+              matches[i].regex, matches[i].name);
+    const char *two[] = {"nothing", "wpe"};
+    check(patterns_match(&(Patterns){two, 2, 2}, "transformer.wpe.weight"), "the second of two patterns");
+    check(!patterns_match(&(Patterns){0}, "transformer.wpe.weight"), "no pattern matches");
+}
+
+// Rows for the list of tests:
+//
+// ---- the program: files, data, the command line, whole runs ----
+// Whole programs run in processes of their own. Words of their command lines are expanded by a shell, which knows
+// $D, the tests' folder, and $TINY, the options of a model that trains in no time.
+
+// The path of a name in the tests' folder; the last 16 stay valid.
+static const char *in_tests(const char *name)
+{
+    static char paths[16][4400];
+    static int next;
+    char *path = paths[next++ % 16];
+    snprintf(path, sizeof paths[0], "%s/%s", temporary_folder(), name);
+    return path;
+}
+
+// Unlike write_file this does not wait for the disk.
+static void put_file(const char *path, const void *bytes, size_t size)
+{
+    FILE *file = fopen(path, "wb");
+    if (!file || fwrite(bytes, 1, size, file) != size || fclose(file) != 0)
+        die("%s: %s", path, strerror(errno));
+}
+
+static void write_text(const char *name, const char *text) { put_file(in_tests(name), text, strlen(text)); }
+
+// A number that tells apart what is in a file, or in a folder with all that is below it: names and bytes.
+static uint64_t fingerprint(const char *path)
+{
+    uint64_t sum = 0;
+    if (is_folder(path)) {
+        DIR *folder = opendir(path);
+        for (struct dirent *entry; (entry = readdir(folder));) {
+            if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
+                continue;
+            char *inside = xprintf("%s/%s", path, entry->d_name);
+            uint64_t name = 0;
+            for (const char *c = entry->d_name; *c; c++)
+                name = mix_bits(name ^ (unsigned char)*c);
+            sum += mix_bits(name ^ fingerprint(inside)); // folders are listed in any order
+            free(inside);
+        }
+        closedir(folder);
+    } else if (file_exists(path)) {
+        Text text = read_file(path);
+        sum = mix_bits(text.size);
+        for (size_t i = 0; i < text.size; i++)
+            sum = mix_bits(sum ^ (unsigned char)text.data[i]);
+        free(text.data);
+    }
+    return sum;
+}
+
+static bool same_files(const char *a, const char *b)
+{
+    return file_exists(in_tests(a)) && fingerprint(in_tests(a)) == fingerprint(in_tests(b));
+}
+
+static size_t count_of(const char *text, const char *word)
+{
+    size_t count = 0;
+    for (const char *at = text; (at = strstr(at, word)); at += strlen(word))
+        count++;
+    return count;
+}
+
+// Is this one line of ours that says `fragment`?
+static bool one_error_line(const Text *text, const char *fragment)
+{
+    return text->size > 0 && strchr(text->data, '\n') == text->data + text->size - 1 &&
+           strncmp(text->data, "train_gpt2: ", 12) == 0 && strstr(text->data, fragment);
+}
+
+// Runs f in a child and checks that it ends with status 1 and one line that has `fragment`. f must use no OpenMP.
+static void expect_death(void (*f)(void), const char *fragment, const char *what)
+{
+    Text printed = {0};
+    int status = run_child(f, &printed);
+    check(status == 1 && one_error_line(&printed, fragment), "%.80s: status %d, '%s' expected in: %s", what,
+          status, fragment, printed.data);
+    free(printed.data);
+}
+
+// Runs the trainer and checks its status, and that all it prints is one line that has `fragment`.
+static void expect_refusal(int wanted, const char *fragment, const char *words)
+{
+    Text printed = {0};
+    int status = run_trainer(&printed, "%s", words);
+    check(status == wanted && one_error_line(&printed, fragment), "%s: status %d, not %d, or '%s' not in: %s",
+          words, status, wanted, fragment, printed.data);
+    free(printed.data);
+}
+
+// Runs the trainer, checks its status, and returns in `printed` (when it is not NULL) what it printed.
+static void expect_run(int wanted, Text *printed, const char *words)
+{
+    Text text = {0};
+    int status = run_trainer(&text, "%s", words);
+    check(status == wanted, "%s: status %d, not %d: %s", words, status, wanted, text.data);
+    if (printed)
+        *printed = text;
+    else
+        free(text.data);
+}
+
+// Starts the trainer without waiting. file_limit: no file may become larger; 0: no limit.
+static pid_t start_trainer(rlim_t file_limit, const char *words)
+{
+    char *command = xprintf("exec '%s' --trainer %s >$D/printed 2>&1 </dev/null", self_path, words);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        if (file_limit) {
+            setrlimit(RLIMIT_FSIZE, &(struct rlimit){file_limit, file_limit});
+            signal(SIGXFSZ, SIG_IGN);
+        }
+        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        _exit(127);
+    }
+    free(command);
+    return child;
+}
+
+static int wait_for(pid_t child)
+{
+    int status;
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// Makes, once, what the runs need: a tokenizer of two merges (V = 259), texts, a model folder.
+static void make_inputs(void)
+{
+    static bool made = false;
+    if (made)
+        return;
+    made = true;
+    setenv("D", temporary_folder(), 1);
+    char *tiny = xprintf(
+        "--tokenizer %s/merges.txt --n-layer 1 --n-embd 16 --n-head 2 --n-positions 16 --batch-size 2 "
+        "--learning-rate 1e-2 --matmul builtin",
+        temporary_folder());
+    setenv("TINY", tiny, 1);
+    setenv("OMP_NUM_THREADS", "1", 1); // of programs that are started: more would only wait for one another
+    free(tiny);
+    write_text("merges.txt", "#version: 0.2\nt h\nth e\n");
+    Text text = {0};
+    static const char *const words[] = {"the cat", "a dog",    "the bird", " saw",
+                                        " met",    " the hat", " a mat",   ".\n"};
+    for (uint64_t i = 0; i < 120; i++)
+        for (uint64_t part = 0; part < 4; part++) {
+            static const int first[] = {0, 3, 5, 7}, choices[] = {3, 2, 2, 1};
+            const char *word = words[first[part] + (int)(random_bits(part, i) % (uint64_t)choices[part])];
+            text_append(&text, word, strlen(word));
+        }
+    put_file(in_tests("text.txt"), text.data, text.size);
+    put_file(in_tests("val.txt"), text.data, 400);
+    put_file(in_tests("short.txt"), text.data + 400, 330);
+    free(text.data);
+    write_text("empty.txt", "");
+    write_text("table.csv", "a,b\n");
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, true});
+    model_initialise(model, 5);
+    model_save(model, tokenizer, in_tests("model"));
+    model_free(model);
+    tokenizer_free(tokenizer);
+}
+
+// ---- JSON ----
+
+static const char *child_text, *child_path; // what a child process is to read
+
+static void child_json(void) { json_free(json_parse(child_text, strlen(child_text), "here")); }
+static void child_safetensors(void) { safetensors_open(child_path); }
+static void child_model(void)
+{
+    alarm(20); // what must not happen, a parallel region, would hang in a child
+    model_free(model_load(child_path));
+}
+static void child_config(void) { config_read(child_path); }
+
+static void test_json(void)
+{
+    static const struct {
+        const char *text, *string; // what the string means
+    } strings[] = {
+        {"\"\"", ""},
+        {"\"a b\"", "a b"},
+        {" \t\r\n\"x\" \n", "x"},
+        {"\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\/\b\f\n\r\t"},
+        {"\"\\u0041\\u00e9\\u20AC\"", "A\xc3\xa9\xe2\x82\xac"},
+        {"\"\\ud83d\\ude00\"", "\xf0\x9f\x98\x80"},
+        {"\"\\ud83d\"", "\xef\xbf\xbd"},
+        {"\"\\ude00!\"", "\xef\xbf\xbd!"},
+        {"\"\\ud83d\\u0041\"", "\xef\xbf\xbd"
+                               "A"},
+        {"\"\\ud83d\\ud83d\\ude00\"", "\xef\xbf\xbd\xf0\x9f\x98\x80"},
+        {"\"\xc3\xa9\"", "\xc3\xa9"},
+        {"\"\x7f\"", "\x7f"},
+    };
+    for (size_t i = 0; i < sizeof strings / sizeof *strings; i++) {
+        Json *json = json_parse(strings[i].text, strlen(strings[i].text), "here");
+        check(json->kind == JSON_STRING && json->length == strlen(strings[i].string) &&
+                  strcmp(json->string, strings[i].string) == 0,
+              "%s means '%s'", strings[i].text, json->string);
+        json_free(json);
+    }
+    Json *json = json_parse("\"a\\u0000b\"", 10, "here");
+    check(json->length == 3 && memcmp(json->string, "a\0b", 4) == 0, "a NUL inside a string");
+    json_free(json);
+
+    const char *text =
+        "{\"n\": [0, -1, 2.5, 1e3, -2.5E-1, 9007199254740992], \"t\": true, \"f\":false,\"z\" : null , "
+        "\"o\": {}, \"a\": [[], [{\"k\": \"v\"}]]}";
+    json = json_parse(text, strlen(text), "here");
+    const double numbers[] = {0, -1, 2.5, 1000, -0.25, 9007199254740992.0};
+    const Json *number = json_get(json, "n")->child;
+    for (int i = 0; i < 6; i++, number = number->next)
+        check(number && number->kind == JSON_NUMBER && number->number == numbers[i], "number %d", i);
+    check(!number && json_get(json, "t")->kind == JSON_TRUE && json_get(json, "f")->kind == JSON_FALSE &&
+              json_get(json, "z")->kind == JSON_NULL && !json_get(json, "o")->child && !json_get(json, "x"),
+          "members");
+    check(strcmp(json_get(json_get(json, "a")->child->next->child, "k")->string, "v") == 0, "nesting");
+    check(json_number(json, "z", 7, "here") == 7 && json_number(json, "x", 8, "here") == 8, "defaults");
+    json_free(json);
+
+    static const char *const wrong[][2] = {
+        {"", "line 1, column 1: expected a value"},
+        {"{", "column 2"},
+        {"[1,", "column 4: expected a value"},
+        {"[1 2]", "line 1, column 4: expected ',' or ']'"},
+        {"{\n\"a\": 1,\n \"b\" 2}", "line 3, column 6: expected ':'"},
+        {"[1,]", "column 4: expected a value"},
+        {"[,1]", "column 2"},
+        {"{\"a\":1,}", "column 8: expected a name"},
+        {"{a:1}", "a name in double quotes"},
+        {"{\"a\":1 \"b\":2}", "',' or '}'"},
+        {"\"abc", "closing quote"},
+        {"\"abc\\\"", "closing quote"},
+        {"\"a\\", "closing quote"},
+        {"\"\\x41\"", "after a backslash"},
+        {"\"\\u12g4\"", "four hexadecimal digits"},
+        {"\"\\ud83d\\u00\"", "four hexadecimal digits"},
+        {"\"\\u12\"", "four"},
+        {"\"a\nb\"", "control character"},
+        {"\"\x01\"", "control character"},
+        {"tru", "a value"},
+        {"nul", "a value"},
+        {"True", "a value"},
+        {"NaN", "a value"},
+        {"+1", "a value"},
+        {"-", "a number"},
+        {"1e", "a number"},
+        {"1.2.3", "a number"},
+        {"--1", "a number"},
+        {"1-2", "a number"},
+        {"1 1", "column 3: expected nothing more"},
+        {"{}]", "nothing more"},
+        {"'a'", "a value"},
+        {"]", "a value"},
+        {"{1:2}", "a name in double quotes"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        child_text = wrong[i][0];
+        expect_death(child_json, "here: not valid JSON at line ", child_text);
+        expect_death(child_json, wrong[i][1], child_text);
+    }
+    Text wide = {0}; // 500 values side by side are no nesting
+    for (int i = 0; i < 500; i++)
+        text_append(&wide, i ? ",[]" : "[[]", 3);
+    text_append(&wide, "]", 1);
+    json_free(json_parse(wide.data, wide.size, "here"));
+    free(wide.data);
+    char deep[1001] = {0};
+    memset(deep, '[', 199);
+    memset(deep + 199, ']', 199);
+    json_free(json_parse(deep, 398, "here"));
+    memset(deep, '[', 1000);
+    child_text = deep;
+    expect_death(child_json, "200 levels of nesting", "1000 brackets");
+    const char *whole = "{\"a\": [1, -2.5e1, true], \"b\": {\"c\": \"\\u0041\\n\"}, \"d\": null}";
+    for (size_t size = 0; size < strlen(whole); size++) { // cut anywhere: refused
+        memcpy(deep, whole, size);
+        deep[size] = 0;
+        expect_death(child_json, "here: not valid JSON", deep);
+    }
+}
+
+// ---- safetensors and model folders ----
+
+// A file of this header and `size` bytes of data, all zero.
+static void write_safetensors(const char *path, const char *header, size_t size)
+{
+    Text bytes = {0};
+    uint64_t length = strlen(header);
+    char *zeros = xcalloc(size, 1);
+    text_append(&bytes, (char *)&length, 8);
+    text_append(&bytes, header, length);
+    text_append(&bytes, zeros, size);
+    put_file(path, bytes.data, bytes.size);
+    free(bytes.data);
+    free(zeros);
+}
+
+static void test_safetensors(void)
+{
+    int64_t whole[6] = {1, -2, 3, INT64_MAX, INT64_MIN, 0};
+    float floats[3] = {1.5f, -0.0f, INFINITY};
+    const StoredTensor written[] = {{"ids", "I64", 2, {2, 3}, 6, 48, (char *)whole},
+                                    {"f", "F32", 1, {3}, 3, 12, (char *)floats},
+                                    {"scalar", "F32", 0, {0}, 1, 4, (char *)floats},
+                                    {"none", "F32", 2, {0, 5}, 0, 0, (char *)floats}};
+    const char *path = in_tests("some.safetensors");
+    safetensors_write(path, written, 4);
+    SafeTensors file = safetensors_open(path);
+    check(file.count == 4 && (size_t)(file.tensors[0].data - file.mapping.data) % 64 == 0,
+          "tensors, alignment");
+    for (int i = 0; i < 4; i++) {
+        const StoredTensor *read = safetensors_find(&file, written[i].name);
+        check(read && strcmp(read->dtype, written[i].dtype) == 0 && read->dims == written[i].dims &&
+                  memcmp(read->shape, written[i].shape, sizeof read->shape) == 0 &&
+                  read->count == written[i].count && read->bytes == written[i].bytes &&
+                  memcmp(read->data, written[i].data, read->bytes) == 0,
+              "tensor %s comes back", written[i].name);
+    }
+    check(!safetensors_find(&file, "fi"), "a name that is not there");
+    safetensors_close(&file, false);
+
+    static const struct {
+        const char *header;
+        size_t size;
+        const char *error;
+    } wrong[] = {
+        {"", 0, "not valid JSON"},
+        {"[]", 0, "must be a JSON object"},
+        {"{\"a\": 1}", 0, "tensor a"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1]}}", 4, "data_offsets expected"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": 1, \"data_offsets\": [0, 4]}}", 4, "tensor a"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0]}}", 4, "whole numbers"},
+        {"{\"a\": {\"dtype\": \"F33\", \"shape\": [1], \"data_offsets\": [0, 4]}}", 4, "F33"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [2], \"data_offsets\": [0, 4]}}", 4, "tensor a: 4 bytes"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0, 4]}}", 3, "cut off"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [4, 0]}}", 4, "tensor a"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [-1], \"data_offsets\": [0, 4]}}", 4, "whole numbers"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [0.5], \"data_offsets\": [0, 2]}}", 2, "whole numbers"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1e300], \"data_offsets\": [0, 4]}}", 4, "whole numbers"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4294967296, 4294967296], \"data_offsets\": [0, 0]}}", 0,
+         "too large"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1,1,1,1,1,1,1,1,1], \"data_offsets\": [0, 4]}}", 4,
+         "8 dimensions"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0, 4]}}", 8, "holes or overlaps"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [4, 8]}}", 8, "holes or overlaps"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0, 4]}, "
+         "\"b\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0, 4]}}",
+         8, "holes or overlaps"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        child_path = path;
+        write_safetensors(path, wrong[i].header, wrong[i].size);
+        expect_death(child_safetensors, wrong[i].error, wrong[i].header);
+        expect_death(child_safetensors, path, wrong[i].header);
+    }
+    for (size_t i = 0; i < 3;
+         i++) { // length of the header: more than the file, more than 100 MB, all bits set
+        static const uint64_t lengths[] = {100, 100000001, UINT64_MAX};
+        put_file(path, &lengths[i], 8);
+        expect_death(child_safetensors, "its header should have", "length of the header");
+    }
+    put_file(path, "1234567", 7);
+    expect_death(child_safetensors, "at least 8 expected", "7 bytes");
+}
+
+static Model *small_model(bool tied)
+{
+    Model *model = model_new((Config){32, 8, 2, 2, 8, 24, 3e-5f, tied});
+    model_initialise(model, 3);
+    return model;
+}
+
+static bool same_values(const Model *a, const Model *b)
+{
+    bool same = a->tensor_count == b->tensor_count;
+    for (int i = 0; i < a->tensor_count && same; i++)
+        same = strcmp(a->tensors[i].name, b->tensors[i].name) == 0 &&
+               a->tensors[i].size == b->tensors[i].size &&
+               memcmp(a->tensors[i].value, b->tensors[i].value, a->tensors[i].size * sizeof(float)) == 0;
+    return same;
+}
+
+static void test_model_folder(void)
+{
+    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
+    for (int tied = 0; tied < 2; tied++) {
+        Model *model = small_model(tied);
+        model_save(model, NULL, folder);
+        Model *loaded = model_load(folder);
+        check(same_values(model, loaded), "values come back to the bit (tied: %d)", tied);
+        check(memcmp(&model->config, &loaded->config, offsetof(Config, tie_word_embeddings)) == 0 &&
+                  model->config.tie_word_embeddings == loaded->config.tie_word_embeddings,
+              "configuration comes back");
+        check(loaded->value_file.data && !loaded->value_memory, "F32 stays mapped");
+        loaded->tensors[0].value[0] += 1; // a private mapping: the file must not change
+        model_free(loaded);
+        loaded = model_load(folder);
+        check(same_values(model, loaded), "the file is not written to");
+        model_free(loaded);
+
+        // The same in other clothes: bare names, 16 bits, stored masks, a head that is there but tied.
+        static const struct {
+            uint16_t bits;
+            float value;
+        } half[] =
+            {{0x3c00, 1},        {0xc000, -2},    {0x0001, 0x1p-24f},        {0x83ff, -1023 * 0x1p-24f},
+             {0x0400, 0x1p-14f}, {0x7bff, 65504}, {0x3555, 1365 * 0x1p-12f}, {0x8000, -0.0f},
+             {0x7c00, INFINITY}},
+          brain[] = {{0x3f80, 1},         {0xc000, -2},
+                     {0x0001, 0x1p-133f}, {0x7f7f, 255 * 0x1p120f},
+                     {0x8000, -0.0f},     {0x3eab, 171 * 0x1p-9f},
+                     {0x3f80, 1},         {0xff80, -INFINITY},
+                     {0x0080, 0x1p-126f}};
+        enum { HALVES = 9 };
+        for (int dtype = 0; dtype < 4; dtype++) { // F32, F16, BF16, and the three mixed
+            StoredTensor list[64];
+            int count = 0;
+            for (int i = 0; i < model->tensor_count; i++) {
+                const Tensor *tensor = &model->tensors[i];
+                int as = dtype == 3 ? i % 3 : dtype;
+                list[count] = stored_tensor(tensor, STORE_VALUE);
+                char *name = (char *)list[count].name;
+                list[count].name =
+                    xstrdup(dtype == 2 || name[0] != 't' ? name : name + strlen("transformer."));
+                free(name);
+                if (as > 0) {
+                    uint16_t *bits = xmalloc(2 * tensor->size);
+                    for (size_t j = 0; j < tensor->size; j++) {
+                        bits[j] = as == 1 ? half[j % HALVES].bits : brain[j % HALVES].bits;
+                        tensor->value[j] = as == 1 ? half[j % HALVES].value : brain[j % HALVES].value;
+                    }
+                    list[count].dtype = as == 1 ? "F16" : "BF16";
+                    list[count].data = (char *)bits;
+                    list[count].bytes = 2 * tensor->size;
+                }
+                count++;
+            }
+            static char mask[64];
+            list[count++] = (StoredTensor){xstrdup("h.0.attn.bias"), "U8", 4, {1, 1, 8, 8}, 64, 64, mask};
+            list[count++] = (StoredTensor){xstrdup("h.1.attn.masked_bias"), "F32", 0, {0}, 1, 4, mask};
+            if (tied) {
+                list[count] = stored_tensor(&model->tensors[WTE], STORE_VALUE);
+                free((char *)list[count].name);
+                list[count++].name = xstrdup("lm_head.weight");
+            }
+            safetensors_write(weights, list, (size_t)count);
+            loaded = model_load(folder);
+            check(same_values(model, loaded), "other clothes %d (tied: %d)", dtype, tied);
+            check((loaded->value_file.data != NULL) == (dtype == 0), "what is mapped, %d", dtype);
+            model_free(loaded);
+            for (int i = 0; i < count; i++) {
+                free((char *)list[i].name);
+                if (strcmp(list[i].dtype, "F16") == 0 || strcmp(list[i].dtype, "BF16") == 0)
+                    free(list[i].data);
+            }
+        }
+        model_free(model);
+    }
+}
+
+// Saves the small model with one tensor changed in the list of what is written.
+static void save_changed(StoredTensor change, const char *name)
+{
+    Model *model = small_model(true);
+    StoredTensor list[64] = {{0}};
+    size_t count = 0;
+    for (int i = 0; i < model->tensor_count; i++) {
+        list[count] = stored_tensor(&model->tensors[i], STORE_VALUE);
+        if (strcmp(list[count].name, name) == 0) {
+            char *data = list[count].data;
+            free((char *)list[count].name);
+            if (!change.name)
+                continue;
+            list[count] = change;
+            list[count].name = xstrdup(change.name);
+            list[count].data = data;
+        }
+        count++;
+    }
+    safetensors_write(in_tests("small/model.safetensors"), list, count);
+    for (size_t i = 0; i < count; i++)
+        free((char *)list[i].name);
+    model_free(model);
+}
+
+static void test_damaged_weights(void)
+{
+    Model *model = small_model(true);
+    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
+    model_save(model, NULL, folder);
+    model_free(model);
+    child_path = folder;
+    Text good = read_file(weights), printed = {0};
+    uint64_t header;
+    memcpy(&header, good.data, 8);
+    for (size_t size = 0; size < good.size; size += size < 8 + header ? 97 : 997) {
+        put_file(weights, good.data, size);
+        expect_death(child_model, weights, "cut off");
+    }
+    put_file(weights, good.data, good.size - 1);
+    expect_death(child_model, weights, "the last byte is missing");
+    for (uint64_t i = 0; i < 300;
+         i++) { // one byte of the header wrong: loaded (a name in the metadata), or one line
+        size_t at = random_bits(1, i) % (8 + header);
+        char kept = good.data[at], wrong = i % 2 ? kept ^ (char)(1 << i / 2 % 8) : (char)random_bits(2, i);
+        good.data[at] = wrong;
+        put_file(weights, good.data, good.size);
+        printed.size = 0;
+        int status = run_child(child_model, &printed);
+        check(status == 0 || (status == 1 && one_error_line(&printed, folder)),
+              "byte %zu = %d: status %d, %s", at, wrong, status, printed.data);
+        good.data[at] = kept;
+    }
+    free(printed.data);
+    free(good.data);
+
+    const char *name = "transformer.h.1.mlp.c_fc.weight"; // [8, 24]
+    save_changed((StoredTensor){name, "F32", 2, {24, 8}, 192, 768, NULL}, name);
+    expect_death(child_model, "c_fc.weight has shape [24, 8], expected [8, 24]", "transposed");
+    save_changed((StoredTensor){name, "F32", 1, {192}, 192, 768, NULL}, name);
+    expect_death(child_model, "c_fc.weight has shape [192], expected [8, 24]", "flat");
+    save_changed((StoredTensor){name, "I32", 2, {8, 24}, 192, 768, NULL}, name);
+    expect_death(child_model, "c_fc.weight is I32; F32, F16 or BF16 expected", "integers");
+    save_changed((StoredTensor){0}, name);
+    expect_death(child_model, "transformer.h.1.mlp.c_fc.weight is missing", "missing");
+    model = small_model(true);
+    StoredTensor extra[64];
+    for (int i = 0; i <= model->tensor_count; i++) {
+        extra[i] = stored_tensor(&model->tensors[i % model->tensor_count], STORE_VALUE);
+        if (i == model->tensor_count)
+            memcpy((char *)extra[i].name, "transformer.xte", 15);
+    }
+    safetensors_write(weights, extra, (size_t)model->tensor_count + 1);
+    expect_death(child_model, "transformer.xte.weight", "one too many");
+    for (int i = 0; i <= model->tensor_count; i++)
+        free((char *)extra[i].name);
+    model_free(model);
+    unlink(weights);
+    expect_death(child_model, weights, "no weights");
+}
+
+static void test_config(void)
+{
+    const char *path = in_tests("config.json");
+    write_text("config.json", "{\"model_type\": \"gpt2\"}");
+    Config c = config_read(path);
+    check(c.vocab_size == 50257 && c.n_positions == 1024 && c.n_layer == 12 && c.n_head == 12 &&
+              c.n_embd == 768 && c.n_inner == 3072 && c.layer_norm_epsilon == 1e-5f && c.tie_word_embeddings,
+          "defaults");
+    write_text("config.json",
+               "{\"model_type\": \"gpt2\", \"n_inner\": null, \"n_embd\": 30, \"n_head\": 3, \"n_layer\": 2,"
+               "\"vocab_size\": 11, \"n_positions\": 7, \"layer_norm_epsilon\": 0.25, \"n_ctx\": 5,"
+               "\"tie_word_embeddings\": false, \"activation_function\": \"gelu_new\","
+               "\"scale_attn_weights\": true, \"scale_attn_by_inverse_layer_idx\": false}");
+    c = config_read(path);
+    check(c.vocab_size == 11 && c.n_positions == 7 && c.n_layer == 2 && c.n_head == 3 && c.n_embd == 30 &&
+              c.n_inner == 120 && c.layer_norm_epsilon == 0.25f && !c.tie_word_embeddings,
+          "values");
+    write_text("config.json", "{\"model_type\": \"gpt2\", \"n_inner\": 100}");
+    check(config_read(path).n_inner == 100, "n_inner");
+    static const char *const wrong[][2] = {
+        {"\"activation_function\": \"relu\"", "activation_function"},
+        {"\"scale_attn_weights\": false", "scale_attn_weights"},
+        {"\"scale_attn_by_inverse_layer_idx\": true", "scale_attn_by_inverse_layer_idx"},
+        {"\"add_cross_attention\": true", "add_cross_attention"},
+        {"\"n_layer\": 0", "n_layer"},
+        {"\"n_layer\": 1000000000", "n_layer"},
+        {"\"n_layer\": 1e300", "n_layer"},
+        {"\"n_layer\": 1.5", "n_layer"},
+        {"\"n_layer\": \"12\"", "n_layer"},
+        {"\"n_head\": 7", "n_embd 768 is not a multiple of n_head 7"},
+        {"\"n_head\": -12", "n_head"},
+        {"\"n_embd\": 100000000", "n_embd"},
+        {"\"vocab_size\": 999999999", "vocab_size"},
+        {"\"n_positions\": 0", "n_positions"},
+        {"\"n_inner\": 1e9", "n_inner"},
+        {"\"layer_norm_epsilon\": 0", "layer_norm_epsilon"},
+        {"\"layer_norm_epsilon\": 1e99", "layer_norm_epsilon"},
+    };
+    child_path = path;
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        char *text = xprintf("{\"model_type\": \"gpt2\", %s}", wrong[i][0]);
+        write_text("config.json", text);
+        expect_death(child_config, wrong[i][1], text);
+        expect_death(child_config, path, text);
+        free(text);
+    }
+    static const char *const types[] = {"{\"model_type\": \"llama\"}", "{\"model_type\": 2}", "{}", "[]",
+                                        "3"};
+    for (int i = 0; i < 5; i++) {
+        write_text("config.json", types[i]);
+        expect_death(child_config, "model_type must be \"gpt2\"", types[i]);
+    }
+}
+
+// ---- data ----
+
+// Loads data with the tests' tokenizer; what it warns of goes to the file "warnings".
+static Dataset *load_quietly(const char *name, int seq_len)
+{
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    int kept = dup(2), file = open(in_tests("warnings"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    dup2(file, 2);
+    Dataset *data = dataset_load(in_tests(name), tokenizer, seq_len, tokenizer->vocab_size);
+    dup2(kept, 2);
+    close(kept);
+    close(file);
+    tokenizer_free(tokenizer);
+    return data;
+}
+
+// Spells all examples, with $ for <|endoftext|>, | before the first scored token and a space between examples, and
+// compares. A byte's id is what GPT-2 gives it.
+static void expect_examples(const Dataset *data, const char *expected, const char *what)
+{
+    Text got = {0};
+    text_append(&got, "", 0);
+    for (size_t i = 0; i < data->count; i++) {
+        text_append(&got, " ", i > 0);
+        for (int t = 0; t < data->examples[i].size; t++) {
+            int id = dataset_token(data, &data->examples[i], t);
+            const char c = id < 94     ? (char)(id + 33)
+                           : id == 198 ? '/'
+                           : id == 220 ? '_'
+                           : id == 258 ? '$'
+                                       : '?';
+            text_append(&got, "|", t == data->examples[i].prompt);
+            text_append(&got, &c, 1);
+        }
+    }
+    check(strcmp(got.data, expected) == 0, "%s: %s, expected %s", what, got.data, expected);
+    free(got.data);
+}
+
+static void expect_data(const char *name, const char *text, int seq_len, const char *expected)
+{
+    write_text(name, text);
+    Dataset *data = load_quietly(name, seq_len);
+    expect_examples(data, expected, text);
+    dataset_free(data);
+}
+
+static void test_text_data(void)
+{
+    expect_data("d.txt", "abc", 16, "$|abc");
+    expect_data("d.txt", "ab\n<|endoftext|>\ncd\n", 16, "$|ab/$cd/");
+    expect_data("d.txt", "<|endoftext|>\nab", 16, "$|ab");
+    expect_data("d.txt", "ab\n<|endoftext|>", 16, "$|ab/");
+    expect_data("d.txt", "ab\n<|endoftext|>\n\n<|endoftext|>\n<|endoftext|>\ncd", 16, "$|ab/$/$cd");
+    expect_data("d.txt", "ab\n<|endoftext|>\r\ncd", 16, "$|ab/$cd");
+    Dataset *data;
+    write_text("d.txt",
+               "a <|endoftext|>\nb\n <|endoftext|>\n<|endoftext|>c\n"); // not alone on their lines: text
+    data = load_quietly("d.txt", 64);
+    size_t marks = 0;
+    for (int t = 0; t < data->examples[0].size; t++)
+        marks += dataset_token(data, &data->examples[0], t) == 258;
+    check(data->count == 1 && marks == 1, "<|endoftext|> inside a line is text");
+    dataset_free(data);
+
+    // Windows share a token; each token but the first is a target exactly once, whatever the sizes.
+    expect_data("d.txt", "abcdefg", 3, "$|abc c|def f|g");
+    expect_data("d.txt", "abcdef", 3, "$|abc c|def");
+    expect_data("d.txt", "abcde", 3, "$|abc c|de");
+    expect_data("d.txt", "abcdef", 6, "$|abcdef");
+    expect_data("d.txt", "abc", 1, "$|a a|b b|c");
+    for (int size = 1; size < 40; size += size < 20 ? 1 : 4) {
+        char text[64] = "";
+        for (int i = 0; i < size; i++)
+            text[i] = (char)('A' + i);
+        write_text("d.txt", text);
+        for (int seq_len = 1; seq_len < 20; seq_len += 3) {
+            data = load_quietly("d.txt", seq_len);
+            Batch batch = {0};
+            dataset_batch(data, NULL, 0, data->count, &batch);
+            bool right = batch.rows == size && batch.targets == size && batch.sequences == (int)data->count;
+            for (int i = 0; right && i < size; i++)
+                right = batch.target[i] == 'A' + i - 33 && batch.position[i] == i % seq_len &&
+                        batch.token[i] == (i == 0 ? 258 : 'A' + i - 34);
+            check(right, "%d tokens in windows of %d", size, seq_len);
+            batch_free(&batch);
+            dataset_free(data);
+        }
+    }
+
+    // Several files, in the order of their names, each with windows of its own; and splitting off the end.
+    write_text("part-1.txt", "abcd");
+    write_text("part-2.txt", "xy");
+    expect_data("part-[3].txt", "abc", 3, "$|abc"); // a name, not a glob
+    unlink(in_tests("part-[3].txt"));
+    data = load_quietly("part-*.txt", 3);
+    expect_examples(data, "$|abc c|d $|xy", "a glob");
+    Dataset *part = dataset_split(data, 0.3);
+    expect_examples(part, "$|xy", "the part split off");
+    expect_examples(data, "$|abc c|d", "what is left");
+    dataset_free(part);
+    dataset_free(data);
+    write_text("d.txt", "abcdefghij");
+    data = load_quietly("d.txt", 1);
+    part = dataset_split(data, 0.001);
+    check(part->count == 1 && data->count == 9, "at least one example is split off");
+    dataset_free(part);
+    dataset_free(data);
+}
+
+static void test_jsonl_data(void)
+{
+    static const struct {
+        const char *text;
+        int seq_len;
+        const char *expected, *warning;
+    } cases[] = {
+        {"{\"prompt\": \"ab\", \"completion\": \"cd\"}\n", 16, "ab|cd$", ""},
+        {"{\"text\": \"abc\"}", 16, "$|abc$", ""}, // no newline at the end
+        {"\n  \r\n{\"completion\": \"\\u0063d\", \"prompt\": \"\\n\"}\r\n\n{\"text\": \" \"}\n", 16,
+         "/|cd$ $|_$", ""},
+        {"{\"prompt\": \"\", \"completion\": \"cd\"}", 16, "$|cd$", ""},
+        {"{\"text\": \"ab\"}\n{\"prompt\": \"ab\", \"completion\": \"\"}\n{\"text\": \"\"}", 16, "$|ab$",
+         "d.jsonl:2: nothing"},
+        {"{\"prompt\": \"abcdefgh\", \"completion\": \"xy\"}", 5, "fgh|xy$",
+         "d.jsonl:1: 10 tokens, cut to --seq-len 5"},
+        {"{\"prompt\": \"abc\", \"completion\": \"tuvwxyz\"}", 5, "c|tuvwx", "d.jsonl:1: 10 tokens, cut"},
+        {"{\"prompt\": \"abc\", \"completion\": \"uvwxy\"}", 5, "c|uvwxy", "d.jsonl:1: 8 tokens, cut"},
+        {"{\"prompt\": \"ab\", \"completion\": \"wxy\"}", 5, "ab|wxy$", ""}, // just fits
+        {"{\"text\": \"abcdef\"}", 3, "$|abc", "d.jsonl:1: 7 tokens, cut"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        expect_data("d.jsonl", cases[i].text, cases[i].seq_len, cases[i].expected);
+        Text warnings = read_file(in_tests("warnings"));
+        check(*cases[i].warning ? strstr(warnings.data, cases[i].warning) != NULL : warnings.size == 0,
+              "%s: warned '%s', expected '%s'", cases[i].text, warnings.data, cases[i].warning);
+        free(warnings.data);
+    }
+    // Rows: the prompt is read but not scored, positions start at 0 for each example.
+    write_text("d.jsonl", "{\"prompt\": \"ab\", \"completion\": \"c\"}\n{\"text\": \"d\"}\n");
+    Dataset *data = load_quietly("d.jsonl", 16);
+    Batch batch = {0};
+    const size_t swapped[] = {1, 0};
+    dataset_batch(data, swapped, 0, 2, &batch);
+    const int token[] = {258, 67, 64, 65, 66}, position[] = {0, 1, 0, 1, 2},
+              target[] = {67, 258, -1, 66, 258};
+    check(batch.rows == 5 && batch.sequences == 2 && batch.targets == 4 && batch.first_row[1] == 2 &&
+              memcmp(batch.token, token, sizeof token) == 0 &&
+              memcmp(batch.position, position, sizeof position) == 0 &&
+              memcmp(batch.target, target, sizeof target) == 0 && data->prompts,
+          "rows of prompt and completion");
+    batch_free(&batch);
+    dataset_free(data);
+}
+
+static void test_dataset_order(void)
+{
+    enum { COUNT_OF_EXAMPLES = 1003, GROUP = 4 };
+    Dataset data = {.count = COUNT_OF_EXAMPLES, .examples = xcalloc(COUNT_OF_EXAMPLES, sizeof(Example))};
+    for (size_t i = 0; i < data.count; i++)
+        data.examples[i].size = 2 + (int)(random_bits(7, i) % 100);
+    size_t *orders[4];
+    for (int i = 0; i < 4; i++) { // seeds and epochs (1, 0), (1, 0), (1, 1), (2, 0)
+        orders[i] = dataset_order(&data, i == 3 ? 2 : 1, i == 2, GROUP);
+        char seen[COUNT_OF_EXAMPLES] = {0};
+        size_t spread = 0, twice = 0, falling = 0;
+        int before = 0;
+        for (size_t j = 0, least = 0, most = 0; j < data.count; j++) {
+            size_t size = (size_t)data.examples[orders[i][j]].size;
+            twice += seen[orders[i][j]]++;
+            least = j % GROUP == 0 || size < least ? size : least;
+            most = j % GROUP == 0 || size > most ? size : most;
+            if (j % GROUP == GROUP - 1) {
+                spread += most - least;
+                falling += (int)least < before;
+                before = (int)least;
+            }
+        }
+        check(twice == 0, "%zu examples twice in an epoch", twice);
+        check(spread / (data.count / GROUP) < 8, "lengths in a group differ by %zu",
+              spread / (data.count / GROUP));
+        check(falling > 80, "groups stand in order of length: %zu", falling);
+    }
+    check(memcmp(orders[0], orders[1], data.count * sizeof(size_t)) == 0,
+          "the same seed and epoch, the same order");
+    for (int i = 2; i < 4; i++) {
+        size_t same = 0;
+        for (size_t j = 0; j < data.count; j++)
+            same += orders[0][j] == orders[i][j];
+        check(same < 30, "another %s, another order", i == 2 ? "epoch" : "seed");
+        check(memcmp(orders[0] + 1000, orders[i] + 1000, 3 * sizeof(size_t)) != 0,
+              "others are in the last, smaller group");
+    }
+    for (int i = 0; i < 4; i++)
+        free(orders[i]);
+    data.count = 3; // fewer than a group
+    size_t *few = dataset_order(&data, 1, 0, GROUP);
+    check(few[0] + few[1] + few[2] == 3 && few[0] != few[1] && few[0] < 3 && few[1] < 3,
+          "less than one group");
+    free(few);
+    free(data.examples);
+}
+
+static void test_shards(void)
+{
+    make_inputs();
+    uint16_t shard[512 + 6] = {0};
+    int32_t header[3] = {20240520, 1, 6};
+    const uint16_t tokens[6] = {258, 1, 2, 258, 3, 4};
+    memcpy(shard, header, sizeof header);
+    memcpy(shard + 512, tokens, sizeof tokens);
+    put_file(in_tests("ids.bin"), shard, sizeof shard);
+    Dataset *data = dataset_load(in_tests("ids.bin"), NULL, 3, 259);
+    expect_examples(data, "$|\"#$ $|$%", "a shard");
+    dataset_free(data);
+    const char *words = "$TINY --quiet --out $D/none --train $D/wrong.bin";
+    const struct {
+        int at, value;
+        size_t size;
+        const char *error;
+    } wrong[] = {{0, 20240521, sizeof shard, "not a token shard"},
+                 {1, 2, sizeof shard, "not a token shard"},
+                 {2, 7, sizeof shard, "promises 7 tokens, the file has 6"},
+                 {2, -6, sizeof shard, "promises -6"},
+                 {2, 6, sizeof shard - 2, "the file has 5"},
+                 {2, 6, 1000, "not a token shard"},
+                 {2, 0, 1024, "no example"},
+                 {258, 259 << 16 | 3, sizeof shard, "token 5 is 259"}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        memcpy(shard, header, sizeof header);
+        memcpy(shard + 512, tokens, sizeof tokens);
+        ((int32_t *)shard)[wrong[i].at] = wrong[i].value;
+        put_file(in_tests("wrong.bin"), shard, wrong[i].size);
+        expect_refusal(1, wrong[i].error, words);
+    }
+}
+
+// ---- the command line ----
+
+static void test_wrong_input(void)
+{
+    make_inputs();
+    Model *model = model_load(in_tests("model"));
+    model->config.n_embd = 8; // does not fit the weights
+    model_save(model, NULL, in_tests("narrow"));
+    model_free(model);
+    Text weights = read_file(in_tests("model/model.safetensors")),
+         config = read_file(in_tests("model/config.json"));
+    make_folder(in_tests("cut"));
+    write_text("cut/config.json", config.data);
+    put_file(in_tests("cut/model.safetensors"), weights.data, weights.size / 2);
+    free(weights.data);
+    free(config.data);
+    write_text("bad.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n");
+    write_text("other.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"b\"}\n");
+    static const struct {
+        int status;
+        const char *error, *words;
+    } wrong[] = {
+        {2, "unknown option --lerning-rate; did you mean --learning-rate?", "--lerning-rate 1"},
+        {2, "unknown option --something-else", "--something-else"},
+        {2, "unknown option -Z", "-Z"},
+        {2, "unknown option -Z;", "-Z5"},
+        {2, "unknown option -Z;", "-yZ"},
+        {2, "--quiet", "--quiet=1"},
+        {2, "'text.txt' is not an option", "text.txt"},
+        {2, "--steps needs a value", "--steps"},
+        {2, "-x needs a value", "-x"},
+        {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
+        {2, "--steps 0:", "--steps 0"},
+        {2, "--steps ten:", "--steps ten"},
+        {2, "--steps :", "--steps ''"},
+        {2, "--steps 5x:", "-x 5x"},
+        {2, "--learning-rate nan:", "--learning-rate nan"},
+        {2, "--learning-rate -1:", "--learning-rate -1"},
+        {2, "--dropout 1: a number from 0 to 0.99", "--dropout 1"},
+        {2, "--top-p 1.1:", "--generate 1 --top-p 1.1"},
+        {2, "--beta2 1:", "--beta2 1"},
+        {2, "--steps 1e400:", "--steps 1e400"},
+        {2, "--keep 0:", "--keep 0"},
+        {2, "say one of linear|cosine|constant", "--schedule square"},
+        {2, "say one of", "--schedule ''"},
+        {2, "say one of", "--schedule 'linear|cosine'"},
+        {2, "say one of auto|openblas|builtin", "--matmul mkl"},
+        {2, "--temperature does not apply to training", "--temperature 1"},
+        {2, "--eval", "--eval --generate 5"},
+        {2, "--steps does not apply to --eval", "--eval --val $D/val.txt --steps 3"},
+        {2, "--train does not apply to --generate", "--generate 3 --train $D/text.txt"},
+        {2, "--train FILE", "$TINY"},
+        {2, "--eval needs --val", "--eval --init $D/model"},
+        {1, "none.txt", "$TINY --train $D/none.txt"},
+        {1, "none-*.txt", "$TINY --train '$D/none-*.txt'"},
+        {1, "none/merges.txt", "--tokenizer $D/none/merges.txt --train $D/text.txt"},
+        {1, "$D/none", "--init $D/none --train $D/text.txt"},
+        {1, "cut off", "--init $D/cut --eval --val $D/val.txt"},
+        {1, "transformer.wte.weight has shape [259, 16], expected [259, 8]",
+         "--init $D/narrow --tokenizer $D/merges.txt --generate 1"},
+        {1, "ends in .txt, .jsonl or .bin", "$TINY --train $D/table.csv"},
+        {1, "folder.txt", "$TINY --train $D/folder.txt"},
+        {1, "empty.txt: holds no example", "$TINY --train $D/empty.txt"},
+        {1,
+         "bad.jsonl:3: not valid JSON at line 1, "
+         "column 13",
+         "$TINY --train $D/bad.jsonl"},
+        {1, "other.jsonl:2: {\"prompt\"", "$TINY --train $D/other.jsonl"},
+        {1, "text needs a tokenizer",
+         "--n-layer 1 --n-embd 16 --n-head 2 --matmul builtin --train $D/text.txt"},
+        {2, "--seq-len 17: the model has only 16 positions", "$TINY --train $D/text.txt --seq-len 17"},
+        {2, "--seq-len 17", "--init $D/model --eval --val $D/val.txt --seq-len 17"},
+        {2, "regular expression '('", "$TINY --train $D/text.txt --freeze '('"},
+        {2, "regular expression 'a['", "$TINY --train $D/text.txt --no-decay 'a['"},
+        {2, "--freeze leaves nothing to train", "$TINY --train $D/text.txt --freeze ."},
+        {2, "--warmup-steps 5x", "$TINY --train $D/text.txt --warmup-steps 5x"},
+        {2, "--epochs 0", "$TINY --train $D/text.txt --epochs 0"},
+        {1, "too few", "$TINY --train $D/d.txt"},
+        {2, "--n-layer", "--init $D/model --n-layer 2 --train $D/text.txt"},
+        {1, "n_embd 16 is not a multiple of n_head 3", "$TINY --n-head 3 --train $D/text.txt"},
+        {1, "merges.txt", "$TINY --train $D/text.txt --out $D/merges.txt"},
+    };
+    write_text("d.txt", "abc");
+    make_folder(in_tests("folder.txt"));
+    uint64_t before = fingerprint(temporary_folder());
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        char *words = strstr(wrong[i].words, "--out") ? xstrdup(wrong[i].words)
+                      : strstr(wrong[i].words, "--train $D")
+                          ? xprintf("%s --quiet --out $D/never", wrong[i].words)
+                          : xprintf("%s", wrong[i].words);
+        const char *error =
+            strncmp(wrong[i].error, "$D", 2) == 0 ? in_tests(wrong[i].error + 3) : wrong[i].error;
+        expect_refusal(wrong[i].status, error, words);
+        free(words);
+    }
+    check(fingerprint(temporary_folder()) == before, "wrong input changed files");
+}
+
+// Are two values of an option the same?
+static bool same_option(const Option *option, const Options *a, const Options *b)
+{
+    const char *x = (const char *)a + option->field, *y = (const char *)b + option->field;
+    if (option->kind == FLAG)
+        return *x == *y;
+    if (option->kind == WORD)
+        return strcmp(*(const char *const *)x, *(const char *const *)y) == 0;
+    if (option->kind != LIST)
+        return memcmp(x, y, 8) == 0; // long or double
+    const Patterns *p = (const Patterns *)x, *q = (const Patterns *)y;
+    bool same = p->size == q->size;
+    for (size_t i = 0; same && i < p->size; i++)
+        same = strcmp(p->items[i], q->items[i]) == 0;
+    return same;
+}
+
+static void test_options(void)
+{
+    static const char letters[] =
+        "e init i train j val o out y resume b batch-size t seq-len x steps l learning-rate "
+        "u warmup-steps k schedule q final-lr c weight-decay v val-every m val-batches s sample-every g "
+        "sample-tokens "
+        "n save-every h help ";
+    Text help;
+    make_inputs();
+    expect_run(0, &help, "--help");
+    size_t with_letter = 0;
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        if (!option->name)
+            continue;
+        char *row = xprintf(" --%s ", option->name), value[64] = "a[0-9],b", mode[32] = "", text[256];
+        check(count_of(help.data, row) >= 1, "--help does not list%s", row);
+        free(row);
+        if (option->kind == COUNT || option->kind == REAL)
+            snprintf(value, sizeof value, "%g",
+                     option->kind == COUNT ? option->least + 6 : option->most * 0.75);
+        if (option->kind == CHOICE)
+            snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
+        if (!(option->modes & TRAIN))
+            strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
+        Options initial, by_name, by_letter, again;
+        set_defaults(&initial);
+        bool flag = option->kind == FLAG;
+        snprintf(text, sizeof text, "%s --%s%s%s", mode, option->name, flag ? "" : "=", flag ? "" : value);
+        options_from_text(&by_name, text);
+        check(!same_option(option, &initial, &by_name), "%s is not taken", text);
+        for (const Option *other = option_table; other < option_table + OPTION_COUNT; other++)
+            check(!other->name || other == option || strstr(mode, other->name) ||
+                      same_option(other, &initial, &by_name),
+                  "%s changes --%s", text, other->name);
+        if (option->letter) {
+            char pair[64];
+            snprintf(pair, sizeof pair, "%c %s ", option->letter, option->name);
+            check(strstr(letters, pair) != NULL, "-%c is not short for --%s", option->letter, option->name);
+            snprintf(text, sizeof text, "-%c %s", option->letter, flag ? "" : value);
+            options_from_text(&by_letter, text);
+            check(same_option(option, &by_name, &by_letter), "-%c is not --%s", option->letter, option->name);
+            with_letter++;
+        }
+        // What a checkpoint remembers gives the same again.
+        text[0] = 0;
+        for (size_t i = 0; i < by_name.given.size; i++)
+            snprintf(text + strlen(text), sizeof text - strlen(text), "%s ", by_name.given.items[i]);
+        options_from_text(&again, text);
+        check(same_option(option, option->modes & NOT_SAVED ? &initial : &by_name, &again),
+              "--%s remembered as %s", option->name, text);
+    }
+    check(with_letter == count_of(letters, " ") / 2, "%zu options have a letter", with_letter);
+    free(help.data);
+    Options options;
+    options_from_text(&options, "--freeze a --freeze b --no-decay x --no-decay y --steps 3 --steps 4");
+    check(options.freeze.size == 2 && options.no_decay.size == 2 && options.steps == 4, "repeated options");
+    options_from_text(&options, "--no-decay none");
+    check(options.no_decay.size == 0, "--no-decay none");
+
+    Text plan;
+    uint64_t before = fingerprint(temporary_folder());
+    expect_run(0, &plan, "$TINY --train $D/text.txt --plan --freeze wpe --steps 40 --out $D/never");
+    check(strstr(plan.data, "transformer.wte.weight") && strstr(plan.data, "[259, 16]") &&
+              strstr(plan.data, "transformer.h.0.mlp.c_proj.weight") &&
+              strstr(plan.data, "parameters 7712, trained 7456,") && strstr(plan.data, "40 updates"),
+          "--plan: %s", plan.data);
+    check(fingerprint(temporary_folder()) == before, "--plan writes");
+    free(plan.data);
+}
+
+// ---- runs ----
+
+typedef struct {
+    long step;
+    bool val;
+    double loss;
+} LogLine;
+
+// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order. Returns how many lines.
+// essence (when not NULL) gets what must be the same after a resume: all but the timing, and of evaluations the rate.
+static size_t read_log(const char *out, LogLine lines[500], Text *essence)
+{
+    char *path = xprintf("%s/log.csv", in_tests(out));
+    Text text = file_exists(path) ? read_file(path) : (Text){0};
+    const char *header = "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n";
+    bool whole = text.data && strncmp(text.data, header, strlen(header)) == 0;
+    size_t count = 0;
+    long trained = 0, evaluated = -1;
+    for (char *at = text.data + strlen(header), *line;
+         whole && (line = strsep(&at, "\n")) && *line && count < 500;) {
+        char *rest = line, *field, *fields[16] = {0};
+        int n = 0;
+        while (n < 16 && (field = strsep(&rest, ",")))
+            fields[n++] = field;
+        LogLine *l = &lines[count++];
+        whole = n == 9 && (strcmp(fields[2], "val") == 0 || strcmp(fields[2], "train") == 0);
+        if (!whole)
+            break;
+        *l = (LogLine){atol(fields[0]), fields[2][0] == 'v', atof(fields[3])};
+        whole = l->val ? l->step > evaluated && l->step == trained && !*fields[6] : l->step == trained + 1;
+        *(l->val ? &evaluated : &trained) = l->step;
+        for (int i = 0; i < (l->val ? 5 : 7) && essence; i++) {
+            text_append(essence, fields[i], strlen(fields[i]));
+            text_append(essence, " ", 1);
+        }
+    }
+    check(whole, "%s is not as it should be after %zu lines", path, count);
+    free(path);
+    free(text.data);
+    return count;
+}
+
+static void test_run(void)
+{
+    LogLine lines[500];
+    Text printed, again;
+    make_inputs();
+    expect_run(0, &printed,
+               "$TINY --train $D/text.txt --val $D/val.txt --steps 30 --val-every 10 --out $D/run");
+    size_t count = read_log("run", lines, NULL);
+    check(count == 34 && lines[33].val && lines[33].step == 30 && lines[1].loss > 5,
+          "30 updates, 4 evaluations");
+    check(lines[33].loss < 0.75 * lines[0].loss, "loss %g -> %g", lines[0].loss, lines[33].loss);
+    check(strstr(printed.data, "tok/s") && strstr(printed.data, "val loss") && !strchr(printed.data, '\r') &&
+              !strchr(printed.data, '\033'),
+          "progress in a pipe is plain lines: %s", printed.data);
+    free(printed.data);
+    check(same_files("run/model.safetensors", "run/checkpoint-000030/model.safetensors"),
+          "the result is the last state");
+    expect_run(0, &printed, "--init $D/run --eval --val $D/val.txt --batch-size 2 --matmul builtin --quiet");
+    double loss = NAN;
+    check(sscanf(printed.data, "loss %lf perplexity", &loss) == 1 && fabs(loss - lines[33].loss) < 2e-6,
+          "--eval: %s, the log's last line: %g", printed.data, lines[33].loss);
+    free(printed.data);
+    expect_run(0, &printed,
+               "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --val-every 4 --out $D/quiet --quiet "
+               "--sample-every 2");
+    check(!strstr(printed.data, "tok/s") && !strstr(printed.data, "machine") &&
+              strstr(printed.data, "sample at step 2"),
+          "--quiet prints: %s", printed.data);
+    free(printed.data);
+
+    expect_run(0, NULL,
+               "--init $D/run --train $D/text.txt --steps 3 --save-every 3 --freeze wte --val-fraction 0 "
+               "--out $D/frozen --quiet --matmul builtin");
+    Model *before = model_load(in_tests("run")), *after = model_load(in_tests("frozen"));
+    for (int i = 0; i < before->tensor_count; i++) {
+        const Tensor *t = &before->tensors[i];
+        bool same = memcmp(t->value, after->tensors[i].value, t->size * sizeof(float)) == 0;
+        check(same == (i == WTE), "--freeze wte: %s %s", t->name, same ? "stayed" : "moved");
+    }
+    model_free(before);
+    model_free(after);
+
+    expect_run(0, &printed,
+               "--overfit $TINY --train $D/text.txt --steps 150 --val-every 150 --out $D/over --quiet");
+    check(strstr(printed.data, "training accuracy 100.00 %") != NULL, "--overfit: %s", printed.data);
+    check(!file_exists(in_tests("over/model.safetensors")), "--overfit saves a model");
+    free(printed.data);
+    expect_run(1, NULL, "--overfit $TINY --train $D/text.txt --steps 2 --out $D/over --quiet");
+    expect_run(0, NULL,
+               "$TINY --train $D/short.txt --batch-size 1048576 --accumulate 65536 --steps 1 --out $D/huge");
+
+    static const char *const variants[] = {"--seed 1",
+                                           "--seed 1",
+                                           "--seed 2",
+                                           "--temperature 0 --seed 1",
+                                           "--temperature 0 --seed 2",
+                                           "--top-k 1 --seed 3",
+                                           "--top-p 0 --seed 4"};
+    Text texts[7];
+    for (int i = 0; i < 7; i++) {
+        char *words =
+            xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s", variants[i]);
+        expect_run(0, &texts[i], words);
+        check(strncmp(texts[i].data, "the cat", 7) == 0 && texts[i].data[texts[i].size - 1] == '\n',
+              "--generate starts with "
+              "the prompt, ends a line: %s",
+              texts[i].data);
+        free(words);
+    }
+    check(strcmp(texts[0].data, texts[1].data) == 0, "the same seed, the same text");
+    check(strcmp(texts[0].data, texts[2].data) != 0 && strcmp(texts[0].data, texts[3].data) != 0,
+          "another seed");
+    for (int i = 4; i < 7; i++)
+        check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
+    for (int i = 0; i < 7; i++)
+        free(texts[i].data);
+    expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
+    check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
+          printed.data);
+    free(printed.data);
+    // Everything but --prompt - has no standard input; here a pipe gives the prompt.
+    char *words = xprintf(
+        "--help >/dev/null; printf 'the hat\\n' | '%s' --trainer --init $D/run --generate 9 --prompt - "
+        "--temperature 0 --matmul builtin; true",
+        self_path);
+    expect_run(0, &printed, words);
+    expect_run(0, &again, "--init $D/run --generate 9 --prompt 'the hat\n' --temperature 0 --matmul builtin");
+    check(strcmp(printed.data, again.data) == 0 && again.size > 10, "--prompt -: %s, not %s", printed.data,
+          again.data);
+    free(words);
+    free(printed.data);
+    free(again.data);
+}
+
+// Waits until the log of a run has this many lines, or the run has ended.
+static void wait_for_lines(const char *out, size_t lines, pid_t child)
+{
+    char *path = xprintf("%s/log.csv", in_tests(out));
+    siginfo_t ended = {0};
+    for (size_t count = 0; count < lines && ended.si_pid == 0;) {
+        usleep(200);
+        waitid(P_PID, (id_t)child, &ended, WEXITED | WNOHANG | WNOWAIT);
+        if (!file_exists(path))
+            continue;
+        Text text = read_file(path);
+        count = count_of(text.data, "\n");
+        free(text.data);
+    }
+    free(path);
+}
+
+static const char RESUMABLE[] =
+    "$TINY --train $D/short.txt --val-fraction 0.2 --steps 12 --val-every 3 --save-every 2 "
+    "--dropout 0.1 --accumulate 2 --quiet --out $D/";
+
+// Checks that a run which was interrupted ended as the one that was not.
+static void expect_same_run(const char *out, const char *how)
+{
+    Text whole = {0}, parts = {0};
+    LogLine lines[500];
+    char *model = xprintf("%s/model.safetensors", out);
+    read_log("whole", lines, &whole);
+    read_log(out, lines, &parts);
+    check(same_files(model, "whole/model.safetensors"), "%s: other weights", how);
+    check(whole.size == parts.size && memcmp(whole.data, parts.data, whole.size) == 0, "%s: another log",
+          how);
+    free(model);
+    free(whole.data);
+    free(parts.data);
+}
+
+static void test_resume(void)
+{
+    LogLine lines[500];
+    make_inputs();
+    double begin = now();
+    char *words = xprintf("%swhole", RESUMABLE);
+    expect_run(0, NULL, words);
+    double duration = now() - begin;
+    free(words);
+    static const struct {
+        const char *out;
+        int signal;
+    } stops[] = {{"terminated", SIGTERM}, {"interrupted", SIGINT}};
+    for (int i = 0; i < 2; i++) {
+        words = xprintf("%s%s", RESUMABLE, stops[i].out);
+        int status = 0;
+        for (int attempt = 0; attempt < 5 && status == 0;
+             attempt++) { // status 0: it was done before the signal came
+            remove_folder(in_tests(stops[i].out));
+            pid_t child = start_trainer(0, words);
+            wait_for_lines(stops[i].out, 5, child);
+            kill(child, stops[i].signal);
+            status = wait_for(child);
+        }
+        Text printed = read_file(in_tests("printed"));
+        size_t count = read_log(stops[i].out, lines, NULL);
+        check(status == 128 + stops[i].signal && strstr(printed.data, "--resume goes on"),
+              "signal %d: status %d, %s", stops[i].signal, status, printed.data);
+        long stopped = -1;
+        const char *said = strstr(printed.data, "stopped at step ");
+        check(said && sscanf(said, "stopped at step %ld", &stopped) == 1 && stopped < 12 && count > 3 &&
+                  stopped == lines[count - 1].step,
+              "stopped in the middle, after %ld", stopped);
+        char *saved = checkpoint_path(in_tests(stops[i].out), stopped);
+        check(is_folder(saved), "%s is not there", saved);
+        free(saved);
+        free(printed.data);
+        // Without --resume it is refused and changes nothing, with it leftovers are swept away.
+        make_folder(in_tests("leftover"));
+        char *leftover = xprintf("%s/checkpoint-000099.tmp", in_tests(stops[i].out));
+        rename(in_tests("leftover"), leftover);
+        uint64_t before = fingerprint(in_tests(stops[i].out));
+        expect_refusal(2, "--resume goes on with it", words);
+        check(fingerprint(in_tests(stops[i].out)) == before, "a refused run changed its folder");
+        free(words);
+        words = xprintf("--resume --quiet --threads 1 --out $D/%s", stops[i].out);
+        expect_run(0, NULL, words);
+        check(!file_exists(leftover), "the leftover is still there");
+        free(leftover);
+        expect_same_run(stops[i].out, words);
+        expect_run(0, NULL, words); // once more: nothing left to do
+        expect_same_run(stops[i].out, "resumed when done");
+        free(words);
+    }
+    words = xprintf("%skilled --resume", RESUMABLE);
+    int kills = 0;
+    for (uint64_t i = 0; i < 8; i++) {
+        pid_t child = start_trainer(0, words);
+        usleep((useconds_t)(1e6 * duration * (0.2 + random_uniform((uint64_t)(1e9 * now()), i))));
+        kill(child, SIGKILL);
+        kills += wait_for(child) == 128 + SIGKILL;
+    }
+    expect_run(0, NULL, words);
+    free(words);
+    words = xprintf("killed %d times", kills);
+    expect_same_run("killed", words);
+    free(words);
+    words =
+        xprintf("%sjust-saved", RESUMABLE); // killed when a checkpoint stands that knows of its evaluation
+    pid_t child = start_trainer(0, words);
+    while (!file_exists(in_tests("just-saved/checkpoint-000006")) && waitpid(child, NULL, WNOHANG) == 0)
+        ;
+    kill(child, SIGKILL);
+    wait_for(child);
+    free(words);
+    expect_run(0, NULL, "--resume --quiet --out $D/just-saved");
+    expect_same_run("just-saved", "killed after a checkpoint");
+}
+
+static void test_checkpoints(void)
+{
+    LogLine lines[500];
+    make_inputs();
+    // Letters that training never shows: their loss rises. The best checkpoint is kept besides the newest, and is
+    // the result.
+    write_text("strange.txt", "QXZ ZXQ QZX XQZ 0123456789");
+    expect_run(0, NULL,
+               "$TINY --train $D/text.txt --val $D/strange.txt --steps 9 --val-every 1 --keep 1 --quiet "
+               "--out $D/keep");
+    size_t count = read_log("keep", lines, NULL), found;
+    long best = -1;
+    double best_loss = INFINITY;
+    for (size_t i = 0; i < count; i++)
+        if (lines[i].val && lines[i].step > 0 && lines[i].loss < best_loss) {
+            best = lines[i].step;
+            best_loss = lines[i].loss;
+        }
+    long *steps = list_checkpoints(in_tests("keep"), &found);
+    check(best < 9 && found == 2 && steps[0] == best && steps[1] == 9, "the best and the last of 9 stay: %zu",
+          found);
+    free(steps);
+    char *model = checkpoint_path("keep", best), *weights = xprintf("%s/model.safetensors", model);
+    check(same_files("keep/model.safetensors", weights), "the result is the best state (step %ld)", best);
+    free(model);
+    free(weights);
+    Text printed;
+    expect_run(0, &printed,
+               "$TINY --train $D/text.txt --val $D/strange.txt --steps 99 --val-every 1 --patience 3 "
+               "--quiet --save-every 400 --out $D/patience");
+    count = read_log("patience", lines, NULL);
+    best_loss = INFINITY;
+    for (size_t i = 0, stale = 0; i < count; i++)
+        if (lines[i].val && lines[i].step > 0) {
+            stale = lines[i].loss < best_loss ? 0 : stale + 1;
+            best_loss = fmin(best_loss, lines[i].loss);
+            check((stale >= 3) == (i == count - 1), "--patience 3 at step %ld: %zu", lines[i].step, stale);
+        }
+    check(count < 199 && strstr(printed.data, "--patience"), "--patience: %s", printed.data);
+    free(printed.data);
+    expect_run(0, NULL, "--resume --quiet --out $D/patience");
+    check(read_log("patience", lines, NULL) == count, "--patience ends a resumed run too");
+
+    // A full disk while the second half of a run is saved: files of the first one stay, and the run can go on.
+    const char *half =
+        "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --schedule constant --warmup-steps 0 --quiet "
+        "--val-every 4 --keep 1 --out $D/full";
+    expect_run(0, NULL, half);
+    expect_run(
+        0, NULL,
+        "$TINY --train $D/text.txt --val $D/val.txt --steps 8 --schedule constant --warmup-steps 0 --quiet "
+        "--val-every 4 --keep 1 --out $D/roomy");
+    for (rlim_t limit = 20000; limit <= 50000; limit += 30000) { // the weights fail, the moments fail
+        uint64_t before = fingerprint(in_tests("full/checkpoint-000004"));
+        int status = wait_for(start_trainer(limit, "--resume --steps 8 --quiet --out $D/full"));
+        printed = read_file(in_tests("printed"));
+        const char *error = strstr(printed.data, "train_gpt2: ");
+        check(status == 1 && error && strchr(error, '\n') == printed.data + printed.size - 1 &&
+                  strstr(error, limit < 30000 ? "model.safetensors: could not be written whole"
+                                              : "optimizer.safetensors: could not be written whole"),
+              "a full disk: status %d, %s", status, printed.data);
+        check(fingerprint(in_tests("full/checkpoint-000004")) == before,
+              "a full disk changed the older checkpoint");
+        free(printed.data);
+    }
+    expect_run(0, NULL, "--resume --steps 8 --quiet --out $D/full");
+    check(same_files("full/model.safetensors", "roomy/model.safetensors"),
+          "goes on when there is room again");
+
+    // Weights that grow until they are no numbers: the run ends before it saves them.
+    Text error;
+    expect_run(
+        1, &error,
+        "$TINY --train $D/text.txt --val-fraction 0 --steps 60 --save-every 1 --keep 1 --warmup-steps 0 "
+        "--learning-rate 1e3 --weight-decay 1e3 --schedule constant --quiet --out $D/diverges");
+    check(one_error_line(&error, ": step 2: the gradient of transformer.wte.weight is not finite"),
+          "not finite: %s", error.data);
+    free(error.data);
+    steps = list_checkpoints(in_tests("diverges"), &found);
+    for (size_t i = 0; i < found; i++) {
+        char *path = checkpoint_path(in_tests("diverges"), steps[i]);
+        Model *saved = model_load(path);
+        size_t bad = 0;
+        for (int t = 0; t < saved->tensor_count; t++)
+            for (size_t j = 0; j < saved->tensors[t].size; j++)
+                bad += !isfinite(saved->tensors[t].value[j]);
+        check(bad == 0, "%s holds %zu values that are not finite", path, bad);
+        model_free(saved);
+        free(path);
+    }
+    check(found == 1, "a last good checkpoint");
+    free(steps);
+}
+
+// ---- the list of tests ----
+
+static const struct {
+    const char *name;
+    void (*function)(void);
+} tests[] = {
+    {"matmul: 400 random shapes against double precision", test_matmul_shapes},
+    {"matmul: the same bits for any number of threads", test_matmul_threads},
+    {"matmul: NaN stays in its row and column", test_matmul_poison},
+    {"tokenizer: Unicode classes", test_unicode_classes},
+    {"tokenizer: UTF-8, whole and broken", test_utf8},
+    {"tokenizer: pieces by GPT-2's rules", test_pieces},
+    {"tokenizer: encoding is byte pair encoding", test_encode_is_bpe},
+    {"tokenizer: text in parts, any number of threads", test_encode_in_parts},
+    {"tokenizer: <|endoftext|>", test_special_token},
+    {"tokenizer: vocabulary files", test_tokenizer_files},
+    {"tokenizer: damaged vocabularies end in one line", test_damaged_tokenizers},
+    {"tokenizer: long runs in short time", test_long_runs},
+    {"tokenizer: the program", test_tokenizer_program},
+    {"references: all of dev/fixtures, also recomputed and built-in", test_references},
+    {"layers: fast_exp", test_exp},
+    {"layers: gelu", test_gelu},
+    {"layers: embedding", test_embedding},
+    {"layers: linear and layernorm", test_linear_and_layernorm},
+    {"layers: attention", test_attention},
+    {"layers: cross-entropy", test_cross_entropy},
+    {"layers: dropout", test_dropout},
+    {"model: logits, loss and every gradient", test_model},
+    {"model: NaN and changes do not reach what is masked", test_poison},
+    {"model: padded batches equal sequences alone", test_padding},
+    {"model: micro-batches, and none with targets", test_accumulation},
+    {"optimizer: AdamW", test_adamw},
+    {"optimizer: gradient norm and clipping", test_norm_and_clipping},
+    {"optimizer: schedules", test_schedule},
+    {"model: freezing", test_freezing},
+    {"model: same bits in each run, on any number of threads", test_determinism},
+    {"generation: cache", test_cache},
+    {"generation: greedy, past the context, several samples", test_generation},
+    {"generation: sampling", test_sampling},
+    {"tensors: names, shapes, initial values, counts, patterns", test_tensor_table},
+    {"JSON: strings, numbers, nesting, errors with their place", test_json},
+    {"safetensors: round trip, wrong headers", test_safetensors},
+    {"model folder: round trip to the bit, 16 bits, other names", test_model_folder},
+    {"model folder: damaged weights end in one line", test_damaged_weights},
+    {"config.json: defaults, refused variants, sizes", test_config},
+    {"text: documents, windows, globs, a split", test_text_data},
+    {"JSONL: prompts, lengths, rows", test_jsonl_data},
+    {"order of examples: each once an epoch, like lengths together", test_dataset_order},
+    {"token shards: llm.c's, and wrong ones", test_shards},
+    {"command line: wrong input is one line, and changes nothing", test_wrong_input},
+    {"command line: every option, its letter, --help, --plan", test_options},
+    {"a run: log, loss, --eval, --freeze, --overfit, --generate", test_run},
+    {"resume: the same run to the bit after any signal", test_resume},
+    {"checkpoints: kept, best, --patience, full disk, not finite", test_checkpoints},
+};
+
+int main(int argc, char **argv)
+{
+    snprintf(self_path, sizeof self_path, "%s", argv[0]);
+    if (argc > 1 && strcmp(argv[1], "--trainer") == 0)
+        return train_gpt2_main(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "--reference") == 0) {
+        const char *dump = argc > 3 && strcmp(argv[argc - 2], "--dump") == 0 ? argv[argc - 1] : NULL;
+        int folders = argc - 2 - (dump ? 2 : 0), failed = 0;
+        program_name = "test_gpt2";
+        if (folders < 1 || (dump && folders > 1))
+            die_usage("--reference DIR..., or --reference DIR --dump FILE");
+        for (int i = 2; i < 2 + folders; i++)
+            failed += !compare_reference(argv[i], dump, false, false);
+        printf("%d passed, %d failed\n", folders - failed, failed);
+        return failed > 0;
+    }
+    int passed = 0, failed = 0;
+    double started = now();
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        bool wanted = argc == 1;
+        for (int j = 1; j < argc; j++)
+            wanted = wanted || strstr(tests[i].name, argv[j]);
+        if (!wanted)
+            continue;
+        double begin = now();
+        current_test = tests[i].name;
+        failures_of_test = 0;
+        fflush(stdout);
+        tests[i].function();
+        printf("%-6s %-60s %6.2f s\n", failures_of_test ? "FAILED" : "ok", tests[i].name, now() - begin);
+        failures_of_test ? failed++ : passed++;
+    }
+    remove_folder(temporary_folder());
+    printf("%.1f s\n%d passed, %d failed\n", now() - started, passed, failed);
+    return failed > 0 || passed == 0;
+}
