@@ -13,8 +13,8 @@ PREFIX   ?= /usr/local
 .DEFAULT_GOAL := all
 
 # What `make train` does: a small model, from nothing, on stories that data/stories makes up.
-TRAIN_OPTIONS ?= --batch-size 8 --seq-len 256 --n-positions 256 --steps 600 --learning-rate 1e-3 \
-                 --schedule cosine --warmup-steps 5% --final-lr 0.1 --weight-decay 0.1
+TRAIN_OPTIONS ?= --n-positions 256 --batch-size 4 --steps 480 --learning-rate 2e-3 --schedule cosine \
+                 --warmup-steps 5% --final-lr 0.1 --weight-decay 0.1 --val-every 60
 
 ifeq ($(SANITIZE),1)
 O         := build/sanitize/
@@ -47,14 +47,14 @@ $(O)tokenizer $(O)test_gpt2: WARNINGS += -Wno-unused-function
 $(O)data/stories: LIBS = $(LDFLAGS) -lm
 
 train: all build/data/stories_val.txt build/stories_tokenizer/merges.txt ## train a small model on made-up stories
-	./$(O)train_gpt2 --init d4 --tokenizer build/stories_tokenizer --out out \
+	./$(O)train_gpt2 --init d4 --tokenizer build/stories_tokenizer --out out --resume \
 	    --train build/data/stories_train.txt --val build/data/stories_val.txt $(TRAIN_OPTIONS)
-	./$(O)train_gpt2 --init out --generate 150 --prompt "" --temperature 0.8
-	./$(O)train_gpt2 --init out --generate 150 --prompt "" --temperature 0.8 --samples 20 --quiet | \
-	    ./$(O)data/stories check
+	@echo; echo "A story by the model, and how many sentences of twenty stories the grammar accepts:"; echo
+	@./$(O)train_gpt2 --init out --generate 200 --temperature 0.7
+	@./$(O)train_gpt2 --init out --generate 200 --temperature 0.7 --samples 20 | ./$(O)data/stories check
 
 build/data/stories_train.txt: STORY_OPTIONS = --seed 1 --megabytes 4
-build/data/stories_val.txt:   STORY_OPTIONS = --seed 2 --megabytes 0.2
+build/data/stories_val.txt:   STORY_OPTIONS = --seed 2 --megabytes 0.05
 build/data/stories_%.txt: data/stories.c | $(O)data/stories
 	@mkdir -p $(@D)
 	./$(O)data/stories text $(STORY_OPTIONS) > $@.part && mv $@.part $@
