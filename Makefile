@@ -62,7 +62,8 @@ build/stories_tokenizer/merges.txt: build/data/stories_train.txt | $(O)tokenizer
 	./$(O)tokenizer train --vocab-size 1024 --out $(@D) $<
 
 test: all ## run every test; needs no Python and no network
-	./$(O)test_gpt2
+	@# passive: threads that wait do not take the processor from others
+	OMP_WAIT_POLICY=passive ./$(O)test_gpt2
 
 compare-test: all ## compare with PyTorch, live; makes itself a Python environment first
 	sh dev/compare_test.sh

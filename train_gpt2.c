@@ -2109,7 +2109,8 @@ static inline float fast_exp(float x)
         float f;
         int32_t i;
     } n = {.f = x * 1.44269504f + rounder}, power;
-    power.i = (int32_t)((uint32_t)(n.i - 0x4b400000 + 127) << 23); // 2^n: n + 127 in the exponent's bits; 0x4b400000 are rounder's
+    // 2^n has n + 127 in the exponent's bits, and 0x4b400000 are rounder's. (Unsigned: NaN shifts bits out.)
+    power.i = (int32_t)((uint32_t)(n.i - 0x4b400000 + 127) << 23);
     n.f -= rounder;
     float r = x - n.f * 0.693359375f + n.f * 2.12194440e-4f; // ln 2 in two parts, the first one exact in n.f
     float series = 1 / 5040.f;                               // of exp(r), innermost term first
@@ -2539,7 +2540,8 @@ enum { LOGIT_ROWS = 256 }; // rows of logits that exist at a time
 // Everything that a forward and a backward pass write, for up to `rows` rows. The names are those of the
 // formulas.
 typedef struct {
-    int rows, longest; // capacity
+    int rows, longest, threads; // capacity
+    bool dropout;      // whether there is room for `branch`
     bool training;     // whether things are kept for a backward pass
     bool recompute;    // --recompute: blocks share one place, and the backward pass fills it again
     int first_kept;    // blocks below this one are frozen, nothing of them is kept
@@ -2585,16 +2587,19 @@ static void activations_reserve(Activations *a, const Model *model, int rows, in
                                 bool recompute, bool dropout, bool measure_only)
 {
     const Config *config = &model->config;
-    bool fits = a->memory && rows <= a->rows && longest <= a->longest && a->training == training;
-    if (fits)
+    int first_kept = model->lowest > 0 ? model->lowest : 0, threads = omp_get_max_threads();
+    if (a->memory && rows <= a->rows && longest <= a->longest && training == a->training && dropout == a->dropout &&
+        recompute == a->recompute && first_kept == a->first_kept && threads <= a->threads)
         return;
     free(a->memory);
     a->memory = NULL;
     a->rows = rows > a->rows ? rows : a->rows;
     a->longest = longest > a->longest ? longest : a->longest;
+    a->threads = threads;
     a->training = training;
+    a->dropout = dropout;
     a->recompute = recompute;
-    a->first_kept = model->lowest > 0 ? model->lowest : 0;
+    a->first_kept = first_kept;
     int kept = training ? config->n_layer - a->first_kept : 0, places = kept == 0 || recompute ? 1 : kept;
     size_t R = (size_t)a->rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
     size_t widest = F > 3 * C ? F : 3 * C, chunk = R < LOGIT_ROWS ? R : LOGIT_ROWS;
@@ -2618,7 +2623,7 @@ static void activations_reserve(Activations *a, const Model *model, int rows, in
         {&a->branch, dropout ? R * C : 0},
         {&a->d_residual, training ? R * C : 0},
         {&a->d_normed, training ? R * C : 0},
-        {&a->scratch, a->scratch_size * omp_get_max_threads()},
+        {&a->scratch, a->scratch_size * threads},
         {&a->chosen, chunk * C},
         {&a->mean_f, chunk},
         {&a->rstd_f, chunk},
@@ -2733,7 +2738,7 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
     float *x = residual_at(a, model, layer), *qkv = a->qkv + rows * 3 * C,
           *attention = a->attention + rows * C;
     float *middle = a->middle + rows * C, *hidden = a->hidden + rows * F, *d_branch = a->d_residual;
-    if (a->recompute)
+    if (a->recompute && layer < config->n_layer - 1) // the last block's are still there
         block_forward(model, a, batch, layer, NULL, dropout, false);
 
     // x = middle + dropout(gelu(hidden) · c_proj + bias)
@@ -4098,6 +4103,13 @@ static void end_progress(void)
     progress_line_open = false;
 }
 
+// The learning rate of update `step` = 0, 1, ...
+static double rate_of(const Run *run, long step)
+{
+    const Options *o = run->options;
+    return o->learning_rate * schedule_factor((Schedule)o->schedule, step, run->warmup, run->steps, o->final_lr);
+}
+
 static double epoch_of(const Run *run, long step) { return (double)step / (double)run->steps_per_epoch; }
 
 // ---- log.csv ----
@@ -4362,7 +4374,7 @@ static int train(Run *run)
             Evaluation e = evaluate(run, run->val, (size_t)options->batch_size, options->val_batches);
             if (!stop_signal) { // one that was cut short is made up for after --resume
                 run->evaluated_step = run->step;
-                report_evaluation(run, &e, log, update.learning_rate, now() - started);
+                report_evaluation(run, &e, log, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - started);
                 save = (run->step > 0 && judge(run, e.loss)) || save;
             }
         }
@@ -4384,10 +4396,8 @@ static int train(Run *run)
 
         double step_started = now();
         long count = next_batches(run, batches, &order, &order_epoch);
-        double factor = schedule_factor((Schedule)options->schedule, run->step, run->warmup, run->steps,
-                                        options->final_lr);
         update = take_update(run->model, &run->activations, batches, count, options, run->step,
-                             factor * options->learning_rate);
+                             rate_of(run, run->step));
         run->step++;
         if (update.targets == 0) {
             warn("step %ld: no token of this batch is scored, skipped", run->step);
@@ -4760,7 +4770,7 @@ static const char *matmul_name(void)
     int parallel = openblas_get_parallel();
     snprintf(name, sizeof name, "OpenBLAS (%s, %s)", openblas_get_corename(),
              parallel >= 0 && parallel <= 2 ? threading[parallel] : "unknown");
-    return matmul_kind == MATMUL_CBLAS ? name : "built-in matmul (faster here than OpenBLAS)";
+    return matmul_kind == MATMUL_CBLAS ? name : "built-in matmul";
 #elif defined(USE_CBLAS)
     return matmul_kind == MATMUL_CBLAS ? "CBLAS" : "built-in matmul";
 #else
@@ -4909,11 +4919,8 @@ static void print_plan(const Run *run)
            run->steps, options->accumulate, options->batch_size, run->steps_per_epoch, run->val_every,
            run->save_every);
     printf("learning rate:");
-    for (int i = 0; i <= 10; i++) {
-        long step = (run->steps - 1) * i / 10;
-        printf(" %.3g", options->learning_rate * schedule_factor((Schedule)options->schedule, step,
-                                                                 run->warmup, run->steps, options->final_lr));
-    }
+    for (int i = 0; i <= 10; i++)
+        printf(" %.3g", rate_of(run, (run->steps - 1) * i / 10));
     printf("  (warm-up %ld updates)\n", run->warmup);
 }
 
