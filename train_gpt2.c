@@ -39,6 +39,7 @@
 #include <limits.h>
 #include <math.h>
 #include <regex.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -4721,6 +4722,28 @@ static void parse_resumed_options(Options *options, const char *path, int argc, 
 
 // ---- the machine ----
 
+// Gives each thread a core of its own when there are as many threads as cores. Left alone, the system puts two of
+// them on one core as soon as another program runs, and each waits out the other's turn at every barrier.
+static void pin_threads(void)
+{
+#if defined(__linux__) && defined(_OPENMP)
+    cpu_set_t allowed;
+    if (getenv("OMP_PROC_BIND") || sched_getaffinity(0, sizeof allowed, &allowed) != 0 ||
+        CPU_COUNT(&allowed) != omp_get_max_threads())
+        return;
+#pragma omp parallel
+    {
+        int core = -1;
+        for (int passed = -1; passed < omp_get_thread_num(); passed += CPU_ISSET(core, &allowed) != 0)
+            core++;
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(core, &own);
+        sched_setaffinity(0, sizeof own, &own);
+    }
+#endif
+}
+
 // Times both matmuls on one shape, the best of three, and takes the built-in one when it is over 1.2 times
 // faster.
 static void choose_matmul(Options *options)
@@ -5099,6 +5122,7 @@ static int train_gpt2_main(int argc, char **argv)
     }
     if (options.threads)
         omp_set_num_threads((int)options.threads);
+    pin_threads();
     if (options.generate)
         return run_generation(&options);
     if (options.eval)
