@@ -2038,8 +2038,8 @@ static void matmul_builtin(float *C, size_t ldc, const float *A, size_t lda, boo
     size_t rows = few || threads == 1 ? M : smaller(M, 10 * GROUP);
     across = (N + columns - 1) / columns;
     size_t blocks = across * ((M + rows - 1) / rows);
-    Product p = {C, A, B, ldc, lda, ldb, M, N, K,
-                 rows, columns, across, transpose_a, transpose_b, accumulate};
+    Product p = {C, A,    B,       ldc,    lda,         ldb,         M,         N,
+                 K, rows, columns, across, transpose_a, transpose_b, accumulate};
     void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
     if (threads == 1) // even an idle parallel region takes time
         for (size_t block = 0; block < blocks; block++)
@@ -2542,10 +2542,10 @@ enum { LOGIT_ROWS = 256 }; // rows of logits that exist at a time
 // formulas.
 typedef struct {
     int rows, longest, threads; // capacity
-    bool dropout;      // whether there is room for `branch`
-    bool training;     // whether things are kept for a backward pass
-    bool recompute;    // --recompute: blocks share one place, and the backward pass fills it again
-    int first_kept;    // blocks below this one are frozen, nothing of them is kept
+    bool dropout;               // whether there is room for `branch`
+    bool training;              // whether things are kept for a backward pass
+    bool recompute;             // --recompute: blocks share one place, and the backward pass fills it again
+    int first_kept;             // blocks below this one are frozen, nothing of them is kept
     float *memory;
     size_t memory_size; // floats
     // Kept for the backward pass, one place for each block that needs it (place_of):
@@ -2589,8 +2589,9 @@ static void activations_reserve(Activations *a, const Model *model, int rows, in
 {
     const Config *config = &model->config;
     int first_kept = model->lowest > 0 ? model->lowest : 0, threads = omp_get_max_threads();
-    if (a->memory && rows <= a->rows && longest <= a->longest && training == a->training && dropout == a->dropout &&
-        recompute == a->recompute && first_kept == a->first_kept && threads <= a->threads)
+    if (a->memory && rows <= a->rows && longest <= a->longest && training == a->training &&
+        dropout == a->dropout && recompute == a->recompute && first_kept == a->first_kept &&
+        threads <= a->threads)
         return;
     free(a->memory);
     a->memory = NULL;
@@ -3027,7 +3028,8 @@ static float kth_largest(const float *x, int n, int k)
 // Draws a token from softmax(logits / temperature), cut to the top k (with those that equal the k-th) and then to
 // the top p, as transformers does.
 //   logits (V); draw: uniform in [0, 1); candidates: room for V
-static int sample_token(const float *logits, int V, const Sampling *sampling, float draw, Candidate *candidates)
+static int sample_token(const float *logits, int V, const Sampling *sampling, float draw,
+                        Candidate *candidates)
 {
     int best = 0, count = 0, kept = 0;
     for (int v = 1; v < V; v++)
@@ -3040,7 +3042,8 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
     double sum = 0, reached = 0;
     for (int v = 0; v < V; v++)
         if (logits[v] >= lowest) {
-            candidates[count] = (Candidate){(float)exp((logits[v] - logits[best]) / sampling->temperature), v};
+            candidates[count] =
+                (Candidate){(float)exp((logits[v] - logits[best]) / sampling->temperature), v};
             sum += candidates[count++].probability;
         }
     if (sampling->top_p < 1) {
@@ -4108,7 +4111,8 @@ static void end_progress(void)
 static double rate_of(const Run *run, long step)
 {
     const Options *o = run->options;
-    return o->learning_rate * schedule_factor((Schedule)o->schedule, step, run->warmup, run->steps, o->final_lr);
+    return o->learning_rate *
+           schedule_factor((Schedule)o->schedule, step, run->warmup, run->steps, o->final_lr);
 }
 
 static double epoch_of(const Run *run, long step) { return (double)step / (double)run->steps_per_epoch; }
@@ -4375,7 +4379,8 @@ static int train(Run *run)
             Evaluation e = evaluate(run, run->val, (size_t)options->batch_size, options->val_batches);
             if (!stop_signal) { // one that was cut short is made up for after --resume
                 run->evaluated_step = run->step;
-                report_evaluation(run, &e, log, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - started);
+                report_evaluation(run, &e, log, run->step > 0 ? rate_of(run, run->step - 1) : 0,
+                                  now() - started);
                 save = (run->step > 0 && judge(run, e.loss)) || save;
             }
         }
