@@ -12,6 +12,10 @@ SANITIZE ?= 0
 PREFIX   ?= /usr/local
 .DEFAULT_GOAL := all
 
+# What `make bench` measures: the lengths of a batch's sequences, and train_gpt2's options.
+LENGTHS       ?= 64,64,64,64
+BENCH_OPTIONS ?= --init d12
+
 # What `make train` does: a small model, from nothing, on stories that data/stories makes up.
 TRAIN_OPTIONS ?= --n-positions 256 --batch-size 4 --steps 480 --learning-rate 2e-3 --schedule cosine \
                  --warmup-steps 5% --final-lr 0.1 --weight-decay 0.1 --val-every 60
@@ -39,11 +43,11 @@ $(if $(PROBLEM),$(error $(PROBLEM)))
 include $(CONFIG)
 endif
 
-$(PROGRAMS): $(O)%: %.c $(CONFIG)
+$(PROGRAMS) $(O)dev/bench: $(O)%: %.c $(CONFIG)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -o $@ $< $(LIBS)
-$(O)tokenizer $(O)test_gpt2: train_gpt2.c
-$(O)tokenizer $(O)test_gpt2: WARNINGS += -Wno-unused-function
+$(O)tokenizer $(O)test_gpt2 $(O)dev/bench: train_gpt2.c
+$(O)tokenizer $(O)test_gpt2 $(O)dev/bench: WARNINGS += -Wno-unused-function
 $(O)data/stories: LIBS = $(LDFLAGS) -lm
 
 train: all build/data/stories_val.txt build/stories_tokenizer/merges.txt ## train a small model on made-up stories
@@ -65,6 +69,12 @@ test: all ## run every test; needs no Python and no network
 	@# passive: threads that wait do not take the processor from others
 	OMP_WAIT_POLICY=passive ./$(O)test_gpt2
 
+bench: all $(O)dev/bench ## how close a step comes to the machine's limit, kernel by kernel
+	./$(O)dev/bench $(LENGTHS) $(BENCH_OPTIONS)
+
+plot: ## draw out/log.csv as out/log.png (needs gnuplot)
+	sh dev/plot.sh out
+
 compare-test: all ## compare with PyTorch, live; makes itself a Python environment first
 	sh dev/compare_test.sh
 
@@ -73,7 +83,7 @@ install: $(O)train_gpt2 $(O)tokenizer ## copy train_gpt2 and tokenizer to PREFIX
 	install -m 755 $^ $(DESTDIR)$(PREFIX)/bin
 
 clean: ## remove what was built; trained models in out/ stay
-	rm -rf build train_gpt2 tokenizer test_gpt2 data/stories
+	rm -rf build train_gpt2 tokenizer test_gpt2 data/stories dev/bench
 
 show-blas: ## say which BLAS the programs are built with
 	@echo $(BLAS_NAME)
@@ -81,4 +91,4 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train test compare-test install clean show-blas help
+.PHONY: all train test bench plot compare-test install clean show-blas help
