@@ -472,12 +472,11 @@ static void command_info(const Tokenizer *t)
 {
     int longest = 0;
     for (int id = 1; id < t->vocab_size; id++)
-        if (t->name_start[id + 1] - t->name_start[id] > t->name_start[longest + 1] - t->name_start[longest])
+        if (strlen(t->names[id]) > strlen(t->names[longest]))
             longest = id;
     printf("vocab_size %d\nmerges %d\n", t->vocab_size, t->merge_count);
     printf("end_of_text %d\n", t->end_of_text);
-    printf("longest_token %d %.*s\n", longest, (int)(t->name_start[longest + 1] - t->name_start[longest]),
-           t->names.data + t->name_start[longest]);
+    printf("longest_token %d %s\n", longest, t->names[longest]);
     finish_output();
 }
 
@@ -759,29 +758,20 @@ static void trainer_free(Trainer *trainer)
 static void command_train(const Settings *settings, char **files)
 {
     double start = now();
-    Tokenizer *t = tokenizer_new();
+    Tokenizer *t = tokenizer_new((size_t)settings->vocab_size, (size_t)settings->vocab_size);
+    find_byte_ids(t, true, "");
     size_t bytes;
     WordTable words = count_words(t, files, &bytes);
     double counted = now();
     if (words.used == 0)
         die("there is no text: expected at least one document");
-    NameTable table = names_of_bytes(t, (size_t)settings->vocab_size);
-    int id_of_byte[256];
-    for (int byte = 0, id = 0; id < 256; id++) {
-        Text spelled = {0};
-        tokenizer_decode(t, &spelled, id);
-        byte = (unsigned char)spelled.data[0];
-        id_of_byte[byte] = id;
-        free(spelled.data);
-    }
-
     Trainer trainer = {0};
     trainer.symbols = xmalloc(words.arena.size * sizeof(int));
     trainer.starts = xcalloc(words.used, sizeof(size_t));
     trainer.lengths = xcalloc(words.used, sizeof(size_t));
     trainer.counts = xcalloc(words.used, sizeof(int64_t));
     for (size_t i = 0; i < words.arena.size; i++)
-        trainer.symbols[i] = id_of_byte[(unsigned char)words.arena.data[i]];
+        trainer.symbols[i] = t->byte_ids[(unsigned char)words.arena.data[i]];
     for (size_t i = 0; i <= words.mask; i++) {
         if (words.slots[i].count == 0)
             continue;
@@ -796,7 +786,7 @@ static void command_train(const Settings *settings, char **files)
     }
     push_touched(&trainer);
 
-    int(*merges)[3] = NULL, merge_count = 0; // left, right, number of the pair
+    int *merge_pairs = NULL, merge_count = 0; // the pair that each merge joins
     size_t merge_capacity = 0;
     while (t->vocab_size + 1 < settings->vocab_size && trainer.heap_size > 0) {
         PairEntry best = entry_pop(&trainer);
@@ -809,16 +799,11 @@ static void command_train(const Settings *settings, char **files)
             free(best.words.data);
             break;
         }
-        Text name = {0};
-        for (int side = 0; side < 2; side++) {
-            const size_t *start_of = &t->name_start[side ? best.right : best.left];
-            text_append(&name, t->names.data + start_of[0], start_of[1] - start_of[0]);
-        }
-        name_add(t, &table, name.data, name.size); // or it exists: made from other parts before
-        int id = *name_slot(&table, name.data, name.size);
-        free(name.data);
-        merges = grow(merges, (size_t)merge_count + 1, &merge_capacity, sizeof *merges);
-        memcpy(merges[merge_count], (int[3]){best.left, best.right, best.pair}, sizeof *merges);
+        char *name = xprintf("%s%s", t->names[best.left], t->names[best.right]);
+        int id = name_add(t, name); // or it exists: made from other parts before
+        free(name);
+        merge_pairs = grow(merge_pairs, (size_t)merge_count + 1, &merge_capacity, sizeof(int));
+        merge_pairs[merge_count] = best.pair;
         trainer.pairs[best.pair].rank = merge_count++;
         for (size_t i = 0; i < best.words.size; i++)
             merge_word(&trainer, best.words.data[i], best.left, best.right, id);
@@ -826,11 +811,12 @@ static void command_train(const Settings *settings, char **files)
         push_touched(&trainer);
     }
 
-    t->merges = xcalloc((size_t)merge_count + 1, sizeof *t->merges);
-    for (int i = 0; i < merge_count; i++)
-        if (trainer.pairs[merges[i][2]].rank == i) // of a pair that was joined twice, the last merge counts
-            memcpy(t->merges[t->merge_count++], merges[i], sizeof *t->merges);
-    name_add(t, &table, END_OF_TEXT, END_OF_TEXT_SIZE);
+    for (int i = 0; i < merge_count; i++) {
+        const Pair *pair = &trainer.pairs[merge_pairs[i]];
+        if (pair->rank == i) // of a pair that was joined twice, the last merge counts
+            t->merges[t->merge_count++] = (Merge){pair->left, pair->right, -1};
+    }
+    name_add(t, END_OF_TEXT);
     tokenizer_save(t, settings->out);
     if (t->vocab_size < settings->vocab_size)
         warn("the text has no more pairs to join: the vocabulary has %d tokens, not %ld", t->vocab_size,
@@ -839,10 +825,9 @@ static void command_train(const Settings *settings, char **files)
            settings->out, t->vocab_size, (double)bytes / 1e6, words.used, counted - start, now() - counted);
     finish_output();
     trainer_free(&trainer);
-    free(merges);
+    free(merge_pairs);
     free(words.arena.data);
     free(words.slots);
-    free(table.ids);
     tokenizer_free(t);
 }
 

@@ -644,7 +644,7 @@ static void json_write_string(FILE *file, const char *string, size_t length)
 // The rules ask of a character only: letter (\p{L}), number (\p{N}), white space (\s), or something else.
 // Combining marks are something else, and so is each byte that is not part of valid UTF-8.
 
-enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
+enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CODE_POINTS = 0x110000 };
 
 // Unicode 16.0, which tiktoken 0.14 and tokenizers 0.23 use; made by dev/unicode_table.py. Read in pairs:
 // skip so many code points, then so many are letters, or numbers if negative. "48,-10,7,26": 48 to 57 are
@@ -695,25 +695,21 @@ static const int letter_and_number_runs[] = {
 };
 // clang-format on
 
-static const unsigned short space_ranges[][2] = {
-    {0x09, 0x0d},     {0x20, 0x20},     {0x85, 0x85},     {0xa0, 0xa0},     {0x1680, 0x1680},
-    {0x2000, 0x200a}, {0x2028, 0x2029}, {0x202f, 0x202f}, {0x205f, 0x205f}, {0x3000, 0x3000}};
-
-enum { CODE_POINTS = 0x110000 };
-
-// Unfolds the tables into one byte per code point. Pages that are never looked at cost no memory.
+// Unfolds the table into one byte per code point. Pages that are never looked at cost no memory.
 static unsigned char *classes_make(void)
 {
-    unsigned char *classes = xcalloc(CODE_POINTS, 1);
-    unsigned code = 0;
+    static const unsigned short spaces[] = {
+        0x09,   0x0a,   0x0b,   0x0c,   0x0d,   0x20,   0x85,   0xa0,   0x1680, 0x2000, 0x2001, 0x2002, 0x2003,
+        0x2004, 0x2005, 0x2006, 0x2007, 0x2008, 0x2009, 0x200a, 0x2028, 0x2029, 0x202f, 0x205f, 0x3000};
+    unsigned char *classes = xcalloc(CODE_POINTS, 1), *at = classes;
     for (size_t i = 0; i < sizeof letter_and_number_runs / sizeof(int); i += 2) {
         int run = letter_and_number_runs[i + 1];
-        code += (unsigned)letter_and_number_runs[i];
-        memset(classes + code, run > 0 ? CLASS_LETTER : CLASS_NUMBER, (size_t)abs(run));
-        code += (unsigned)abs(run);
+        at += letter_and_number_runs[i];
+        memset(at, run > 0 ? CLASS_LETTER : CLASS_NUMBER, (size_t)abs(run));
+        at += abs(run);
     }
-    for (size_t i = 0; i < sizeof space_ranges / sizeof *space_ranges; i++)
-        memset(classes + space_ranges[i][0], CLASS_SPACE, space_ranges[i][1] - space_ranges[i][0] + 1u);
+    for (size_t i = 0; i < sizeof spaces / sizeof *spaces; i++)
+        classes[spaces[i]] = CLASS_SPACE;
     return classes;
 }
 
@@ -755,32 +751,26 @@ static size_t utf8_whole(const char *bytes, size_t size)
 // ---- the tokenizer ----
 
 static const char END_OF_TEXT[] = "<|endoftext|>";
-enum { END_OF_TEXT_SIZE = sizeof END_OF_TEXT - 1 };
+enum { END_OF_TEXT_SIZE = sizeof END_OF_TEXT - 1, SPELLING_CODES = 0x144 };
 
-// One slot of the hash table that answers: may these two tokens be joined, how early, and into what?
+// Two tokens that may be joined, and the token that they make. A merge's rank is its place in merges.txt.
 typedef struct {
-    int left, right;
-    int rank; // line in merges.txt, from 0; -1 in an empty slot
-    int id;   // of the joined token
-} MergeSlot;
+    int left, right, id;
+} Merge;
 
 typedef struct Encoder Encoder;
-enum { IDLE_ENCODERS = 64, SPELLED_CODES = 0x144 };
 
-typedef struct Tokenizer {
-    int vocab_size;
-    int end_of_text;    // id of <|endoftext|>, or -1
-    Text names;         // each token as vocab.json spells it, back to back
-    size_t *name_start; // [vocab_size + 1]
-    int merge_count;
-    int (*merges)[2]; // [merge_count] left and right id, in order of rank
-    MergeSlot *slots; // the same as a hash table
-    size_t slot_mask;
-    int byte_ids[256];            // the token of each single byte
-    unsigned short spelling[256]; // the character that spells each byte
-    short spelled[SPELLED_CODES]; // the byte that each character spells, or -1
-    unsigned char *classes;       // [CODE_POINTS]
-    Encoder *idle[IDLE_ENCODERS]; // scratch memory of encoders that are not at work; see encoder_take
+typedef struct {
+    int vocab_size, merge_count;
+    int end_of_text; // id of <|endoftext|>, or -1
+    char **names;    // [vocab_size] each token as vocab.json spells it
+    Merge *merges;   // [merge_count] in order of rank
+    int *name_slots, *merge_slots; // hash tables: name -> id, left and right -> rank; -1 in empty slots
+    size_t name_mask, merge_mask;  // slots in each table, less 1
+    short spelled[SPELLING_CODES]; // the byte that each character of a name spells, or -1
+    int byte_ids[256];             // the token of each single byte
+    unsigned char *classes;        // [CODE_POINTS]
+    Encoder *idle;                 // scratch memory that no thread works with now
 } Tokenizer;
 
 // ---- cutting text into pieces ----
@@ -822,23 +812,14 @@ static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t
         if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e'))
             return at + 3;
     }
-    size_t length;
-    int class = class_at(t, text, at, size, &length);
+    size_t start = at + (text[at] == ' ' && at + 1 < size), length;
+    int class = class_at(t, text, start, size, &length);
     if (class != CLASS_SPACE)
-        return run_end(t, text, at + length, size, class);
-    if (text[at] == ' ' && at + 1 < size) {
-        size_t next_length;
-        int next = class_at(t, text, at + 1, size, &next_length);
-        if (next != CLASS_SPACE)
-            return run_end(t, text, at + 1 + next_length, size, next);
-    }
-    size_t end = run_end(t, text, at + length, size, CLASS_SPACE);
-    if (end == size || end == at + length)
-        return end;
-    do // step back over the last white space: to the byte where its character starts
-        end--;
-    while ((text[end] & 0xc0) == 0x80);
-    return end;
+        return run_end(t, text, start + length, size, class);
+    size_t end = run_end(t, text, start + length, size, CLASS_SPACE), last = end - 1;
+    while ((text[last] & 0xc0) == 0x80) // to the byte where the last white space starts
+        last--;
+    return end < size && last > at ? last : end;
 }
 
 // The last place in the text where it may be cut, so that the parts' ids put together are the ids of the
@@ -888,56 +869,46 @@ typedef struct {
 
 // What one thread needs to encode; it never holds anything but scratch and cache.
 struct Encoder {
-    CacheSlot *cache;
+    CacheSlot cache[CACHE_SLOTS];
     Symbol *symbols;
     size_t symbol_capacity;
     Bucket buckets[33];
     uint32_t rank; // at work; UINT32_MAX before the first one
     size_t taken;  // entries of bucket 0 that are done
     size_t queued; // entries that are not
+    Encoder *next; // in the list of idle ones
 };
-
-static void encoder_free(Encoder *encoder)
-{
-    for (int b = 0; b <= 32; b++)
-        free(encoder->buckets[b].entries);
-    free(encoder->cache);
-    free(encoder->symbols);
-    free(encoder);
-}
 
 // Takes an idle encoder, or makes one: any number of threads may encode at once with one tokenizer.
 static Encoder *encoder_take(Tokenizer *t)
 {
-    for (int i = 0; i < IDLE_ENCODERS; i++) {
-        Encoder *encoder = __atomic_exchange_n(&t->idle[i], NULL, __ATOMIC_ACQUIRE);
-        if (encoder)
-            return encoder;
+    Encoder *encoder;
+#pragma omp critical(idle_encoders)
+    {
+        encoder = t->idle;
+        t->idle = encoder ? encoder->next : NULL;
     }
-    Encoder *encoder = xcalloc(1, sizeof *encoder);
-    encoder->cache = xcalloc(CACHE_SLOTS, sizeof *encoder->cache);
-    return encoder;
+    return encoder ? encoder : xcalloc(1, sizeof *encoder);
 }
 
 static void encoder_give_back(Tokenizer *t, Encoder *encoder)
 {
-    for (int i = 0; i < IDLE_ENCODERS; i++) {
-        Encoder *none = NULL;
-        if (__atomic_compare_exchange_n(&t->idle[i], &none, encoder, false, __ATOMIC_RELEASE,
-                                        __ATOMIC_RELAXED))
-            return;
+#pragma omp critical(idle_encoders)
+    {
+        encoder->next = t->idle;
+        t->idle = encoder;
     }
-    encoder_free(encoder);
 }
 
-// The slot of a pair of tokens: its merge, or an empty slot (rank -1) when they are never joined.
-static inline MergeSlot *merge_slot(const Tokenizer *t, int left, int right)
+// The slot that holds the rank of a pair's merge, or -1 when the two are never joined.
+static inline int *merge_slot(const Tokenizer *t, int left, int right)
 {
     uint64_t hash = ((uint64_t)(unsigned)left << 32 | (unsigned)right) * 0x9e3779b97f4a7c15u;
-    size_t i = (size_t)(hash >> 32) & t->slot_mask;
-    while (t->slots[i].rank >= 0 && (t->slots[i].left != left || t->slots[i].right != right))
-        i = (i + 1) & t->slot_mask;
-    return &t->slots[i];
+    for (size_t i = (size_t)(hash >> 32) & t->merge_mask;; i = (i + 1) & t->merge_mask) {
+        int rank = t->merge_slots[i];
+        if (rank < 0 || (t->merges[rank].left == left && t->merges[rank].right == right))
+            return &t->merge_slots[i];
+    }
 }
 
 static void bucket_add(Bucket *bucket, uint64_t entry)
@@ -1004,9 +975,7 @@ static uint64_t queue_take(Encoder *encoder)
 static void queue_merge(const Tokenizer *t, Encoder *encoder, int position)
 {
     const Symbol *symbol = &encoder->symbols[position];
-    if (symbol->next < 0)
-        return;
-    int rank = merge_slot(t, symbol->id, encoder->symbols[symbol->next].id)->rank;
+    int rank = symbol->next < 0 ? -1 : *merge_slot(t, symbol->id, encoder->symbols[symbol->next].id);
     if (rank < 0)
         return;
     queue_put(encoder, (uint64_t)rank << 32 | (unsigned)position);
@@ -1021,31 +990,27 @@ static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
 {
     if (size > INT_MAX)
         die("the text has %zu bytes without any place to cut them: expected less than 2 GB", size);
-    encoder->symbols = grow(encoder->symbols, size, &encoder->symbol_capacity, sizeof(Symbol));
-    Symbol *symbols = encoder->symbols;
-    int n = (int)size;
-    for (int i = 0; i < n; i++)
+    Symbol *symbols = grow(encoder->symbols, size, &encoder->symbol_capacity, sizeof(Symbol));
+    encoder->symbols = symbols;
+    for (int i = 0, n = (int)size; i < n; i++)
         symbols[i] = (Symbol){t->byte_ids[(unsigned char)piece[i]], i - 1, i + 1 < n ? i + 1 : -1};
     encoder->rank = UINT32_MAX;
     encoder->buckets[0].size = encoder->taken = 0;
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i >= 0; i = symbols[i].next)
         queue_merge(t, encoder, i);
     while (encoder->queued > 0) {
         uint64_t entry = queue_take(encoder);
-        Symbol *left = &symbols[entry & 0xffffffff];
-        if (left->id < 0 || left->next < 0)
+        int rank = (int)(entry >> 32), at = (int)(entry & INT_MAX);
+        Symbol *left = &symbols[at];
+        if (left->id < 0 || left->next < 0 || *merge_slot(t, left->id, symbols[left->next].id) != rank)
             continue;
         Symbol *right = &symbols[left->next];
-        const MergeSlot *merge = merge_slot(t, left->id, right->id);
-        if (merge->rank != (int)(entry >> 32))
-            continue;
-        left->id = merge->id;
+        left->id = t->merges[rank].id;
         left->next = right->next;
-        right->id = -1;
-        if (left->next >= 0) {
-            symbols[left->next].previous = (int)(left - symbols);
-            queue_merge(t, encoder, (int)(left - symbols));
-        }
+        right->id = -1; // swallowed
+        queue_merge(t, encoder, at);
+        if (left->next >= 0)
+            symbols[left->next].previous = at;
         if (left->previous >= 0)
             queue_merge(t, encoder, left->previous);
     }
@@ -1058,29 +1023,26 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
 {
     for (size_t at = 0, end; at < size; at = end) {
         end = find_piece(t, text, at, size);
-        size_t n = end - at;
+        size_t n = end - at, before = ids->size;
         if (n > CACHED_BYTES) {
             merge_piece(t, encoder, ids, text + at, n);
             continue;
         }
         uint64_t key[CACHED_BYTES / 8] = {0};
         memcpy(key, text + at, n);
-        uint64_t hash = (key[0] ^ key[1] * 0x9e3779b97f4a7c15u ^ key[2] * 0xbf58476d1ce4e5b9u) + n;
-        hash = (hash ^ hash >> 32) * 0x94d049bb133111ebu;
-        CacheSlot *slot = &encoder->cache[(hash >> 32) % CACHE_SLOTS];
-        if (slot->size != n || memcmp(slot->piece, key, sizeof key) != 0) {
-            size_t before = ids->size;
-            merge_piece(t, encoder, ids, text + at, n);
-            size_t count = ids->size - before;
-            if (count <= CACHED_IDS) {
-                slot->size = (unsigned char)n;
-                slot->count = (unsigned char)count;
-                memcpy(slot->piece, key, sizeof key);
-                memcpy(slot->ids, ids->data + before, count * sizeof(int));
-            }
-        } else {
+        uint64_t hash = mix_bits(key[0] ^ key[1] * 0x9e3779b97f4a7c15u ^ key[2] * 0xbf58476d1ce4e5b9u ^ n);
+        CacheSlot *slot = &encoder->cache[hash % CACHE_SLOTS];
+        if (slot->size == n && memcmp(slot->piece, key, sizeof key) == 0) {
             for (int i = 0; i < slot->count; i++)
                 ids_push(ids, slot->ids[i]);
+            continue;
+        }
+        merge_piece(t, encoder, ids, text + at, n);
+        if (ids->size - before <= CACHED_IDS) {
+            slot->size = (unsigned char)n;
+            slot->count = (unsigned char)(ids->size - before);
+            memcpy(slot->piece, key, sizeof key);
+            memcpy(slot->ids, ids->data + before, slot->count * sizeof(int));
         }
     }
 }
@@ -1101,40 +1063,30 @@ static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size, b
 }
 
 // Appends the ids of a text to `ids`. Several threads may call this at once with the same tokenizer; outside
-// a parallel region a large text is cut into parts, one for each thread at a time, and the ids are the same.
+// a parallel region a large text is cut into parts that the threads share, and the ids are the same.
 // special: "<|endoftext|>" in the text becomes its id; otherwise it is text like any other.
 //   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>", special -> 31373 220 50256
 static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special)
 {
-    enum { PART_BYTES = 1 << 16 };
-    if (size < 2 * PART_BYTES || omp_get_max_threads() == 1 || omp_in_parallel()) {
+    enum { PART_BYTES = 1 << 17 };
+    size_t part_count = size / PART_BYTES;
+    if (part_count < 2 || omp_get_max_threads() == 1 || omp_in_parallel()) {
         encode_part(t, ids, text, size, special);
         return;
     }
-    int threads = omp_get_max_threads(), part_count = 8 * threads;
-    if ((size_t)part_count > size / PART_BYTES)
-        part_count = (int)(size / PART_BYTES);
-    Ids *parts = xcalloc((size_t)part_count, sizeof *parts);
-    size_t *starts = xcalloc((size_t)part_count + 1, sizeof *starts);
-    for (int i = 1; i < part_count; i++) {
-        size_t wanted = size / (size_t)part_count * (size_t)i, before = starts[i - 1];
-        starts[i] = before + tokenizer_cut(t, text + before, wanted > before ? wanted - before : 0);
-    }
+    Ids *parts = xcalloc(part_count, sizeof *parts);
+    size_t *starts = xcalloc(part_count + 1, sizeof *starts);
+    for (size_t i = 1; i < part_count; i++)
+        starts[i] = starts[i - 1] + tokenizer_cut(t, text + starts[i - 1], i * PART_BYTES - starts[i - 1]);
     starts[part_count] = size;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int i = 0; i < part_count; i++)
+    for (size_t i = 0; i < part_count; i++)
         encode_part(t, &parts[i], text + starts[i], starts[i + 1] - starts[i], special);
-    size_t total = ids->size;
-    for (int i = 0; i < part_count; i++) { // from now on: where the part's ids go
-        starts[i] = total;
-        total += parts[i].size;
-    }
-    ids->data = grow(ids->data, total, &ids->capacity, sizeof(int));
-    ids->size = total;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int i = 0; i < part_count; i++) {
+    for (size_t i = 0; i < part_count; i++) {
+        ids->data = grow(ids->data, ids->size + parts[i].size, &ids->capacity, sizeof(int));
         if (parts[i].size)
-            memcpy(ids->data + starts[i], parts[i].data, parts[i].size * sizeof(int));
+            memcpy(ids->data + ids->size, parts[i].data, parts[i].size * sizeof(int));
+        ids->size += parts[i].size;
         free(parts[i].data);
     }
     free(parts);
@@ -1146,149 +1098,163 @@ static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t si
 // Both spell a byte as a printable character: 33-126, 161-172 and 174-255 stand for themselves, the other 68,
 // in rising order, are U+0100, U+0101, ...: a space (32) is Ġ (U+0120), a newline Ċ (U+010A).
 
-// A hash table from a token's spelling to its id; ids are -1 in empty slots.
-typedef struct {
-    const Tokenizer *t;
-    int *ids;
-    size_t mask;
-} NameTable;
-
-static int *name_slot(const NameTable *table, const char *name, size_t size)
+// Slots for `count` entries, at most half of them in use; -1: empty.
+static int *slots_make(size_t count, size_t *mask)
 {
-    uint64_t hash = size;
-    for (size_t i = 0; i < size; i++)
-        hash = (hash ^ (unsigned char)name[i]) * 0x9e3779b97f4a7c15u;
-    for (size_t i = (size_t)(hash >> 32) & table->mask;; i = (i + 1) & table->mask) {
-        int id = table->ids[i];
-        const size_t *start = table->t->name_start;
-        if (id < 0 ||
-            (start[id + 1] - start[id] == size && !memcmp(table->t->names.data + start[id], name, size)))
-            return &table->ids[i];
-    }
-}
-
-// Room for `count` names at most half full.
-static NameTable name_table_make(const Tokenizer *t, size_t count)
-{
-    NameTable table = {t, NULL, 1023};
-    while (table.mask < 2 * count)
-        table.mask = 2 * table.mask + 1;
-    table.ids = xmalloc((table.mask + 1) * sizeof(int));
-    memset(table.ids, -1, (table.mask + 1) * sizeof(int));
-    return table;
-}
-
-// Gives the next id to a name; false if the name has one already.
-static bool name_add(Tokenizer *t, NameTable *table, const char *name, size_t size)
-{
-    int *slot = name_slot(table, name, size);
-    if (*slot >= 0)
-        return false;
-    text_append(&t->names, name, size);
-    *slot = t->vocab_size++;
-    t->name_start[t->vocab_size] = t->names.size;
-    return true;
-}
-
-// Takes {"token": id, ...}: the ids decide, and must be 0, 1, 2, ... in any order.
-static NameTable load_vocabulary(Tokenizer *t, const Json *json, const char *path)
-{
-    if (!json || json->kind != JSON_OBJECT)
-        die("%s: expected an object {\"token\": id, ...}", path);
-    size_t count = 0;
-    for (const Json *member = json->child; member; member = member->next)
-        count++;
     if (count > INT_MAX / 4)
-        die("%s: %zu tokens are too many: expected at most %d", path, count, INT_MAX / 4);
-    const Json **by_id = xcalloc(count, sizeof *by_id);
-    for (const Json *member = json->child; member; member = member->next) {
-        double id = member->number;
-        if (member->kind != JSON_NUMBER || !(id >= 0 && id < (double)count) || id != floor(id))
-            die("%s: token \"%s\": expected an id from 0 to %zu", path, member->key, count - 1);
-        if (by_id[(size_t)id])
-            die("%s: tokens \"%s\" and \"%s\" both have id %.0f: expected each id once", path,
-                by_id[(size_t)id]->key, member->key, id);
-        by_id[(size_t)id] = member;
+        die("a vocabulary of %zu tokens or merges is too large: expected at most %d", count, INT_MAX / 4);
+    for (*mask = 1023; *mask < 2 * count;)
+        *mask = 2 * *mask + 1;
+    return memset(xmalloc((*mask + 1) * sizeof(int)), -1, (*mask + 1) * sizeof(int));
+}
+
+// A tokenizer that knows characters and spelling, with room for so many tokens and merges, and none yet.
+static Tokenizer *tokenizer_new(size_t tokens, size_t merges)
+{
+    Tokenizer *t = xcalloc(1, sizeof *t);
+    t->end_of_text = -1;
+    t->name_slots = slots_make(tokens, &t->name_mask);
+    t->merge_slots = slots_make(merges, &t->merge_mask);
+    t->names = xcalloc(tokens, sizeof *t->names);
+    t->merges = xcalloc(merges, sizeof *t->merges);
+    t->classes = classes_make();
+    memset(t->spelled, -1, sizeof t->spelled);
+    for (int byte = 0, hidden = 0x100; byte < 256; byte++) {
+        bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+        t->spelled[printable ? byte : hidden++] = (short)byte;
     }
-    NameTable table = name_table_make(t, count);
-    t->name_start = xcalloc(count + 1, sizeof *t->name_start);
-    for (size_t i = 0; i < count; i++)
-        if (!name_add(t, &table, by_id[i]->key, strlen(by_id[i]->key)))
-            die("%s: token \"%s\" is there twice, with id %zu as well: expected it once", path, by_id[i]->key,
-                i);
-    free(by_id);
-    return table;
+    return t;
+}
+
+static void tokenizer_free(Tokenizer *t)
+{
+    if (!t)
+        return;
+    for (Encoder *encoder = t->idle, *next; encoder; encoder = next) {
+        next = encoder->next;
+        free(encoder->symbols);
+        for (int b = 0; b <= 32; b++)
+            free(encoder->buckets[b].entries);
+        free(encoder);
+    }
+    for (int id = 0; id < t->vocab_size; id++)
+        free(t->names[id]);
+    free(t->names);
+    free(t->merges);
+    free(t->name_slots);
+    free(t->merge_slots);
+    free(t->classes);
+    free(t);
+}
+
+// The slot that holds the id of the token with this name, or -1 when there is none.
+static int *name_slot(const Tokenizer *t, const char *name)
+{
+    uint64_t hash = 0;
+    for (const char *c = name; *c; c++)
+        hash = (hash ^ (unsigned char)*c) * 0x9e3779b97f4a7c15u;
+    for (size_t i = (size_t)(hash >> 32) & t->name_mask;; i = (i + 1) & t->name_mask) {
+        int id = t->name_slots[i];
+        if (id < 0 || strcmp(t->names[id], name) == 0)
+            return &t->name_slots[i];
+    }
+}
+
+// Gives the next id to a name that has none yet; returns the name's id.
+static int name_add(Tokenizer *t, const char *name)
+{
+    int *slot = name_slot(t, name);
+    if (*slot < 0) {
+        *slot = t->vocab_size++;
+        t->names[*slot] = xstrdup(name);
+    }
+    return *slot;
+}
+
+// Notes the token of each byte; adds it if `add`, in the order of the characters that spell bytes.
+static void find_byte_ids(Tokenizer *t, bool add, const char *path)
+{
+    for (unsigned code = 0; code < SPELLING_CODES; code++) {
+        char name[5] = {0};
+        int byte = t->spelled[code];
+        if (byte < 0)
+            continue;
+        utf8_write(name, code);
+        t->byte_ids[byte] = add ? name_add(t, name) : *name_slot(t, name);
+        if (t->byte_ids[byte] < 0)
+            die("%s: no token \"%s\" for byte %d: expected one for each of the 256 bytes", path, name, byte);
+    }
+}
+
+// Takes {"token": id, ...}, in any order, for all the tokenizer's tokens.
+static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const char *path)
+{
+    for (const Json *token = json->child; token; token = token->next) {
+        double id = token->number;
+        int *slot = name_slot(t, token->key);
+        if (token->kind != JSON_NUMBER || !(id >= 0 && id < (double)count) || id != floor(id) ||
+            t->names[(int)id] || *slot >= 0)
+            die("%s: token \"%s\": expected it once, with an id from 0 to %zu that no other token has", path,
+                token->key, count - 1);
+        *slot = (int)id;
+        t->names[*slot] = xstrdup(token->key);
+    }
+    t->vocab_size = (int)count;
 }
 
 // Takes the lines of merges.txt. Without a vocabulary each merge makes a token, which gets the next id.
-static void load_merges(Tokenizer *t, NameTable *table, const char *path, const Text *text,
-                        bool has_vocabulary)
+static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const char *path)
 {
-    size_t lines = 0, number = 0;
-    for (size_t i = 0; i < text->size; i++)
-        lines += text->data[i] == '\n';
-    if (lines > INT_MAX / 4)
-        die("%s: %zu merges are too many: expected at most %d", path, lines, INT_MAX / 4);
-    t->merges = xcalloc(lines + 1, sizeof *t->merges);
-    t->slot_mask = 1023;
-    while (t->slot_mask < 2 * lines)
-        t->slot_mask = 2 * t->slot_mask + 1;
-    t->slots = xmalloc((t->slot_mask + 1) * sizeof *t->slots);
-    for (size_t i = 0; i <= t->slot_mask; i++)
-        t->slots[i].rank = -1;
-    Text joined = {0};
-    for (const char *line = text->data, *end = line + text->size, *next; line < end; line = next) {
-        const char *stop = memchr(line, '\n', (size_t)(end - line));
-        next = stop ? stop + 1 : end;
+    size_t number = 1;
+    for (char *line = text->data, *end = line + text->size, *next; line < end; line = next, number++) {
+        char *stop = memchr(line, '\n', (size_t)(end - line));
         stop = stop ? stop : end;
-        number++;
+        next = stop + 1;
         if (stop > line && stop[-1] == '\r')
             stop--;
-        if ((stop == line && next == end) ||
-            (number == 1 && stop - line >= 8 && memcmp(line, "#version", 8) == 0))
+        *stop = 0;
+        if ((stop == line && next >= end) || (number == 1 && strncmp(line, "#version", 8) == 0))
             continue;
-        const char *space = memchr(line, ' ', (size_t)(stop - line)), *right = space ? space + 1 : NULL;
-        if (!space || space == line || right == stop || memchr(right, ' ', (size_t)(stop - right)))
+        char *space = strchr(line, ' '), *right = space ? space + 1 : NULL;
+        if (!space || space == line || right == stop || right + strcspn(right, " ") != stop)
             die("%s: line %zu: expected two tokens with one space between them", path, number);
-        size_t left_size = (size_t)(space - line), right_size = (size_t)(stop - right);
-        int left_id = *name_slot(table, line, left_size), right_id = *name_slot(table, right, right_size);
-        if (left_id < 0 || right_id < 0)
-            die("%s: line %zu: expected tokens that %s, and \"%.*s\" is none", path, number,
+        *space = 0;
+        Merge merge = {*name_slot(t, line), *name_slot(t, right), -1};
+        if (merge.left < 0 || merge.right < 0)
+            die("%s: line %zu: expected tokens that %s, and \"%s\" is none", path, number,
                 has_vocabulary ? "the vocabulary has" : "are bytes or made by a line above",
-                (int)(left_id < 0 ? left_size : right_size), left_id < 0 ? line : right);
-        joined.size = 0;
-        text_append(&joined, line, left_size);
-        text_append(&joined, right, right_size);
-        if (!has_vocabulary && !name_add(t, table, joined.data, joined.size))
-            die("%s: line %zu: expected a new token, and \"%s\" is there already", path, number, joined.data);
-        int id = *name_slot(table, joined.data, joined.size);
-        if (id < 0)
-            die("%s: line %zu: expected \"%s\" to be in the vocabulary", path, number, joined.data);
-        MergeSlot *slot = merge_slot(t, left_id, right_id);
-        if (slot->rank >= 0)
-            die("%s: line %zu: expected each merge once, and this one is there already", path, number);
-        *slot = (MergeSlot){left_id, right_id, t->merge_count, id};
-        t->merges[t->merge_count][0] = left_id;
-        t->merges[t->merge_count++][1] = right_id;
+                merge.left < 0 ? line : right);
+        char *joined = xprintf("%s%s", line, right);
+        int *slot = merge_slot(t, merge.left, merge.right), known = *name_slot(t, joined);
+        if (*slot >= 0 || (known >= 0) != has_vocabulary)
+            die("%s: line %zu: expected %s, and \"%s\" is not", path, number,
+                has_vocabulary ? "a merge that is new and makes a token of the vocabulary"
+                               : "a merge that makes a new token",
+                joined);
+        merge.id = name_add(t, joined);
+        *slot = t->merge_count++;
+        t->merges[*slot] = merge;
+        free(joined);
     }
-    free(joined.data);
 }
 
-// Loads tokenizer.json, the one file that newer versions of transformers write, if it says GPT-2's rules. Its
-// merges, [["Ġ", "t"], ...] or ["Ġ t", ...], are taken as the lines of a merges.txt.
-static NameTable load_tokenizer_json(Tokenizer *t, const char *path)
+static bool json_says(const Json *object, const char *key, const char *value)
 {
-    Json *json = json_read_file(path);
-    const Json *model = json_get(json, "model"), *type = json_get(model, "type");
-    const Json *merges = json_get(model, "merges");
-    const Json *rules = json_get(json, "pre_tokenizer"), *rules_type = json_get(rules, "type");
+    const Json *member = json_get(object, key);
+    return member && member->kind == JSON_STRING && strcmp(member->string, value) == 0;
+}
+
+// Takes tokenizer.json, the one file that newer versions of transformers write, if it says GPT-2's rules:
+// returns its vocabulary, and its merges, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
+static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path)
+{
+    const Json *model = json_get(json, "model"), *rules = json_get(json, "pre_tokenizer");
     const Json *prefix = json_get(rules, "add_prefix_space"), *normalizer = json_get(json, "normalizer");
-    if (!type || !type->string || strcmp(type->string, "BPE") != 0 || !rules_type || !rules_type->string ||
-        strcmp(rules_type->string, "ByteLevel") != 0 || !prefix || prefix->kind != JSON_FALSE ||
-        (normalizer && normalizer->kind != JSON_NULL))
+    if (!json_says(model, "type", "BPE") || !json_says(rules, "type", "ByteLevel") || !prefix ||
+        prefix->kind != JSON_FALSE || (normalizer && normalizer->kind != JSON_NULL))
         die("%s: expected GPT-2's rules: BPE, ByteLevel without a prefix space, no normalizer", path);
     Json *vocabulary = (Json *)json_get(model, "vocab"); // part of `json`, which is ours to change
-    const Json *added = json_get(json, "added_tokens");
+    const Json *added = json_get(json, "added_tokens"), *merges = json_get(model, "merges");
     for (const Json *token = added ? added->child : NULL; token; token = token->next) {
         const Json *content = json_get(token, "content");
         if (!vocabulary || !content || !content->string || json_get(vocabulary, content->string))
@@ -1298,48 +1264,15 @@ static NameTable load_tokenizer_json(Tokenizer *t, const char *path)
         member->number = json_number(token, "id", -1, path);
         vocabulary->child = member;
     }
-    Text lines = {0};
-    text_append(&lines, "", 0);
     for (const Json *merge = merges ? merges->child : NULL; merge; merge = merge->next) {
         const Json *part = merge->kind == JSON_ARRAY ? merge->child : merge;
         for (; part && part->string; part = part == merge ? NULL : part->next) {
-            text_append(&lines, " ", part != merge && part != merge->child);
-            text_append(&lines, part->string, part->length);
+            text_append(lines, " ", part != merge && part != merge->child);
+            text_append(lines, part->string, part->length);
         }
-        text_append(&lines, "\n", 1);
+        text_append(lines, "\n", 1);
     }
-    NameTable table = load_vocabulary(t, vocabulary, path);
-    load_merges(t, &table, path, &lines, true);
-    free(lines.data);
-    json_free(json);
-    return table;
-}
-
-// A tokenizer that knows characters and spelling, and no tokens yet.
-static Tokenizer *tokenizer_new(void)
-{
-    Tokenizer *t = xcalloc(1, sizeof *t);
-    t->end_of_text = -1;
-    t->classes = classes_make();
-    memset(t->spelled, -1, sizeof t->spelled);
-    for (int byte = 0, hidden = 0x100; byte < 256; byte++) {
-        bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
-        t->spelling[byte] = (unsigned short)(printable ? byte : hidden++);
-        t->spelled[t->spelling[byte]] = (short)byte;
-    }
-    return t;
-}
-
-// Starts a vocabulary with room for `count` tokens with the 256 bytes, in the order of their characters.
-static NameTable names_of_bytes(Tokenizer *t, size_t count)
-{
-    char name[4];
-    t->name_start = xcalloc(count + 1, sizeof *t->name_start);
-    NameTable table = name_table_make(t, count);
-    for (unsigned code = 0; code < SPELLED_CODES; code++)
-        if (t->spelled[code] >= 0)
-            name_add(t, &table, name, (size_t)utf8_write(name, code));
-    return table;
+    return vocabulary;
 }
 
 // Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
@@ -1347,51 +1280,50 @@ static NameTable names_of_bytes(Tokenizer *t, size_t count)
 // the merges, <|endoftext|>, as in GPT-2. Whatever is wrong with a file ends the program with one line.
 static Tokenizer *tokenizer_load(const char *path)
 {
-    Tokenizer *t = tokenizer_new();
-    static const char *const known[][2] = {{"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}};
-    char *vocabulary = NULL, *merges = NULL, *both = xprintf("%s/tokenizer.json", path), name[4];
-    bool found = false;
-    for (int i = 0; i < 2 && !found; i++) {
-        free(vocabulary);
-        free(merges);
-        vocabulary = xprintf("%s/%s", path, known[i][0]);
-        merges = xprintf("%s/%s", path, known[i][1]);
-        found = file_exists(vocabulary) && file_exists(merges);
-    }
-    NameTable table;
-    if (found) {
-        Json *json = json_read_file(vocabulary);
-        table = load_vocabulary(t, json, vocabulary);
-        json_free(json);
-        Text text = read_file(merges);
-        load_merges(t, &table, merges, &text, true);
-        free(text.data);
-    } else if (is_folder(path)) {
-        if (!file_exists(both))
+    static const char *const known[][2] = {
+        {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}, {"tokenizer.json", "tokenizer.json"}};
+    bool folder = is_folder(path);
+    char *files[2] = {xstrdup(path), xstrdup(path)};
+    for (int i = 0; folder; i++) {
+        if (i == 3)
             die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", path);
-        table = load_tokenizer_json(t, both);
+        for (int k = 0; k < 2; k++) {
+            free(files[k]);
+            files[k] = xprintf("%s/%s", path, known[i][k]);
+        }
+        if (file_exists(files[0]) && file_exists(files[1]))
+            break;
+    }
+    Text lines = {0};
+    text_append(&lines, "", 0);
+    Json *json = folder ? json_read_file(files[0]) : NULL, *vocabulary = json;
+    size_t count = 0;
+    if (folder && strcmp(files[0], files[1]) == 0) {
+        vocabulary = read_tokenizer_json(json, &lines, files[0]);
     } else {
-        Text text = read_file(path);
-        size_t lines = 0;
-        for (size_t i = 0; i < text.size; i++)
-            lines += text.data[i] == '\n';
-        table = names_of_bytes(t, lines + 258); // the last line may have no newline
-        load_merges(t, &table, path, &text, false);
-        name_add(t, &table, END_OF_TEXT, END_OF_TEXT_SIZE);
-        free(text.data);
+        free(lines.data);
+        lines = read_file(files[1]);
     }
-    for (int byte = 0; byte < 256; byte++) {
-        int size = utf8_write(name, t->spelling[byte]);
-        t->byte_ids[byte] = *name_slot(&table, name, (size_t)size);
-        if (t->byte_ids[byte] < 0)
-            die("%s: no token \"%.*s\" for byte %d: expected one for each of the 256 bytes", path, size, name,
-                byte);
-    }
-    t->end_of_text = *name_slot(&table, END_OF_TEXT, END_OF_TEXT_SIZE);
-    free(table.ids);
-    free(vocabulary);
-    free(merges);
-    free(both);
+    if (folder && (!vocabulary || vocabulary->kind != JSON_OBJECT))
+        die("%s: expected an object {\"token\": id, ...}", files[0]);
+    for (const Json *token = folder ? vocabulary->child : NULL; token; token = token->next)
+        count++;
+    size_t most_merges = lines.size / 4 + 1; // "a b\n" is the shortest line
+    Tokenizer *t = tokenizer_new(folder ? count : most_merges + 257, most_merges);
+    if (folder)
+        load_vocabulary(t, vocabulary, count, files[0]);
+    else
+        find_byte_ids(t, true, path);
+    load_merges(t, &lines, folder, files[1]);
+    if (folder)
+        find_byte_ids(t, false, path);
+    else
+        name_add(t, END_OF_TEXT);
+    t->end_of_text = *name_slot(t, END_OF_TEXT);
+    json_free(json);
+    free(lines.data);
+    free(files[0]);
+    free(files[1]);
     return t;
 }
 
@@ -1403,7 +1335,7 @@ static void tokenizer_save(const Tokenizer *t, const char *folder)
     FILE *file = create_file(path);
     for (int id = 0; id < t->vocab_size; id++) {
         fputc(id ? ',' : '{', file);
-        json_write_string(file, t->names.data + t->name_start[id], t->name_start[id + 1] - t->name_start[id]);
+        json_write_string(file, t->names[id], strlen(t->names[id]));
         fprintf(file, ":%d", id);
     }
     fputc('}', file);
@@ -1413,28 +1345,9 @@ static void tokenizer_save(const Tokenizer *t, const char *folder)
     file = create_file(path);
     fputs("#version: 0.2\n", file);
     for (int i = 0; i < t->merge_count; i++)
-        for (int side = 0; side < 2; side++) {
-            const size_t *start = &t->name_start[t->merges[i][side]];
-            fwrite(t->names.data + start[0], 1, start[1] - start[0], file);
-            fputc(side ? '\n' : ' ', file);
-        }
+        fprintf(file, "%s %s\n", t->names[t->merges[i].left], t->names[t->merges[i].right]);
     finish_file(file, path);
     free(path);
-}
-
-static void tokenizer_free(Tokenizer *t)
-{
-    if (!t)
-        return;
-    for (int i = 0; i < IDLE_ENCODERS; i++)
-        if (t->idle[i])
-            encoder_free(t->idle[i]);
-    free(t->names.data);
-    free(t->name_start);
-    free(t->merges);
-    free(t->slots);
-    free(t->classes);
-    free(t);
 }
 
 // ---- decoding ----
@@ -1446,12 +1359,12 @@ static void tokenizer_decode(const Tokenizer *t, Text *text, int id)
 {
     if (id < 0 || id >= t->vocab_size)
         die("token id %d is not in the vocabulary: expected 0 to %d", id, t->vocab_size - 1);
-    const char *name = t->names.data + t->name_start[id];
-    size_t size = t->name_start[id + 1] - t->name_start[id], before = text->size;
+    const char *name = t->names[id];
+    size_t size = strlen(name), before = text->size;
     for (size_t at = 0, length; at < size; at += length) {
         unsigned code = UINT_MAX;
         length = (size_t)utf8_read(name + at, size - at, &code);
-        if (length == 0 || code >= SPELLED_CODES || t->spelled[code] < 0) {
+        if (length == 0 || code >= SPELLING_CODES || t->spelled[code] < 0) {
             text->size = before;
             text_append(text, name, size);
             return;
