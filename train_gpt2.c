@@ -1030,8 +1030,9 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
         }
         uint64_t key[CACHED_BYTES / 8] = {0};
         memcpy(key, text + at, n);
-        uint64_t hash = mix_bits(key[0] ^ key[1] * 0x9e3779b97f4a7c15u ^ key[2] * 0xbf58476d1ce4e5b9u ^ n);
-        CacheSlot *slot = &encoder->cache[hash % CACHE_SLOTS];
+        uint64_t hash = (key[0] ^ key[1] * 0x9e3779b97f4a7c15u ^ key[2] * 0xbf58476d1ce4e5b9u) + n;
+        hash = (hash ^ hash >> 32) * 0x94d049bb133111ebu;
+        CacheSlot *slot = &encoder->cache[(hash >> 32) % CACHE_SLOTS];
         if (slot->size == n && memcmp(slot->piece, key, sizeof key) == 0) {
             for (int i = 0; i < slot->count; i++)
                 ids_push(ids, slot->ids[i]);
