@@ -154,7 +154,11 @@ static char *__attribute__((format(printf, 1, 2))) xprintf(const char *format, .
     return result;
 }
 
-static char *xstrdup(const char *string) { return xprintf("%s", string); }
+static char *xstrdup(const char *string)
+{
+    size_t size = strlen(string) + 1;
+    return memcpy(xmalloc(size), string, size);
+}
 
 // Makes room for `needed` elements in a growing array: capacity doubles, so appending is cheap.
 static void *grow(void *data, size_t needed, size_t *capacity, size_t element_size)
@@ -1207,6 +1211,7 @@ static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const 
 static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const char *path)
 {
     size_t number = 1;
+    Text joined = {0};
     for (char *line = text->data, *end = line + text->size, *next; line < end; line = next, number++) {
         char *stop = memchr(line, '\n', (size_t)(end - line));
         stop = stop ? stop : end;
@@ -1225,18 +1230,20 @@ static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const cha
             die("%s: line %zu: expected tokens that %s, and \"%s\" is none", path, number,
                 has_vocabulary ? "the vocabulary has" : "are bytes or made by a line above",
                 merge.left < 0 ? line : right);
-        char *joined = xprintf("%s%s", line, right);
-        int *slot = merge_slot(t, merge.left, merge.right), known = *name_slot(t, joined);
+        joined.size = 0;
+        text_append(&joined, line, (size_t)(space - line));
+        text_append(&joined, right, (size_t)(stop - right));
+        int *slot = merge_slot(t, merge.left, merge.right), known = *name_slot(t, joined.data);
         if (*slot >= 0 || (known >= 0) != has_vocabulary)
             die("%s: line %zu: expected %s, and \"%s\" is not", path, number,
                 has_vocabulary ? "a merge that is new and makes a token of the vocabulary"
                                : "a merge that makes a new token",
-                joined);
-        merge.id = name_add(t, joined);
+                joined.data);
+        merge.id = name_add(t, joined.data);
         *slot = t->merge_count++;
         t->merges[*slot] = merge;
-        free(joined);
     }
+    free(joined.data);
 }
 
 static bool json_says(const Json *object, const char *key, const char *value)
