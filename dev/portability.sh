@@ -1,0 +1,84 @@
+#!/bin/sh
+# Builds everything in many ways and runs the tests of each; prints a line per way, with its seconds.
+#
+#   sh dev/portability.sh [NAME...]      all, or those named; logs are in build/portability/NAME.log
+#
+# What is not installed is skipped and said. On Debian the whole matrix needs: gcc clang libomp-dev
+# libopenblas-openmp-dev libopenblas-pthread-dev libblis-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+set -u
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD/build/portability
+mkdir -p "$root" || exit 1
+[ $# -gt 0 ] && chosen=" $* " || chosen=
+passed=0 failed=0 skipped=0
+multiarch=$(cc -print-multiarch 2>/dev/null)
+
+# way NAME NEEDS COMMAND: copies the sources to a folder of its own and runs COMMAND there, if the file or program
+# NEEDS is here.
+way() {
+    name=$1 needs=$2 command=$3
+    [ -n "$chosen" ] && case $chosen in *" $name "*) ;; *) return ;; esac
+    if ! [ -e "$needs" ] && ! command -v "$needs" >/dev/null 2>&1; then
+        printf '%-24s skipped: no %s\n' "$name" "$needs"
+        skipped=$((skipped + 1))
+        return
+    fi
+    rm -rf "${root:?}/$name"
+    mkdir -p "$root/$name"
+    tar -cf - --exclude=./build --exclude=./.git --exclude='./out*' . | tar -xf - -C "$root/$name"
+    start=$(date +%s)
+    (cd "$root/$name" && rm -f train_gpt2 tokenizer test_gpt2 data/stories && sh -ec "$command") >"$root/$name.log" 2>&1
+    status=$?
+    counts=$(grep -oE '[0-9]+ passed, [0-9]+ failed' "$root/$name.log" | tail -n 1)
+    printf '%-24s %-24s %4d s%s\n' "$name" "${counts:-no counts}" $(($(date +%s) - start)) \
+        "$([ $status = 0 ] || echo "   FAILED, see build/portability/$name.log")"
+    if [ $status = 0 ] && [ -n "$counts" ]; then
+        passed=$((passed + 1))
+        rm -rf "${root:?}/$name"
+    else
+        failed=$((failed + 1))
+    fi
+}
+
+# another OpenBLAS than the one that dev/flags.sh prefers: by its folder
+blas_folder() {
+    echo "make test BLAS=none CPPFLAGS='-DUSE_CBLAS $2 -I/usr/include/$multiarch/$1'" \
+        "LDFLAGS='-L/usr/lib/$multiarch/$1 -Wl,-rpath,/usr/lib/$multiarch/$1 -l${3}'"
+}
+
+way gcc gcc "make test CC=gcc"
+way clang clang "make test CC=clang"
+way clang-14 clang-14 "make test CC=clang-14"
+way no-blas gcc "make test BLAS=none"
+way no-openmp gcc "make test OPENMP=0"
+way no-openmp-no-blas gcc "make test OPENMP=0 BLAS=none"
+way openblas-pthread "/usr/include/$multiarch/openblas-pthread" \
+    "$(blas_folder openblas-pthread -DUSE_OPENBLAS openblas)"
+way blis "/usr/include/$multiarch/blis-openmp" "$(blas_folder blis-openmp '' blis)"
+case $(uname -m) in
+x86_64)
+    way x86-64-baseline gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64'"
+    way x86-64-v3 gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64-v3'"
+    # without AVX: the emulator's processor has SSE4.2 at most
+    way x86-64-nehalem-qemu qemu-x86_64 "
+        make test_gpt2 train_gpt2 tokenizer data/stories BLAS=none CFLAGS='-O3 -march=x86-64'
+        for p in train_gpt2 tokenizer test_gpt2 data/stories; do
+            mv \$p \$p.run
+            printf '#!/bin/sh\nexec qemu-x86_64 -cpu Nehalem %s \"\$@\"\n' \"\$PWD/\$p.run\" >\$p
+            chmod +x \$p
+        done
+        OMP_WAIT_POLICY=passive ./test_gpt2"
+    ;;
+esac
+# another machine altogether; one BLAS-free build, its programs started through the emulator
+way aarch64-qemu aarch64-linux-gnu-gcc "
+    for p in train_gpt2 tokenizer test_gpt2 data/stories; do
+        aarch64-linux-gnu-gcc -std=gnu11 -O3 -fno-math-errno -fopenmp -static -Wall -Wextra -Wno-unused-function \
+            -o \$p.run \$p.c -lm
+        printf '#!/bin/sh\nexec qemu-aarch64 %s \"\$@\"\n' \"\$PWD/\$p.run\" >\$p
+        chmod +x \$p
+    done
+    OMP_WAIT_POLICY=passive ./test_gpt2"
+
+echo "$passed ways passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]
