@@ -40,10 +40,14 @@ way() {
     fi
 }
 
-# another OpenBLAS than the one that dev/flags.sh prefers: by its folder
-blas_folder() {
-    echo "make test BLAS=none CPPFLAGS='-DUSE_CBLAS $2 -I/usr/include/$multiarch/$1'" \
-        "LDFLAGS='-L/usr/lib/$multiarch/$1 -Wl,-rpath,/usr/lib/$multiarch/$1 -l${3}'"
+# direct COMPILER-AND-FLAGS LIBRARIES EMULATOR: builds without make, and starts programs through an emulator
+direct() {
+    echo "for p in train_gpt2 tokenizer test_gpt2 data/stories; do
+            $1 -std=gnu11 -O3 -fno-math-errno -fopenmp -Wall -Wextra -Wno-unused-function -o \$p.run \$p.c $2 -lm
+            printf '#!/bin/sh\nexec $3 %s \"\$@\"\n' \"\$PWD/\$p.run\" >\$p
+            chmod +x \$p
+        done
+        OMP_WAIT_POLICY=passive ./test_gpt2"
 }
 
 way gcc gcc "make test CC=gcc"
@@ -52,33 +56,19 @@ way clang-14 clang-14 "make test CC=clang-14"
 way no-blas gcc "make test BLAS=none"
 way no-openmp gcc "make test OPENMP=0"
 way no-openmp-no-blas gcc "make test OPENMP=0 BLAS=none"
-way openblas-pthread "/usr/include/$multiarch/openblas-pthread" \
-    "$(blas_folder openblas-pthread -DUSE_OPENBLAS openblas)"
-way blis "/usr/include/$multiarch/blis-openmp" "$(blas_folder blis-openmp '' blis)"
+way blis "/usr/include/$multiarch/blis-openmp" "make test BLAS=blis"
+folder=$multiarch/openblas-pthread # dev/flags.sh prefers the OpenMP build
+way openblas-pthread "/usr/include/$folder" "$(direct "cc -march=native -DUSE_CBLAS -DUSE_OPENBLAS -I/usr/include/$folder" \
+    "-L/usr/lib/$folder -Wl,-rpath,/usr/lib/$folder -lopenblas" "")"
 case $(uname -m) in
 x86_64)
     way x86-64-baseline gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64'"
     way x86-64-v3 gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64-v3'"
-    # without AVX: the emulator's processor has SSE4.2 at most
-    way x86-64-nehalem-qemu qemu-x86_64 "
-        make test_gpt2 train_gpt2 tokenizer data/stories BLAS=none CFLAGS='-O3 -march=x86-64'
-        for p in train_gpt2 tokenizer test_gpt2 data/stories; do
-            mv \$p \$p.run
-            printf '#!/bin/sh\nexec qemu-x86_64 -cpu Nehalem %s \"\$@\"\n' \"\$PWD/\$p.run\" >\$p
-            chmod +x \$p
-        done
-        OMP_WAIT_POLICY=passive ./test_gpt2"
+    # an emulated processor that has SSE4.2 at most
+    way x86-64-nehalem-qemu qemu-x86_64 "$(direct "cc -march=x86-64" "" "qemu-x86_64 -cpu Nehalem")"
     ;;
 esac
-# another machine altogether; one BLAS-free build, its programs started through the emulator
-way aarch64-qemu aarch64-linux-gnu-gcc "
-    for p in train_gpt2 tokenizer test_gpt2 data/stories; do
-        aarch64-linux-gnu-gcc -std=gnu11 -O3 -fno-math-errno -fopenmp -static -Wall -Wextra -Wno-unused-function \
-            -o \$p.run \$p.c -lm
-        printf '#!/bin/sh\nexec qemu-aarch64 %s \"\$@\"\n' \"\$PWD/\$p.run\" >\$p
-        chmod +x \$p
-    done
-    OMP_WAIT_POLICY=passive ./test_gpt2"
+way aarch64-qemu aarch64-linux-gnu-gcc "$(direct "aarch64-linux-gnu-gcc -static" "" qemu-aarch64)"
 
 echo "$passed ways passed, $failed failed, $skipped skipped"
 [ $failed = 0 ]
