@@ -91,13 +91,6 @@ static char *temporary_folder(void)
     return folder;
 }
 
-static void write_file(const char *path, const void *bytes, size_t size)
-{
-    FILE *file = create_file(path);
-    fwrite(bytes, 1, size, file);
-    finish_file(file, path);
-}
-
 // ---- references: what PyTorch computed for a model, a batch and some AdamW steps ----
 
 // The worst deviation of one kind of value (logits, gradients, ...) over all tensors of that kind.
@@ -2672,6 +2665,7 @@ static void test_json(void)
         {"\"\\ud83d\\u00\"", "four hexadecimal digits"},
         {"\"\\u12\"", "four"},
         {"\"a\nb\"", "control character"},
+        {"\"a\n\"", "control character"},
         {"\"\x01\"", "control character"},
         {"tru", "a value"},
         {"nul", "a value"},
@@ -2682,6 +2676,14 @@ static void test_json(void)
         {"1e", "a number"},
         {"1.2.3", "a number"},
         {"--1", "a number"},
+        {"01", "a number"},
+        {"-01.5", "a number"},
+        {"1.", "a number"},
+        {"1.e5", "a number"},
+        {"-.5", "a number"},
+        {"0x10", "a number"},
+        {"-inf", "a number"},
+        {"1e+", "a number"},
         {"1-2", "a number"},
         {"1 1", "column 3: expected nothing more"},
         {"{}]", "nothing more"},

@@ -78,42 +78,22 @@ static const char *program_name = "train_gpt2";
 static bool progress_line_open = false; // a progress line stands unfinished on the terminal
 
 // Prints "program: message" on a line of its own.
-static void say_error(const char *format, va_list arguments)
-{
-    fflush(stdout);
-    if (progress_line_open)
-        fputc('\n', stderr);
-    progress_line_open = false;
-    fprintf(stderr, "%s: ", program_name);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
-}
-
-// Ends the program because something outside it is wrong: a file, the machine, the numbers. Status 1.
-static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    say_error(format, arguments);
-    exit(1);
-}
-
-// Ends the program because the command line is wrong. Status 2.
-static void __attribute__((format(printf, 1, 2), noreturn)) die_usage(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    say_error(format, arguments);
-    exit(2);
-}
-
 static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
-    say_error(format, arguments);
+    fflush(stdout);
+    fprintf(stderr, "%s%s: ", progress_line_open ? "\n" : "", program_name);
+    progress_line_open = false;
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
     va_end(arguments);
 }
+
+// Two ends of the program. Status 1: something outside it is wrong, a file, the machine, the numbers.
+// Status 2: the command line is.
+#define die(...) (warn(__VA_ARGS__), exit(1))
+#define die_usage(...) (warn(__VA_ARGS__), exit(2))
 
 static void *xrealloc(void *pointer, size_t size)
 {
@@ -200,6 +180,21 @@ static void text_append(Text *text, const char *bytes, size_t size)
 
 // ---- files ----
 
+// printf for names of files. The result lies in one of 16 places that are used in turn: it need not be freed,
+// and is good until 16 more are asked for.
+static const char *__attribute__((format(printf, 1, 2))) path_of(const char *format, ...)
+{
+    static char places[16][PATH_MAX];
+    static unsigned used;
+    char *path = places[used++ % 16];
+    va_list arguments;
+    va_start(arguments, format);
+    if (vsnprintf(path, PATH_MAX, format, arguments) >= PATH_MAX)
+        die("%.100s...: this name is too long", path);
+    va_end(arguments);
+    return path;
+}
+
 static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
 
 static bool is_folder(const char *path)
@@ -217,12 +212,9 @@ static bool ends_with(const char *string, const char *ending)
 // Appends what is left in `file` to `text`; `path` only names it in errors.
 static void read_stream(Text *text, FILE *file, const char *path)
 {
-    text_append(text, "", 0);
-    for (size_t got = 1; got > 0; text->size += got) {
-        text->data = grow(text->data, text->size + (1 << 16) + 1, &text->capacity, 1);
-        got = fread(text->data + text->size, 1, 1 << 16, file);
-    }
-    text->data[text->size] = 0;
+    char buffer[1 << 16];
+    for (size_t got = 1; got > 0; text_append(text, buffer, got))
+        got = fread(buffer, 1, sizeof buffer, file);
     if (ferror(file))
         die("%s: cannot be read: %s", path, strerror(errno));
 }
@@ -248,19 +240,16 @@ typedef struct {
 
 static Mapping map_file(const char *path)
 {
-    Mapping mapping = {0};
     int descriptor = open(path, O_RDONLY);
     struct stat status;
     if (descriptor < 0 || fstat(descriptor, &status) < 0)
         die("%s: cannot be opened: %s", path, strerror(errno));
-    if (!S_ISREG(status.st_mode))
-        die("%s: is not a regular file", path);
-    mapping.size = (size_t)status.st_size;
-    if (mapping.size > 0) {
-        mapping.data = mmap(NULL, mapping.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
-        if (mapping.data == MAP_FAILED)
-            die("%s: cannot be mapped: %s", path, strerror(errno));
-    }
+    if (!S_ISREG(status.st_mode) || status.st_size == 0)
+        die("%s: expected a regular file that is not empty", path);
+    Mapping mapping = {NULL, (size_t)status.st_size};
+    mapping.data = mmap(NULL, mapping.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
+    if (mapping.data == MAP_FAILED)
+        die("%s: cannot be mapped: %s", path, strerror(errno));
     close(descriptor);
     return mapping;
 }
@@ -269,48 +258,43 @@ static void unmap_file(Mapping *mapping)
 {
     if (mapping->data)
         munmap(mapping->data, mapping->size);
-    *mapping = (Mapping){0};
 }
 
 // Files are written under a temporary name, and get their own only when all bytes are on the disk: under a
 // final name there is never half a file.
 static FILE *create_file(const char *path)
 {
-    char *temporary = xprintf("%s.tmp", path);
-    FILE *file = fopen(temporary, "wb");
+    FILE *file = fopen(path_of("%s.tmp", path), "wb");
     if (!file)
-        die("%s: cannot be written: %s", temporary, strerror(errno));
-    free(temporary);
+        die("%s.tmp: cannot be written: %s", path, strerror(errno));
     return file;
 }
 
 static void finish_file(FILE *file, const char *path)
 {
-    char *temporary = xprintf("%s.tmp", path);
     bool failed = ferror(file) || fflush(file) != 0 || fsync(fileno(file)) != 0;
-    if (fclose(file) != 0 || failed || rename(temporary, path) != 0)
+    if (fclose(file) != 0 || failed || rename(path_of("%s.tmp", path), path) != 0)
         die("%s: could not be written whole: %s", path, strerror(errno));
-    free(temporary);
+}
+
+static void write_file(const char *path, const void *bytes, size_t size)
+{
+    FILE *file = create_file(path);
+    fwrite(bytes, 1, size, file); // finish_file sees an error
+    finish_file(file, path);
 }
 
 // Makes a folder and those above it.
 static void make_folder(const char *path)
 {
-    char *copy = xstrdup(path);
-    for (char *end = copy + 1;; end++) {
-        if (*end != '/' && *end != 0)
-            continue;
-        char kept = *end;
-        *end = 0;
-        if (mkdir(copy, 0777) < 0 && errno != EEXIST)
-            die("%s: folder cannot be made: %s", copy, strerror(errno));
-        *end = kept;
-        if (kept == 0)
-            break;
+    char *above = xstrdup(path), *slash = strrchr(above, '/');
+    if (slash && slash > above) {
+        *slash = 0;
+        make_folder(above);
     }
-    if (!is_folder(copy))
-        die("%s: is not a folder", copy);
-    free(copy);
+    free(above);
+    if (!is_folder(path) && mkdir(path, 0777) < 0)
+        die("%s: folder cannot be made: %s", path, strerror(errno));
 }
 
 // Deletes a folder with what is in it; one that is not there is no error.
@@ -401,30 +385,31 @@ typedef struct Json {
 } Json;
 
 typedef struct {
-    const char *text, *at, *end;
-    const char *where; // file, or file:line, for errors
-    int depth;
+    const char *text, *at; // the whole, which a NUL ends, and where the reader is
+    const char *where;     // file, or file:line, for errors
 } JsonReader;
 
 static void __attribute__((noreturn)) json_die(const JsonReader *reader, const char *expected)
 {
-    size_t line = 1, column = 1;
-    for (const char *p = reader->text; p < reader->at; p++, column++)
+    size_t line = 1;
+    const char *start = reader->text; // of the line
+    for (const char *p = reader->text; p < reader->at; p++)
         if (*p == '\n')
-            line++, column = 0;
-    die("%s: not valid JSON at line %zu, column %zu: expected %s", reader->where, line, column, expected);
+            line++, start = p + 1;
+    die("%s: not valid JSON at line %zu, column %td: expected %s", reader->where, line,
+        reader->at - start + 1, expected);
 }
 
+// The character that comes next, white space passed over; 0 at the end.
 static char json_peek(JsonReader *reader)
 {
-    while (reader->at < reader->end && strchr(" \t\r\n", *reader->at) && *reader->at)
-        reader->at++;
-    return reader->at < reader->end ? *reader->at : 0;
+    reader->at += strspn(reader->at, " \t\r\n");
+    return *reader->at;
 }
 
 static bool json_accept(JsonReader *reader, char wanted)
 {
-    if (json_peek(reader) != wanted || reader->at == reader->end)
+    if (json_peek(reader) != wanted)
         return false;
     reader->at++;
     return true;
@@ -432,22 +417,33 @@ static bool json_accept(JsonReader *reader, char wanted)
 
 static unsigned json_hex4(JsonReader *reader)
 {
-    char digits[5] = "";
-    for (int i = 0; i < 4 && reader->at < reader->end && isxdigit((unsigned char)*reader->at); i++)
-        digits[i] = *reader->at++;
-    if (!digits[3])
+    char digits[5];
+    snprintf(digits, sizeof digits, "%.4s", reader->at);
+    if (strspn(digits, "0123456789abcdefABCDEF") != 4)
         json_die(reader, "four hexadecimal digits");
+    reader->at += 4;
     return (unsigned)strtoul(digits, NULL, 16);
+}
+
+// The code point that a \u, already taken, and what follows it spell. A lone surrogate becomes U+FFFD.
+static unsigned json_code_point(JsonReader *reader)
+{
+    unsigned code = json_hex4(reader);
+    if (code >= 0xd800 && code < 0xdc00 && strncmp(reader->at, "\\u", 2) == 0) {
+        const char *before = reader->at;
+        reader->at += 2;
+        unsigned low = json_hex4(reader);
+        if (low >= 0xdc00 && low < 0xe000)
+            return 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+        reader->at = before;
+    }
+    return code >= 0xd800 && code < 0xe000 ? 0xfffd : code;
 }
 
 // Writes a code point as UTF-8 and returns the number of bytes, 1 to 4.
 static int utf8_write(char *out, unsigned code)
 {
-    if (code < 0x80) {
-        out[0] = (char)code;
-        return 1;
-    }
-    int extra = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    int extra = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
     static const unsigned char lead[4] = {0, 0xc0, 0xe0, 0xf0};
     for (int i = extra; i > 0; i--, code >>= 6)
         out[i] = (char)(0x80 | (code & 63));
@@ -455,120 +451,92 @@ static int utf8_write(char *out, unsigned code)
     return extra + 1;
 }
 
-// Reads a string, its opening quote already taken. A lone surrogate becomes U+FFFD.
-static char *json_string(JsonReader *reader, size_t *length)
+// Reads a string, its opening quote already taken.
+static Text json_string(JsonReader *reader)
 {
-    const char *close = reader->at;
-    while (close < reader->end && *close != '"')
-        close += *close == '\\' && close + 1 < reader->end ? 2 : 1;
-    if (close >= reader->end) {
-        reader->at = reader->end;
-        json_die(reader, "the string's closing quote");
-    }
-    char *string = xmalloc((size_t)(close - reader->at) + 1), *out = string; // decoding never lengthens
-    while (*reader->at != '"') {
-        if ((unsigned char)*reader->at < 0x20)
-            json_die(reader, "an escape such as \\n in place of a control character");
-        if (*reader->at != '\\') {
-            *out++ = *reader->at++;
-            continue;
+    Text string = {0};
+    for (;;) {
+        const char *plain = reader->at;
+        while ((unsigned char)*reader->at >= 0x20 && *reader->at != '"' && *reader->at != '\\')
+            reader->at++;
+        text_append(&string, plain, (size_t)(reader->at - plain));
+        if (*reader->at == '"') {
+            reader->at++;
+            return string;
         }
-        char escape = reader->at[1];
-        const char *from = "\"\\/bfnrt", *to = "\"\\/\b\f\n\r\t",
-                   *found = escape ? strchr(from, escape) : NULL;
-        reader->at += 2;
-        if (found) {
-            *out++ = to[found - from];
-        } else if (escape == 'u') {
-            unsigned code = json_hex4(reader);
-            bool high = code >= 0xd800 && code < 0xdc00;
-            if (high && reader->end - reader->at >= 6 && reader->at[0] == '\\' && reader->at[1] == 'u') {
-                const char *before = reader->at;
-                reader->at += 2;
-                unsigned low = json_hex4(reader);
-                if (low >= 0xdc00 && low < 0xe000)
-                    code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
-                else
-                    reader->at = before;
-            }
-            out += utf8_write(out, code >= 0xd800 && code < 0xe000 ? 0xfffd : code);
-        } else {
-            reader->at--;
-            json_die(reader, "one of \" \\ / b f n r t u after a backslash");
-        }
+        if (*reader->at != '\\')
+            json_die(reader, *reader->at ? "an escape such as \\n in place of a control character"
+                                         : "the string's closing quote");
+        char escape = *++reader->at, bytes[4];
+        const char *known = "\"\\/bfnrtu", *found = strchr(known, escape);
+        if (!escape || !found)
+            json_die(reader,
+                     escape ? "one of \" \\ / b f n r t u after a backslash" : "the string's closing quote");
+        reader->at++;
+        bytes[0] = "\"\\/\b\f\n\r\t"[found - known];
+        text_append(&string, bytes, escape == 'u' ? (size_t)utf8_write(bytes, json_code_point(reader)) : 1);
     }
-    reader->at++;
-    *out = 0;
-    *length = (size_t)(out - string);
-    return string;
 }
 
-static Json *json_value(JsonReader *reader)
+static Json *json_value(JsonReader *reader, int depth)
 {
     Json *node = xcalloc(1, sizeof *node);
-    if (++reader->depth > 200)
+    if (depth > 200)
         json_die(reader, "at most 200 levels of nesting");
     char c = json_peek(reader);
     if (c == '{' || c == '[') {
-        bool is_object = c == '{';
-        char closing = is_object ? '}' : ']';
-        node->kind = is_object ? JSON_OBJECT : JSON_ARRAY;
+        node->kind = c == '{' ? JSON_OBJECT : JSON_ARRAY;
         reader->at++;
-        Json **tail = &node->child;
-        while (!json_accept(reader, closing)) {
+        for (Json **tail = &node->child; !json_accept(reader, c == '{' ? '}' : ']'); tail = &(*tail)->next) {
             if (node->child && !json_accept(reader, ','))
-                json_die(reader, is_object ? "',' or '}'" : "',' or ']'");
+                json_die(reader, c == '{' ? "',' or '}'" : "',' or ']'");
             char *key = NULL;
-            size_t length;
-            if (is_object) {
+            if (c == '{') {
                 if (!json_accept(reader, '"'))
                     json_die(reader, "a name in double quotes");
-                key = json_string(reader, &length);
+                key = json_string(reader).data;
                 if (!json_accept(reader, ':'))
                     json_die(reader, "':'");
             }
-            *tail = json_value(reader);
+            *tail = json_value(reader, depth + 1);
             (*tail)->key = key;
-            tail = &(*tail)->next;
         }
     } else if (json_accept(reader, '"')) {
+        Text string = json_string(reader);
         node->kind = JSON_STRING;
-        node->string = json_string(reader, &node->length);
-    } else if (c == '-' || (c >= '0' && c <= '9')) {
-        char digits[64];
-        size_t n = 0;
-        while (reader->at < reader->end && *reader->at && strchr("+-.eE0123456789", *reader->at) && n < 63)
-            digits[n++] = *reader->at++;
-        digits[n] = 0;
+        node->string = string.data;
+        node->length = string.size;
+    } else if (c == '-' || isdigit((unsigned char)c)) {
+        // strtod reads more than JSON allows: 0x1p3, infinity, 01, .5 and 5.
+        const char *whole = reader->at + (c == '-'), *point = whole + strspn(whole, "0123456789");
         char *end;
         node->kind = JSON_NUMBER;
-        node->number = strtod(digits, &end);
-        if (end != digits + n)
+        node->number = strtod(reader->at, &end);
+        if (end != reader->at + strspn(reader->at, "+-.eE0123456789") || point == whole ||
+            (*whole == '0' && point > whole + 1) || (*point == '.' && !isdigit((unsigned char)point[1])))
             json_die(reader, "a number");
+        reader->at = end;
     } else {
-        static const char *const words[] = {"null", "false", "true"};
-        size_t left = (size_t)(reader->end - reader->at);
-        int kind = 0;
-        while (kind < 3 &&
-               (left < strlen(words[kind]) || memcmp(reader->at, words[kind], strlen(words[kind]))))
-            kind++;
-        if (kind == 3)
-            json_die(reader, "a value");
-        node->kind = (JsonKind)kind;
-        reader->at += strlen(words[kind]);
+        static const char *const words[] = {"null", "false", "true"}; // as JsonKind begins
+        while (strncmp(reader->at, words[node->kind], strlen(words[node->kind])) != 0)
+            if (++node->kind > JSON_TRUE)
+                json_die(reader, "a value");
+        reader->at += strlen(words[node->kind]);
     }
-    reader->depth--;
     return node;
 }
 
 // Reads one JSON value that fills the text; ends the program with file, line and column when it is not valid.
 static Json *json_parse(const char *text, size_t size, const char *where)
 {
-    JsonReader reader = {text, text, text + size, where, 0};
-    Json *node = json_value(&reader);
+    Text copy = {0}; // which a NUL ends
+    text_append(&copy, text, size);
+    JsonReader reader = {copy.data, copy.data, where};
+    Json *node = json_value(&reader, 1);
     json_peek(&reader);
-    if (reader.at != reader.end)
+    if (reader.at != copy.data + size)
         json_die(&reader, "nothing more");
+    free(copy.data);
     return node;
 }
 
@@ -620,14 +588,7 @@ static void json_write_string(FILE *file, const char *string, size_t length)
     fputc('"', file);
     for (size_t i = 0; i < length; i++) {
         unsigned char c = (unsigned char)string[i];
-        if (c == '"' || c == '\\')
-            fprintf(file, "\\%c", c);
-        else if (c == '\n')
-            fputs("\\n", file);
-        else if (c < 0x20 || c == 0x7f)
-            fprintf(file, "\\u%04x", c);
-        else
-            fputc(c, file);
+        fprintf(file, c == '"' || c == '\\' ? "\\%c" : c < 0x20 ? "\\u%04x" : "%c", c);
     }
     fputc('"', file);
 }
@@ -3092,6 +3053,7 @@ typedef struct {
 } StoredTensor;
 
 typedef struct {
+    const char *path;
     Mapping mapping;
     Json *header;
     StoredTensor *tensors;
@@ -3118,17 +3080,17 @@ static size_t json_size(const Json *node, const char *path, const char *name)
     return (size_t)node->number;
 }
 
+// In the order of their data; of two at one place the empty one comes first.
 static int compare_places(const void *a, const void *b)
 {
     const StoredTensor *x = a, *y = b;
-    return x->data != y->data ? (x->data > y->data) - (x->data < y->data)
-                              : (x->bytes > y->bytes) - (x->bytes < y->bytes);
+    return x->data != y->data ? (x->data > y->data ? 1 : -1) : (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
 
 // Maps a safetensors file and checks every size and offset in it against the file's length.
 static SafeTensors safetensors_open(const char *path)
 {
-    SafeTensors file = {.mapping = map_file(path)};
+    SafeTensors file = {.path = path, .mapping = map_file(path)};
     uint64_t length = 0;
     if (file.mapping.size < 8)
         die("%s: not a safetensors file: %zu bytes, at least 8 expected", path, file.mapping.size);
@@ -3138,7 +3100,7 @@ static SafeTensors safetensors_open(const char *path)
             (unsigned long long)length, file.mapping.size);
     file.header = json_parse(file.mapping.data + 8, (size_t)length, path);
     char *data = file.mapping.data + 8 + length;
-    size_t data_size = file.mapping.size - 8 - (size_t)length, capacity = 0, total = 0;
+    size_t data_size = file.mapping.size - 8 - (size_t)length, capacity = 0;
     if (file.header->kind != JSON_OBJECT)
         die("%s: the header must be a JSON object", path);
     for (const Json *entry = file.header->child; entry; entry = entry->next) {
@@ -3169,18 +3131,19 @@ static SafeTensors safetensors_open(const char *path)
             die("%s: tensor %s: %zu bytes do not fit its dtype %s and shape", path, entry->key, end - begin,
                 tensor.dtype);
         tensor.data = data + begin;
-        total += tensor.bytes;
         file.tensors = grow(file.tensors, file.count + 1, &capacity, sizeof tensor);
         file.tensors[file.count++] = tensor;
     }
     if (file.count > 0)
         qsort(file.tensors, file.count, sizeof *file.tensors, compare_places);
-    for (size_t i = 0; i < file.count; data += file.tensors[i++].bytes)
-        if (file.tensors[i].data != data)
-            die("%s: tensor %s does not begin where the one before ends: holes or overlaps", path,
-                file.tensors[i].name);
-    if (total != data_size)
-        die("%s: the tensors have %zu bytes, the file %zu: holes or overlaps", path, total, data_size);
+    for (size_t i = 0; i <= file.count; i++) { // each begins where the one before ends, the last at the end
+        if (data != (i < file.count ? file.tensors[i].data : file.mapping.data + file.mapping.size))
+            die("%s: tensor %s: holes or overlaps beside its data", path,
+                i > 0            ? file.tensors[i - 1].name
+                : file.count > 0 ? file.tensors[0].name
+                                 : "(none)");
+        data += i < file.count ? file.tensors[i].bytes : 0;
+    }
     return file;
 }
 
@@ -3191,13 +3154,18 @@ static void safetensors_close(SafeTensors *file, bool keep_mapping)
     free(file->tensors);
     if (!keep_mapping)
         unmap_file(&file->mapping);
-    *file = (SafeTensors){0};
+}
+
+// Hugging Face's names come with or without this prefix.
+static const char *without_prefix(const char *name)
+{
+    return strncmp(name, "transformer.", 12) == 0 ? name + 12 : name;
 }
 
 static StoredTensor *safetensors_find(const SafeTensors *file, const char *name)
 {
     for (size_t i = 0; i < file->count; i++)
-        if (strcmp(file->tensors[i].name, name) == 0)
+        if (strcmp(without_prefix(file->tensors[i].name), without_prefix(name)) == 0)
             return &file->tensors[i];
     return NULL;
 }
@@ -3205,58 +3173,49 @@ static StoredTensor *safetensors_find(const SafeTensors *file, const char *name)
 // Writes tensors to a safetensors file; of a StoredTensor it uses name, dtype, shape, bytes and data.
 static void safetensors_write(const char *path, const StoredTensor *tensors, size_t count)
 {
-    Text header = {0};
-    size_t offset = 0;
-    text_append(&header, "{\"__metadata__\":{\"format\":\"pt\"}", 31);
-    for (size_t i = 0; i < count; i++) {
-        const StoredTensor *t = &tensors[i];
-        char *entry = xprintf(",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name, t->dtype);
-        text_append(&header, entry, strlen(entry));
-        free(entry);
-        for (int d = 0; d < t->dims; d++) {
-            entry = xprintf("%s%zu", d ? "," : "", t->shape[d]);
-            text_append(&header, entry, strlen(entry));
-            free(entry);
-        }
-        entry = xprintf("],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
-        text_append(&header, entry, strlen(entry));
-        free(entry);
-        offset += t->bytes;
+    char *header = NULL;
+    size_t size = 0, offset = 0;
+    FILE *text = open_memstream(&header, &size), *file = create_file(path);
+    if (!text)
+        die("out of memory for the header of %s", path);
+    fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (const StoredTensor *t = tensors; t < tensors + count; offset += t++->bytes) {
+        fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name, t->dtype);
+        for (int d = 0; d < t->dims; d++)
+            fprintf(text, "%s%zu", d ? "," : "", t->shape[d]);
+        fprintf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
     }
-    text_append(&header, "}", 1);
-    while ((8 + header.size) % 64)
-        text_append(&header, " ", 1);
-    FILE *file = create_file(path);
-    uint64_t length = header.size;
+    fprintf(text, "}");
+    fflush(text);
+    fprintf(text, "%*s", (int)(-(8 + size) % 64), "");
+    if (fclose(text) != 0)
+        die("out of memory for the header of %s", path);
+    uint64_t length = size;
     fwrite(&length, 8, 1, file);
-    fwrite(header.data, 1, header.size, file);
-    for (size_t i = 0; i < count; i++)
-        if (fwrite(tensors[i].data, 1, tensors[i].bytes, file) != tensors[i].bytes)
-            break; // finish_file sees the error
+    fwrite(header, 1, size, file);
+    for (size_t i = 0; i < count && !ferror(file); i++)
+        fwrite(tensors[i].data, 1, tensors[i].bytes, file); // finish_file sees an error
     finish_file(file, path);
-    free(header.data);
+    free(header);
 }
 
 // ---- model folders ----
 
-// Hugging Face's names come with or without this prefix.
-static const char *without_prefix(const char *name)
+// The stored tensor of this name, which must have the shape of `tensor`, or the end of the program.
+static StoredTensor *safetensors_need(const SafeTensors *file, const char *name, const Tensor *tensor)
 {
-    const char *prefix = "transformer.";
-    return strncmp(name, prefix, strlen(prefix)) == 0 ? name + strlen(prefix) : name;
-}
-
-static void die_unless_same_shape(const StoredTensor *stored, const Tensor *tensor, const char *path)
-{
+    StoredTensor *stored = safetensors_find(file, name);
+    if (!stored)
+        die("%s: tensor %s is missing", file->path, name);
     char expected[64], found[256] = "[";
     snprintf(expected, sizeof expected, tensor->dims == 2 ? "[%zu, %zu]" : "[%zu]", tensor->shape[0],
              tensor->shape[1]);
     for (int d = 0; d < stored->dims; d++)
-        snprintf(found + strlen(found), sizeof found - strlen(found), "%s%zu", d ? ", " : "",
-                 stored->shape[d]);
+        sprintf(found + strlen(found), "%s%zu", d ? ", " : "", stored->shape[d]);
     strcat(found, "]");
     if (strcmp(expected, found) != 0)
-        die("%s: tensor %s has shape %s, expected %s", path, tensor->name, found, expected);
+        die("%s: tensor %s has shape %s, expected %s", file->path, name, found, expected);
+    return stored;
 }
 
 // One float from BF16 (the upper half of a float) or F16 (5 bits of exponent, 10 of fraction).
@@ -3265,14 +3224,13 @@ static float widen(uint16_t bits, bool is_bf16)
     union {
         uint32_t u;
         float f;
-    } result = {.u = (uint32_t)bits << 16};
+    } result = {.u = is_bf16 ? (uint32_t)bits << 16 : (uint32_t)(bits & 0x7fff) << 13};
     if (is_bf16)
         return result.f;
-    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
-    if (exponent == 0)
-        return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
-    result.u = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
-    return result.f;
+    result.f *= 0x1p112f; // the exponents count from 15 and from 127
+    if (result.f >= 0x1p16f)
+        result.u |= 255u << 23; // infinity, or not a number
+    return bits & 0x8000 ? -result.f : result.f;
 }
 
 // Gives every tensor of the model its value. F32 tensors stay in the file's private mapping; F16 and BF16 are
@@ -3281,29 +3239,22 @@ static float widen(uint16_t bits, bool is_bf16)
 static void model_load_values(Model *model, const char *path)
 {
     SafeTensors file = safetensors_open(path);
-    bool *used = xcalloc(file.count, sizeof *used);
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
     bool mapped = true;
     for (int i = 0; i < model->tensor_count; i++) {
-        const Tensor *tensor = &model->tensors[i];
-        for (size_t j = 0; j < file.count && !stored[i]; j++)
-            if (strcmp(without_prefix(file.tensors[j].name), without_prefix(tensor->name)) == 0) {
-                stored[i] = &file.tensors[j];
-                used[j] = true;
-            }
-        if (!stored[i])
-            die("%s: tensor %s is missing", path, tensor->name);
-        die_unless_same_shape(stored[i], tensor, path);
+        stored[i] = safetensors_need(&file, model->tensors[i].name, &model->tensors[i]);
         bool is_f32 = strcmp(stored[i]->dtype, "F32") == 0;
         if (!is_f32 && strcmp(stored[i]->dtype, "F16") != 0 && strcmp(stored[i]->dtype, "BF16") != 0)
-            die("%s: tensor %s is %s; F32, F16 or BF16 expected", path, tensor->name, stored[i]->dtype);
+            die("%s: tensor %s is %s; F32, F16 or BF16 expected", path, stored[i]->name, stored[i]->dtype);
         mapped = mapped && is_f32 && (uintptr_t)stored[i]->data % sizeof(float) == 0;
     }
-    for (size_t j = 0; j < file.count; j++) {
-        const char *name = file.tensors[j].name;
-        bool is_mask = ends_with(name, ".attn.bias") || ends_with(name, ".attn.masked_bias");
-        if (!used[j] && !is_mask && strcmp(name, "lm_head.weight") != 0)
-            die("%s: tensor %s is not one of this GPT-2's (%d layers)", path, name, model->config.n_layer);
+    for (StoredTensor *t = file.tensors; t < file.tensors + file.count; t++) {
+        int i = 0;
+        while (i < model->tensor_count && stored[i] != t)
+            i++;
+        bool is_mask = ends_with(t->name, ".attn.bias") || ends_with(t->name, ".attn.masked_bias");
+        if (i == model->tensor_count && !is_mask && strcmp(t->name, "lm_head.weight") != 0)
+            die("%s: tensor %s is not one of this GPT-2's (%d layers)", path, t->name, model->config.n_layer);
     }
     if (!mapped)
         model_allocate_values(model);
@@ -3326,7 +3277,6 @@ static void model_load_values(Model *model, const char *path)
     if (mapped)
         model->value_file = file.mapping;
     safetensors_close(&file, mapped);
-    free(used);
     free(stored);
 }
 
@@ -3353,23 +3303,21 @@ static Config config_read(const char *path)
         die("%s: scale_attn_by_inverse_layer_idx true is not supported", path);
     if (json_is_true(json, "add_cross_attention", false))
         die("%s: add_cross_attention true is not supported", path);
-    double values[6];
-    static const char *const names[6] = {"vocab_size", "n_positions", "n_layer",
-                                         "n_head",     "n_embd",      "n_inner"};
-    static const double otherwise[6] = {50257, 1024, 12, 12, 768, 0};
+    Config config = {.layer_norm_epsilon = (float)json_number(json, "layer_norm_epsilon", 1e-5, path),
+                     .tie_word_embeddings = json_is_true(json, "tie_word_embeddings", true)};
+    const struct {
+        const char *name;
+        int *value;
+        double otherwise;
+    } sizes[] = {{"vocab_size", &config.vocab_size, 50257}, {"n_positions", &config.n_positions, 1024},
+                 {"n_layer", &config.n_layer, 12},          {"n_head", &config.n_head, 12},
+                 {"n_embd", &config.n_embd, 768},           {"n_inner", &config.n_inner, 0}};
     for (int i = 0; i < 6; i++) {
-        values[i] = json_number(json, names[i], otherwise[i], path);
-        if (!(values[i] >= 0 && values[i] < 0x1p30) || values[i] != floor(values[i]))
-            die("%s: %s must be a whole number", path, names[i]);
+        double value = json_number(json, sizes[i].name, sizes[i].otherwise, path);
+        if (!(value >= 0 && value < 0x1p30) || value != floor(value))
+            die("%s: %s must be a whole number", path, sizes[i].name);
+        *sizes[i].value = (int)value;
     }
-    Config config = {(int)values[0],
-                     (int)values[1],
-                     (int)values[2],
-                     (int)values[3],
-                     (int)values[4],
-                     (int)values[5],
-                     (float)json_number(json, "layer_norm_epsilon", 1e-5, path),
-                     json_is_true(json, "tie_word_embeddings", true)};
     if (config.n_inner == 0)
         config.n_inner = 4 * config.n_embd;
     check_config(&config, path);
@@ -3380,18 +3328,16 @@ static Config config_read(const char *path)
 // Loads a model folder; its tokenizer is loaded apart, by tokenizer_load.
 static Model *model_load(const char *folder)
 {
-    char *config_path = xprintf("%s/config.json", folder),
-         *weights_path = xprintf("%s/model.safetensors", folder);
-    if (!file_exists(config_path))
+    const char *config = path_of("%s/config.json", folder),
+               *weights = path_of("%s/model.safetensors", folder);
+    if (!file_exists(config))
         die("%s: no such model folder (a folder with config.json and model.safetensors), and not a size such "
             "as d4",
             folder);
-    Model *model = model_new(config_read(config_path));
-    if (!file_exists(weights_path))
-        die("%s: is missing", weights_path);
-    model_load_values(model, weights_path);
-    free(config_path);
-    free(weights_path);
+    Model *model = model_new(config_read(config));
+    if (!file_exists(weights))
+        die("%s: is missing", weights);
+    model_load_values(model, weights);
     return model;
 }
 
@@ -3430,50 +3376,44 @@ static void model_write_tensors(const Model *model, const char *path, bool momen
     free(list);
 }
 
+// Writes FOLDER/NAME and frees the text.
+static void save_text(const char *folder, const char *name, char *text)
+{
+    write_file(path_of("%s/%s", folder, name), text, strlen(text));
+    free(text);
+}
+
 // Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load. tokenizer may be NULL.
 static void model_save(const Model *model, const Tokenizer *tokenizer, const char *folder)
 {
-    const Config *config = &model->config;
+    const Config *c = &model->config;
+    const bool has_end = tokenizer && tokenizer->end_of_text >= 0;
     make_folder(folder);
-    char *path = xprintf("%s/model.safetensors", folder);
-    model_write_tensors(model, path, false);
-    free(path);
+    model_write_tensors(model, path_of("%s/model.safetensors", folder), false);
 
     char end[32] = "null";
-    if (tokenizer && tokenizer->end_of_text >= 0)
+    if (has_end)
         snprintf(end, sizeof end, "%d", tokenizer->end_of_text);
-    path = xprintf("%s/config.json", folder);
-    FILE *file = create_file(path);
-    fprintf(file, "{\n  \"model_type\": \"gpt2\",\n  \"architectures\": [\"GPT2LMHeadModel\"],\n");
-    fprintf(file, "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": %d,\n",
-            config->vocab_size, config->n_positions, config->n_embd, config->n_layer);
-    fprintf(file, "  \"n_head\": %d,\n  \"n_inner\": %d,\n  \"activation_function\": \"gelu_new\",\n",
-            config->n_head, config->n_inner);
-    fprintf(file, "  \"layer_norm_epsilon\": %.9g,\n  \"tie_word_embeddings\": %s,\n",
-            config->layer_norm_epsilon, config->tie_word_embeddings ? "true" : "false");
-    fprintf(file, "  \"embd_pdrop\": 0.0,\n  \"attn_pdrop\": 0.0,\n  \"resid_pdrop\": 0.0,\n");
-    fprintf(file, "  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n", end, end);
-    finish_file(file, path);
-    free(path);
-
-    path = xprintf("%s/generation_config.json", folder);
-    file = create_file(path);
-    fprintf(file, "{\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n", end, end);
-    finish_file(file, path);
-    free(path);
+    save_text(folder, "config.json",
+              xprintf("{\n  \"model_type\": \"gpt2\",\n  \"architectures\": [\"GPT2LMHeadModel\"],\n"
+                      "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": %d,\n"
+                      "  \"n_head\": %d,\n  \"n_inner\": %d,\n  \"activation_function\": \"gelu_new\",\n"
+                      "  \"layer_norm_epsilon\": %.9g,\n  \"tie_word_embeddings\": %s,\n"
+                      "  \"embd_pdrop\": 0.0,\n  \"attn_pdrop\": 0.0,\n  \"resid_pdrop\": 0.0,\n"
+                      "  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n",
+                      c->vocab_size, c->n_positions, c->n_embd, c->n_layer, c->n_head, c->n_inner,
+                      c->layer_norm_epsilon, c->tie_word_embeddings ? "true" : "false", end, end));
+    save_text(folder, "generation_config.json",
+              xprintf("{\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n", end, end));
     if (!tokenizer)
         return;
     tokenizer_save(tokenizer, folder);
-    path = xprintf("%s/tokenizer_config.json", folder);
-    file = create_file(path);
-    fprintf(file, "{\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"model_max_length\": %d,\n",
-            config->n_positions);
-    if (tokenizer->end_of_text >= 0)
-        fprintf(file, "  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
-                      "  \"unk_token\": \"<|endoftext|>\",\n");
-    fprintf(file, "  \"add_prefix_space\": false\n}\n");
-    finish_file(file, path);
-    free(path);
+    const char *specials = "  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
+                           "  \"unk_token\": \"<|endoftext|>\",\n";
+    save_text(folder, "tokenizer_config.json",
+              xprintf("{\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"model_max_length\": %d,\n%s"
+                      "  \"add_prefix_space\": false\n}\n",
+                      c->n_positions, has_end ? specials : ""));
 }
 
 // ---- checkpoints ----
@@ -3488,12 +3428,10 @@ static void model_load_moments(Model *model, const char *path)
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
         for (Stored what = STORE_EXP_AVG; what <= STORE_EXP_AVG_SQ && !tensor->frozen; what++) {
-            StoredTensor wanted = stored_tensor(tensor, what), *found = safetensors_find(&file, wanted.name);
-            if (!found)
-                die("%s: tensor %s is missing", path, wanted.name);
+            StoredTensor wanted = stored_tensor(tensor, what);
+            const StoredTensor *found = safetensors_need(&file, wanted.name, tensor);
             if (strcmp(found->dtype, "F32") != 0)
                 die("%s: tensor %s is %s; F32 expected", path, wanted.name, found->dtype);
-            die_unless_same_shape(found, tensor, path);
             *(what == STORE_EXP_AVG ? &tensor->exp_avg : &tensor->exp_avg_sq) = (float *)found->data;
             free((char *)wanted.name);
         }
@@ -3502,34 +3440,15 @@ static void model_load_moments(Model *model, const char *path)
     safetensors_close(&file, true);
 }
 
-// The step that a name such as checkpoint-000300 tells, or -1 when it is not the name of a whole checkpoint.
-static long checkpoint_step(const char *name)
-{
-    const char *prefix = "checkpoint-";
-    size_t digits =
-        strncmp(name, prefix, strlen(prefix)) == 0 ? strspn(name + strlen(prefix), "0123456789") : 0;
-    return digits >= 6 && digits <= 12 && name[strlen(prefix) + digits] == 0 ? atol(name + strlen(prefix))
-                                                                             : -1;
-}
-
 static char *checkpoint_path(const char *out, long step) { return xprintf("%s/checkpoint-%06ld", out, step); }
-
-static int compare_steps(const void *a, const void *b)
-{
-    long x = *(const long *)a, y = *(const long *)b;
-    return (x > y) - (x < y);
-}
 
 // Deletes what is left of checkpoints whose writing was cut off.
 static void remove_leftovers(const char *out)
 {
     DIR *folder = opendir(out);
     for (struct dirent *entry; folder && (entry = readdir(folder));)
-        if (strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp")) {
-            char *path = xprintf("%s/%s", out, entry->d_name);
-            remove_folder(path);
-            free(path);
-        }
+        if (strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp"))
+            remove_folder(path_of("%s/%s", out, entry->d_name));
     if (folder)
         closedir(folder);
 }
@@ -3542,15 +3461,20 @@ static long *list_checkpoints(const char *out, size_t *count)
     *count = 0;
     DIR *folder = opendir(out);
     for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        if (checkpoint_step(entry->d_name) >= 0) {
-            steps = grow(steps, *count + 1, &capacity, sizeof *steps);
-            steps[(*count)++] = checkpoint_step(entry->d_name);
-        }
+        bool is_checkpoint = strncmp(entry->d_name, "checkpoint-", 11) == 0;
+        long step = is_checkpoint ? strtol(entry->d_name + 11, NULL, 10) : -1;
+        char name[40]; // "checkpoint-7" and "checkpoint-000007.tmp" are not ours, or not whole
+        snprintf(name, sizeof name, "checkpoint-%06ld", step);
+        if (step < 0 || strcmp(entry->d_name, name) != 0)
+            continue;
+        steps = grow(steps, *count + 1, &capacity, sizeof *steps);
+        size_t i = (*count)++;
+        for (; i > 0 && steps[i - 1] > step; i--)
+            steps[i] = steps[i - 1];
+        steps[i] = step;
     }
     if (folder)
         closedir(folder);
-    if (*count > 0)
-        qsort(steps, *count, sizeof *steps, compare_steps);
     return steps;
 }
 // =====================================================================================================
