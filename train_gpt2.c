@@ -571,6 +571,11 @@ static const Json *json_get(const Json *object, const char *key)
     return NULL;
 }
 
+static bool json_is_text(const Json *node, const char *text)
+{
+    return node && node->kind == JSON_STRING && strcmp(node->string, text) == 0;
+}
+
 // The number called `key`, or `otherwise` when it is missing or null. `where` names the file in errors.
 static double json_number(const Json *object, const char *key, double otherwise, const char *where)
 {
@@ -3060,14 +3065,14 @@ typedef struct {
     size_t count;
 } SafeTensors;
 
+// The bytes of one element, or 0 for a type that nobody knows.
 static size_t dtype_size(const char *dtype)
 {
     static const char *const names[] = {"F64",  "I64", "U64", "F32", "I32", "U32", "F16",
                                         "BF16", "I16", "U16", "I8",  "U8",  "BOOL"};
-    static const size_t sizes[] = {8, 8, 8, 4, 4, 4, 2, 2, 2, 2, 1, 1, 1};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+    for (int i = 0; i < 13; i++)
         if (strcmp(dtype, names[i]) == 0)
-            return sizes[i];
+            return i < 3 ? 8 : i < 6 ? 4 : i < 10 ? 2 : 1;
     return 0;
 }
 
@@ -3136,14 +3141,13 @@ static SafeTensors safetensors_open(const char *path)
     }
     if (file.count > 0)
         qsort(file.tensors, file.count, sizeof *file.tensors, compare_places);
-    for (size_t i = 0; i <= file.count; i++) { // each begins where the one before ends, the last at the end
-        if (data != (i < file.count ? file.tensors[i].data : file.mapping.data + file.mapping.size))
-            die("%s: tensor %s: holes or overlaps beside its data", path,
-                i > 0            ? file.tensors[i - 1].name
-                : file.count > 0 ? file.tensors[0].name
-                                 : "(none)");
-        data += i < file.count ? file.tensors[i].bytes : 0;
-    }
+    for (size_t i = 0; i < file.count; data += file.tensors[i++].bytes)
+        if (file.tensors[i].data != data)
+            die("%s: tensor %s does not begin where the one before ends: holes or overlaps", path,
+                file.tensors[i].name);
+    if (data != file.mapping.data + file.mapping.size)
+        die("%s: %zu bytes expected after the header, found %zu: holes or overlaps", path,
+            (size_t)(data - file.mapping.data) - 8 - (size_t)length, data_size);
     return file;
 }
 
@@ -3291,11 +3295,9 @@ static Config config_read(const char *path)
 {
     Json *json = json_read_file(path);
     const Json *type = json_get(json, "model_type"), *activation = json_get(json, "activation_function");
-    if (!type || type->kind != JSON_STRING || strcmp(type->string, "gpt2") != 0)
+    if (!json_is_text(type, "gpt2"))
         die("%s: model_type must be \"gpt2\"", path);
-    if (activation &&
-        (activation->kind != JSON_STRING || (strcmp(activation->string, "gelu_new") != 0 &&
-                                             strcmp(activation->string, "gelu_pytorch_tanh") != 0)))
+    if (activation && !json_is_text(activation, "gelu_new") && !json_is_text(activation, "gelu_pytorch_tanh"))
         die("%s: activation_function must be \"gelu_new\"", path);
     if (!json_is_true(json, "scale_attn_weights", true))
         die("%s: scale_attn_weights false is not supported", path);
@@ -3359,17 +3361,16 @@ static StoredTensor stored_tensor(const Tensor *tensor, Stored what)
                           (char *)data};
 }
 
+// Writes all values, or AdamW's moments of what is trained.
 static void model_write_tensors(const Model *model, const char *path, bool moments)
 {
+    const Stored first = moments ? STORE_EXP_AVG : STORE_VALUE,
+                 last = moments ? STORE_EXP_AVG_SQ : STORE_VALUE;
     StoredTensor *list = xcalloc(2 * (size_t)model->tensor_count, sizeof *list);
     size_t count = 0;
     for (int i = 0; i < model->tensor_count; i++)
-        if (!moments) {
-            list[count++] = stored_tensor(&model->tensors[i], STORE_VALUE);
-        } else if (!model->tensors[i].frozen) {
-            list[count++] = stored_tensor(&model->tensors[i], STORE_EXP_AVG);
-            list[count++] = stored_tensor(&model->tensors[i], STORE_EXP_AVG_SQ);
-        }
+        for (Stored what = first; what <= last && !(moments && model->tensors[i].frozen); what++)
+            list[count++] = stored_tensor(&model->tensors[i], what);
     safetensors_write(path, list, count);
     for (size_t i = 0; i < count; i++)
         free((char *)list[i].name);
