@@ -3497,177 +3497,143 @@ typedef struct {
     int prompt;   // how many of them, at the beginning, are not scored
 } Example;
 
-typedef struct {
-    char *path;
-    Ids ids; // the tokens, or for a shard:
+typedef struct { // the tokens of a file: in memory, or those of a shard where they lie on the disk
+    Ids ids;
     Mapping shard;
     const uint16_t *shorts;
 } Source;
 
 typedef struct {
+    const char *path; // as the command line names it
     Source *sources;
     Example *examples;
     size_t source_count, source_capacity, count, capacity;
     size_t truncated, skipped; // examples that were cut to seq_len, or had nothing to score
     bool prompts;              // exact match makes sense: examples, not windows of a stream
-    bool shares_sources;       // split off another dataset, which owns the sources
+    bool is_part;              // split off another dataset, which owns sources and examples
 } Dataset;
 
 static int dataset_token(const Dataset *data, const Example *example, int i)
 {
     const Source *source = &data->sources[example->source];
-    return source->shorts ? source->shorts[example->start + (size_t)i]
-                          : source->ids.data[example->start + (size_t)i];
+    size_t at = example->start + (size_t)i;
+    return source->shorts ? source->shorts[at] : source->ids.data[at];
 }
 
-static void dataset_add(Dataset *data, Example example)
+// Adds tokens start .. start + size - 1 of the newest source as an example.
+static void dataset_add(Dataset *data, size_t start, size_t size, size_t prompt)
 {
-    data->examples = grow(data->examples, data->count + 1, &data->capacity, sizeof example);
-    data->examples[data->count++] = example;
+    data->examples = grow(data->examples, data->count + 1, &data->capacity, sizeof *data->examples);
+    data->examples[data->count++] = (Example){(int)data->source_count - 1, start, (int)size, (int)prompt};
 }
 
 // Cuts a stream of tokens into windows of seq_len rows; neighbours share a token, since the last one of a
 // window is only a target. A last, shorter window is kept.
-static void add_windows(Dataset *data, int source, size_t tokens, int seq_len)
+static void add_windows(Dataset *data, size_t tokens, size_t seq_len)
 {
-    for (size_t start = 0; start + 1 < tokens; start += (size_t)seq_len) {
-        size_t left = tokens - start;
-        dataset_add(data, (Example){source, start, left > (size_t)seq_len ? seq_len + 1 : (int)left, 1});
-    }
+    for (size_t start = 0; start + 1 < tokens; start += seq_len)
+        dataset_add(data, start, tokens - start > seq_len ? seq_len + 1 : tokens - start, 1);
 }
 
-// Finds the next document of a text: *document, *size. Lines that are only <|endoftext|> separate documents
-// and belong to none. Returns false at the end of the text.
-static bool next_document(const char **at, const char *end, const char **document, size_t *size)
+// Finds the line at *at, without its end, and moves *at behind it. Returns false at the end of the text.
+static bool next_line(const char **at, const char *end, const char **line, size_t *length)
 {
-    static const char mark[] = "<|endoftext|>";
-    const size_t length = sizeof mark - 1;
-    while (*at < end) {
-        *document = *at;
-        const char *line = *at, *stop = end;
-        *at = end;
-        while (line < end) {
-            const char *newline = memchr(line, '\n', (size_t)(end - line)),
-                       *next = newline ? newline + 1 : end;
-            size_t width = (size_t)((newline ? newline : end) - line);
-            width -= width > 0 && line[width - 1] == '\r';
-            if (width == length && memcmp(line, mark, length) == 0) {
-                stop = line;
-                *at = next;
-                break;
-            }
-            line = next;
+    if (*at >= end)
+        return false;
+    const char *newline = memchr(*at, '\n', (size_t)(end - *at));
+    *line = *at;
+    *length = (size_t)((newline ? newline : end) - *line);
+    *at = newline ? newline + 1 : end;
+    *length -= *length > 0 && (*line)[*length - 1] == '\r';
+    return true;
+}
+
+static void load_text(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len)
+{
+    Text text = read_file(path);
+    const char *at = text.data, *end = at + text.size, *document = at, *line;
+    for (size_t length; document < end;) {
+        bool more = next_line(&at, end, &line, &length);
+        if (more && (length != strlen(END_OF_TEXT) || memcmp(line, END_OF_TEXT, length) != 0))
+            continue; // a line of the document
+        const char *stop = more ? line : end;
+        if (stop > document) {
+            if (tokenizer->end_of_text >= 0)
+                ids_push(&source->ids, tokenizer->end_of_text);
+            tokenizer_encode(tokenizer, &source->ids, document, (size_t)(stop - document), false);
         }
-        *size = (size_t)(stop - *document);
-        if (*size > 0)
-            return true;
-    }
-    return false;
-}
-
-static void load_text(Dataset *data, Source *source, Tokenizer *tokenizer, int seq_len)
-{
-    Text text = read_file(source->path);
-    const char *at = text.data, *document;
-    size_t size;
-    while (next_document(&at, text.data + text.size, &document, &size)) {
-        if (tokenizer->end_of_text >= 0)
-            ids_push(&source->ids, tokenizer->end_of_text);
-        tokenizer_encode(tokenizer, &source->ids, document, size, false);
+        document = at;
     }
     free(text.data);
-    add_windows(data, (int)data->source_count - 1, source->ids.size, seq_len);
+    add_windows(data, source->ids.size, (size_t)seq_len);
 }
 
-static void load_shard(Dataset *data, Source *source, int seq_len, int vocab_size)
+static void load_shard(Dataset *data, Source *source, const char *path, int seq_len, int vocab_size)
 {
-    source->shard = map_file(source->path);
+    source->shard = map_file(path);
     const int32_t *header = (const int32_t *)source->shard.data;
     if (source->shard.size < 1024 || header[0] != 20240520 || header[1] != 1)
-        die("%s: not a token shard of llm.c: header 20240520, 1 expected", source->path);
+        die("%s: not a token shard of llm.c: header 20240520, 1 expected", path);
     size_t count = (source->shard.size - 1024) / 2;
     if (header[2] < 0 || (size_t)header[2] != count)
-        die("%s: its header promises %d tokens, the file has %zu", source->path, header[2], count);
+        die("%s: its header promises %d tokens, the file has %zu", path, header[2], count);
     source->shorts = (const uint16_t *)(source->shard.data + 1024);
     for (size_t i = 0; i < count; i++)
         if (source->shorts[i] >= vocab_size)
-            die("%s: token %zu is %d, but the model's vocabulary has %d entries", source->path, i,
-                source->shorts[i], vocab_size);
-    add_windows(data, (int)data->source_count - 1, count, seq_len);
+            die("%s: token %zu is %d, but the model's vocabulary has %d entries", path, i, source->shorts[i],
+                vocab_size);
+    add_windows(data, count, (size_t)seq_len);
 }
 
-static const Json *json_text(const Json *object, const char *key, const char *where)
+// Appends the tokens of the string called `key`; a missing one ends the program with the line's number.
+static void encode_member(Tokenizer *tokenizer, Ids *ids, const Json *object, const char *key,
+                          const char *where)
 {
     const Json *member = json_get(object, key);
     if (!member || member->kind != JSON_STRING)
         die("%s: {\"prompt\": \"...\", \"completion\": \"...\"} or {\"text\": \"...\"} expected", where);
-    return member;
+    tokenizer_encode(tokenizer, ids, member->string, member->length, false);
 }
 
-static void load_jsonl(Dataset *data, Source *source, Tokenizer *tokenizer, int seq_len)
+static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len)
 {
-    Text text = read_file(source->path);
+    Text text = read_file(path);
+    Ids *ids = &source->ids;
     const int end_of_text = tokenizer->end_of_text;
-    size_t line_number = 0;
+    const char *at = text.data, *line;
     data->prompts = true;
-    for (char *line = text.data, *next; line < text.data + text.size; line = next) {
-        char *newline = memchr(line, '\n', (size_t)(text.data + text.size - line));
-        size_t length = newline ? (size_t)(newline - line) : (size_t)(text.data + text.size - line);
-        next = line + length + 1;
-        line_number++;
+    for (size_t length, number = 1; next_line(&at, text.data + text.size, &line, &length); number++) {
         if (strspn(line, " \t\r") >= length)
             continue;
-        char *where = xprintf("%s:%zu", source->path, line_number);
+        char *where = xprintf("%s:%zu", path, number);
         Json *json = json_parse(line, length, where);
-        Ids prompt = {0}, rest = {0};
-        if (json_get(json, "text")) {
-            const Json *whole = json_text(json, "text", where);
-            tokenizer_encode(tokenizer, &rest, whole->string, whole->length, false);
-        } else {
-            const Json *question = json_text(json, "prompt", where),
-                       *answer = json_text(json, "completion", where);
-            tokenizer_encode(tokenizer, &prompt, question->string, question->length, false);
-            tokenizer_encode(tokenizer, &rest, answer->string, answer->length, false);
-        }
-        if (prompt.size == 0 && end_of_text >= 0)
-            ids_push(&prompt, end_of_text); // the first token needs something to be predicted from
-        bool empty = rest.size == 0;
+        size_t start = ids->size, room = (size_t)seq_len + 1;
+        bool whole = json_get(json, "text") != NULL;
+        if (!whole)
+            encode_member(tokenizer, ids, json, "prompt", where);
+        if (ids->size == start && end_of_text >= 0)
+            ids_push(ids, end_of_text); // the first token needs something to be predicted from
+        size_t prompt = ids->size - start;
+        encode_member(tokenizer, ids, json, whole ? "text" : "completion", where);
+        bool empty = ids->size == start + prompt;
         if (end_of_text >= 0)
-            ids_push(&rest, end_of_text);
-        // Too long: the prompt is cut at its left, where it is farthest from the answer; then the answer at
-        // its end.
-        size_t room = (size_t)seq_len + 1, whole = prompt.size + rest.size;
-        if (whole > room) {
-            if (data->truncated++ < 3)
-                warn("%s: %zu tokens, cut to --seq-len %d", where, whole - 1, seq_len);
-            size_t kept = rest.size < room ? room - rest.size : 1;
-            if (kept < prompt.size) {
-                memmove(prompt.data, prompt.data + (prompt.size - kept), kept * sizeof(int));
-                prompt.size = kept;
-            }
-            if (prompt.size + rest.size > room)
-                rest.size = room - prompt.size;
-        }
-        if (empty || prompt.size == 0 || rest.size == 0) {
+            ids_push(ids, end_of_text);
+        size_t size = ids->size - start;
+        if (empty || prompt == 0) {
             if (data->skipped++ < 3)
                 warn("%s: nothing to learn here (empty text or completion), skipped", where);
-        } else {
-            dataset_add(data, (Example){(int)data->source_count - 1, source->ids.size,
-                                        (int)(prompt.size + rest.size), (int)prompt.size});
-            for (size_t i = 0; i < prompt.size; i++)
-                ids_push(&source->ids, prompt.data[i]);
-            for (size_t i = 0; i < rest.size; i++)
-                ids_push(&source->ids, rest.data[i]);
+        } else if (size <= room) {
+            dataset_add(data, start, size, prompt);
+        } else { // the prompt is cut at its left, where it is farthest from the answer; then the answer at its end
+            if (data->truncated++ < 3)
+                warn("%s: %zu tokens, cut to --seq-len %d", where, size - 1, seq_len);
+            size_t cut = size - room < prompt ? size - room : prompt - 1;
+            dataset_add(data, start + cut, room, prompt - cut);
         }
-        free(prompt.data);
-        free(rest.data);
         json_free(json);
         free(where);
     }
     free(text.data);
-    if (data->truncated > 3 || data->skipped > 3)
-        warn("%s: %zu examples cut to --seq-len %d, %zu skipped in all", source->path, data->truncated,
-             seq_len, data->skipped);
 }
 
 // Loads a file, or all files that a glob matches. tokenizer may be NULL when there are only shards.
@@ -3675,6 +3641,7 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
 {
     Dataset *data = xcalloc(1, sizeof *data);
     glob_t found;
+    data->path = pattern;
     if (glob(pattern, file_exists(pattern) ? GLOB_NOCHECK : 0, NULL, &found) != 0) // a name may have a [
         die("%s: no such file", pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
@@ -3682,57 +3649,55 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
         data->sources =
             grow(data->sources, data->source_count + 1, &data->source_capacity, sizeof *data->sources);
         Source *source = &data->sources[data->source_count++];
-        *source = (Source){.path = xstrdup(path)};
+        *source = (Source){0};
         bool is_shard = ends_with(path, ".bin"), is_jsonl = ends_with(path, ".jsonl");
         if (!is_shard && !is_jsonl && !ends_with(path, ".txt"))
             die("%s: a name that ends in .txt, .jsonl or .bin expected", path);
         if (!is_shard && !tokenizer)
             die("%s: text needs a tokenizer; say --tokenizer FOLDER", path);
         if (is_shard)
-            load_shard(data, source, seq_len, vocab_size);
+            load_shard(data, source, path, seq_len, vocab_size);
         else if (is_jsonl)
-            load_jsonl(data, source, tokenizer, seq_len);
+            load_jsonl(data, source, path, tokenizer, seq_len);
         else
-            load_text(data, source, tokenizer, seq_len);
+            load_text(data, source, path, tokenizer, seq_len);
     }
     globfree(&found);
+    if (data->truncated + data->skipped > 0)
+        warn("%s: %zu examples, %zu of them cut to --seq-len %d; %zu more skipped", pattern, data->count,
+             data->truncated, seq_len, data->skipped);
     if (data->count == 0)
         die("%s: holds no example to learn from", pattern);
     return data;
 }
 
-// Splits the last part off as a dataset of its own, at least one example; the sources are shared.
+// Splits the last part off as a dataset of its own, at least one example. It lives no longer than the whole.
 static Dataset *dataset_split(Dataset *data, double fraction)
 {
     size_t count = (size_t)((double)data->count * fraction + 0.5);
-    if (count < 1)
-        count = 1;
+    count = count < 1 ? 1 : count;
     if (count >= data->count)
         die("%s: %zu examples are too few to split off --val-fraction; give --val, or --val-fraction 0",
-            data->sources[0].path, data->count);
-    Dataset *part = xcalloc(1, sizeof *part);
-    *part = *data;
-    part->shares_sources = true;
-    part->examples = NULL;
-    part->count = part->capacity = 0;
-    for (size_t i = data->count - count; i < data->count; i++)
-        dataset_add(part, data->examples[i]);
+            data->path, data->count);
     data->count -= count;
+    Dataset *part = xmalloc(sizeof *part);
+    *part = *data;
+    part->is_part = true;
+    part->examples += data->count;
+    part->count = count;
     return part;
 }
 
 static void dataset_free(Dataset *data)
 {
-    if (!data)
-        return;
-    for (size_t i = 0; i < data->source_count && !data->shares_sources; i++) {
-        free(data->sources[i].path);
+    for (size_t i = 0; i < data->source_count && !data->is_part; i++) {
         free(data->sources[i].ids.data);
         unmap_file(&data->sources[i].shard);
     }
-    if (!data->shares_sources)
+    if (!data->is_part) {
         free(data->sources);
-    free(data->examples);
+        free(data->examples);
+    }
     free(data);
 }
 
@@ -3746,22 +3711,18 @@ static void dataset_size(const Dataset *data, size_t *rows, size_t *targets)
     }
 }
 
-typedef struct {
-    int size;
-    size_t order, example;
-} Shuffled;
-
-static int compare_sizes(const void *a, const void *b)
+static int compare_keys(const void *a, const void *b)
 {
-    const Shuffled *x = a, *y = b;
-    if (x->size != y->size)
-        return x->size < y->size ? -1 : 1;
-    return (x->order > y->order) - (x->order < y->order);
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
 }
 
-static void shuffle(size_t *list, size_t count, uint64_t stream)
+// Fills list with 0 .. count - 1 in random order, as Fisher and Yates do it.
+static void shuffled(size_t *list, size_t count, uint64_t stream)
 {
-    for (size_t i = count; i > 1; i--) { // Fisher and Yates
+    for (size_t i = 0; i < count; i++)
+        list[i] = i;
+    for (size_t i = count; i > 1; i--) {
         size_t j = random_bits(stream, i) % i, kept = list[i - 1];
         list[i - 1] = list[j];
         list[j] = kept;
@@ -3773,33 +3734,25 @@ static void shuffle(size_t *list, size_t count, uint64_t stream)
 // whole groups are shuffled. What is left over makes the last, smaller update.
 static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, size_t group)
 {
-    enum { POOL = 50 };
     uint64_t stream = random_stream(seed, 0x6f72646572u + (uint64_t)epoch);
-    size_t *order = xmalloc(data->count * sizeof *order), *result = xmalloc(data->count * sizeof *result);
-    for (size_t i = 0; i < data->count; i++)
-        order[i] = i;
-    shuffle(order, data->count, stream);
-    size_t groups = data->count / group;
-    Shuffled *pool = xmalloc((POOL * group < data->count ? POOL * group : data->count) * sizeof *pool);
-    for (size_t begin = 0; begin < groups * group; begin += POOL * group) {
-        size_t count = groups * group - begin < POOL * group ? groups * group - begin : POOL * group;
-        for (size_t i = 0; i < count; i++)
-            pool[i] = (Shuffled){data->examples[order[begin + i]].size, i, order[begin + i]};
-        qsort(pool, count, sizeof *pool, compare_sizes);
-        for (size_t i = 0; i < count; i++)
-            order[begin + i] = pool[i].example;
-    }
-    free(pool);
-    size_t *group_order = xmalloc((groups + 1) * sizeof *group_order);
+    size_t groups = data->count / group, whole = groups * group, pool = 50 * group;
+    size_t *order = xmalloc(data->count * sizeof *order), *sorted = xmalloc(data->count * sizeof *sorted);
+    size_t *group_order = xmalloc(groups * sizeof *group_order);
+    uint64_t *keys = xmalloc(whole * sizeof *keys); // the length, then the place that the shuffling gave
+    shuffled(order, data->count, stream);
+    for (size_t i = 0; i < whole; i++)
+        keys[i] = (uint64_t)data->examples[order[i]].size << 40 | i;
+    for (size_t begin = 0; begin < whole; begin += pool)
+        qsort(keys + begin, whole - begin < pool ? whole - begin : pool, sizeof *keys, compare_keys);
+    for (size_t i = 0; i < whole; i++)
+        sorted[i] = order[keys[i] & (((uint64_t)1 << 40) - 1)];
+    shuffled(group_order, groups, random_stream(stream, 1));
     for (size_t i = 0; i < groups; i++)
-        group_order[i] = i;
-    shuffle(group_order, groups, random_stream(stream, 1));
-    for (size_t i = 0; i < groups; i++)
-        memcpy(result + i * group, order + group_order[i] * group, group * sizeof *result);
-    memcpy(result + groups * group, order + groups * group, (data->count - groups * group) * sizeof *result);
+        memcpy(order + i * group, sorted + group_order[i] * group, group * sizeof *order);
+    free(keys);
     free(group_order);
-    free(order);
-    return result;
+    free(sorted);
+    return order;
 }
 
 // Packs examples first .. first + count - 1 of the list `indices`, or of the file when it is NULL, into a
@@ -3808,8 +3761,8 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
                           Batch *batch)
 {
     batch_clear(batch);
-    for (size_t i = 0; i < count; i++) {
-        const Example *example = &data->examples[indices ? indices[first + i] : first + i];
+    for (size_t i = first; i < first + count; i++) {
+        const Example *example = &data->examples[indices ? indices[i] : i];
         for (int t = 0; t + 1 < example->size; t++)
             batch_add_row(batch, dataset_token(data, example, t), t,
                           t + 1 >= example->prompt ? dataset_token(data, example, t + 1) : -1);
@@ -4880,7 +4833,8 @@ static int run_training(Options *options, int argc, char **argv)
     }
     free(checkpoint);
     activations_free(&run.activations);
-    dataset_free(run.val);
+    if (run.val)
+        dataset_free(run.val);
     dataset_free(run.train);
     model_free(run.model);
     if (run.tokenizer)
@@ -4908,7 +4862,8 @@ static int run_evaluation(Options *options)
         printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
     printf("\n");
     activations_free(&run.activations);
-    dataset_free(run.val);
+    if (run.val)
+        dataset_free(run.val);
     model_free(run.model);
     if (run.tokenizer)
         tokenizer_free(run.tokenizer);
