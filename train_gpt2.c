@@ -3690,6 +3690,8 @@ static Dataset *dataset_split(Dataset *data, double fraction)
 
 static void dataset_free(Dataset *data)
 {
+    if (!data)
+        return;
     for (size_t i = 0; i < data->source_count && !data->is_part; i++) {
         free(data->sources[i].ids.data);
         unmap_file(&data->sources[i].shard);
@@ -3784,22 +3786,23 @@ typedef struct {
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
-    long schedule, matmul;            // numbers of their choices
-    Patterns no_decay, freeze, given; // given: the options as they were given, for checkpoints
+    long schedule, matmul; // numbers of their choices
+    Patterns no_decay, freeze;
     bool resume, overfit, eval, plan, recompute, quiet, help;
 } Options;
 
 // What a run is made of.
 typedef struct {
     const Options *options;
+    Patterns saved_options; // for checkpoints: the options that are not the default
     Model *model;
     Tokenizer *tokenizer; // NULL when there is none
     Dataset *train, *val; // val may be NULL
     Activations activations;
     long steps, warmup, steps_per_epoch, val_every, save_every;
+    double started; // on the clock of now(), less the time that was spent before a resume
     // What a checkpoint remembers:
     long step;             // updates done
-    double seconds;        // spent training, without this session
     double best_loss;      // INFINITY before the first evaluation
     long best_step, stale; // stale: evaluations since the best one
     long evaluated_step;   // the last step that was evaluated, -1 for none
@@ -3816,29 +3819,20 @@ static volatile sig_atomic_t stop_signal = 0;
 
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
 
-// The first SIGINT or SIGTERM asks the loop to finish its step and save; a second one ends the program at
-// once.
-static void catch_signals(void)
+// Mean loss, accuracy and exact match over run->val, or its first --val-batches batches.
+static Evaluation evaluate(Run *run)
 {
-    struct sigaction action = {.sa_handler = remember_signal, .sa_flags = SA_RESETHAND};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-}
-
-// Mean loss, accuracy and exact match over a dataset, or its first `batches` batches (0: all).
-static Evaluation evaluate(Run *run, const Dataset *data, size_t batch_size, long batches)
-{
+    const Options *options = run->options;
     Evaluation result = {0};
     Batch batch = {0};
     double loss = 0;
-    size_t hits = 0, exact = 0, end = data->count;
-    if (batches > 0 && (size_t)batches < (end + batch_size - 1) / batch_size)
-        end = (size_t)batches * batch_size;
-    for (size_t begin = 0; begin < end && !stop_signal; begin += batch_size) {
-        dataset_batch(data, NULL, begin, end - begin < batch_size ? end - begin : batch_size, &batch);
+    size_t hits = 0, exact = 0, end = run->val->count, B = (size_t)options->batch_size;
+    if (options->val_batches > 0 && (size_t)options->val_batches < (end + B - 1) / B)
+        end = (size_t)options->val_batches * B;
+    for (size_t begin = 0; begin < end && !stop_signal; begin += B) {
+        dataset_batch(run->val, NULL, begin, smaller(B, end - begin), &batch);
         activations_reserve(&run->activations, run->model, batch.rows, longest_sequence(&batch),
-                            run->activations.training, run->options->recompute, run->options->dropout > 0,
-                            false);
+                            run->activations.training, options->recompute, options->dropout > 0, false);
         Activations view = run->activations; // the same memory, but nothing is kept for a backward pass
         view.training = false;
         model_forward(run->model, &view, &batch, NULL, (Dropout){0});
@@ -3862,40 +3856,26 @@ static Evaluation evaluate(Run *run, const Dataset *data, size_t batch_size, lon
     return result;
 }
 
-// "12.3k" for counts that need no more digits.
-static const char *short_number(double value, char text[16])
-{
-    if (value >= 1e6)
-        snprintf(text, 16, "%.2fM", value / 1e6);
-    else if (value >= 1e4)
-        snprintf(text, 16, "%.1fk", value / 1e3);
-    else
-        snprintf(text, 16, "%.0f", value);
-    return text;
-}
-
-// "1:02:03" or "2:03".
+// "1:02:03".
 static const char *clock_time(double seconds, char text[32])
 {
     long s = (long)(seconds + 0.5);
-    if (s >= 3600)
-        snprintf(text, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
-    else
-        snprintf(text, 32, "%ld:%02ld", s / 60, s % 60);
+    snprintf(text, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
     return text;
 }
 
-// On a terminal the line is written over and over, cut to the window's width; in a pipe each one stands.
+// On a terminal the line is written over the one before, cut or filled with blanks to the window's width;
+// nothing but a carriage return is asked of the terminal. In a pipe each line stands.
 static void show_progress(const char *line, bool on_terminal)
 {
-    if (!on_terminal) {
+    struct winsize window = {0};
+    int width =
+        on_terminal && ioctl(1, TIOCGWINSZ, &window) == 0 && window.ws_col > 1 ? window.ws_col - 1 : 79;
+    if (on_terminal)
+        printf("\r%-*.*s", width, width, line);
+    else
         printf("%s\n", line);
-    } else {
-        struct winsize window = {0};
-        int width = ioctl(1, TIOCGWINSZ, &window) == 0 && window.ws_col > 1 ? window.ws_col - 1 : 79;
-        printf("\r%.*s\033[K", width, line);
-        progress_line_open = true;
-    }
+    progress_line_open = on_terminal;
     fflush(stdout);
 }
 
@@ -3916,90 +3896,76 @@ static double rate_of(const Run *run, long step)
 
 static double epoch_of(const Run *run, long step) { return (double)step / (double)run->steps_per_epoch; }
 
-// ---- log.csv ----
-
-// Opens OUT/log.csv; on a resumed run the lines after the checkpoint's step are taken off first.
+// Opens OUT/log.csv to append to it. A resumed run first takes off what comes after its checkpoint.
 static FILE *open_log(const Run *run)
 {
     char *path = xprintf("%s/log.csv", run->options->out);
-    Text kept = {0};
-    if (run->step > 0 && file_exists(path)) {
-        Text old = read_file(path);
-        for (char *line = old.data, *next; *line; line = next) {
-            char *newline = strchr(line, '\n');
-            next = newline ? newline + 1 : line + strlen(line);
-            bool is_header = line == old.data;
-            if (newline && (is_header || atol(line) <= run->step))
-                text_append(&kept, line, (size_t)(next - line));
-        }
-        free(old.data);
-    }
-    if (kept.size == 0) {
-        const char *header =
-            "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n";
-        text_append(&kept, header, strlen(header));
-    }
-    FILE *file = create_file(path);
-    fwrite(kept.data, 1, kept.size, file);
-    finish_file(file, path);
-    file = fopen(path, "ab");
-    if (!file)
+    Text old = run->step > 0 && file_exists(path) ? read_file(path) : (Text){0};
+    const char *at = old.data, *line;
+    size_t length, kept = 0; // bytes of whole lines up to this step; atol() of the header is 0
+    while (old.size > 0 && next_line(&at, old.data + old.size, &line, &length) && at[-1] == '\n' &&
+           atol(line) <= run->step)
+        kept = (size_t)(at - old.data);
+    free(old.data);
+    FILE *file = fopen(path, "ab");
+    if (!file || ftruncate(fileno(file), (off_t)kept) != 0)
         die("%s: cannot be written: %s", path, strerror(errno));
+    if (kept == 0)
+        fputs("step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n", file);
     free(path);
-    free(kept.data);
     return file;
 }
 
-// ---- checkpoints ----
-
 // Saves everything that is needed to go on, and deletes checkpoints that are neither new nor the best.
-static void save_checkpoint(const Run *run, double seconds)
+static void save_checkpoint(const Run *run)
 {
-    char *path = checkpoint_path(run->options->out, run->step), *temporary = xprintf("%s.tmp", path);
+    const char *out = run->options->out;
+    char *path = checkpoint_path(out, run->step), *temporary = xprintf("%s.tmp", path);
+    char *moments = xprintf("%s/optimizer.safetensors", temporary),
+         *state = xprintf("%s/trainer_state.json", temporary);
     remove_folder(temporary);
     model_save(run->model, run->tokenizer, temporary);
-    char *inside = xprintf("%s/optimizer.safetensors", temporary);
-    model_write_tensors(run->model, inside, true);
-    free(inside);
-    inside = xprintf("%s/trainer_state.json", temporary);
-    FILE *file = create_file(inside);
-    fprintf(file,
-            "{\n  \"step\": %ld,\n  \"epoch\": %.9g,\n  \"best_step\": %ld,\n  \"stale\": %ld,\n"
-            "  \"evaluated_step\": %ld,\n",
-            run->step, epoch_of(run, run->step), run->best_step, run->stale, run->evaluated_step);
+    model_write_tensors(run->model, moments, true);
+    FILE *file = create_file(state);
+    char best[32] = "null"; // JSON has no infinity
     if (isfinite(run->best_loss))
-        fprintf(file, "  \"best_loss\": %.17g,\n", run->best_loss);
-    fprintf(file, "  \"seconds\": %.3f,\n  \"options\": [", seconds);
-    for (size_t i = 0; i < run->options->given.size; i++) {
+        snprintf(best, sizeof best, "%.17g", run->best_loss);
+    fprintf(file,
+            "{\n  \"step\": %ld,\n  \"epoch\": %.9g,\n  \"best_step\": %ld,\n  \"best_loss\": %s,\n"
+            "  \"stale\": %ld,\n  \"evaluated_step\": %ld,\n  \"seconds\": %.3f,\n  \"options\": [",
+            run->step, epoch_of(run, run->step), run->best_step, best, run->stale, run->evaluated_step,
+            now() - run->started);
+    for (size_t i = 0; i < run->saved_options.size; i++) {
+        const char *option = run->saved_options.items[i];
         fputs(i ? ", " : "", file);
-        json_write_string(file, run->options->given.items[i], strlen(run->options->given.items[i]));
+        json_write_string(file, option, strlen(option));
     }
     fprintf(file, "]\n}\n");
-    finish_file(file, inside);
-    free(inside);
+    finish_file(file, state);
     sync_folder(temporary);
     remove_folder(path);
     if (rename(temporary, path) != 0)
         die("%s: cannot be renamed: %s", temporary, strerror(errno));
-    sync_folder(run->options->out);
+    sync_folder(out);
     free(path);
     free(temporary);
+    free(moments);
+    free(state);
 
     size_t count;
-    long *steps = list_checkpoints(run->options->out, &count);
+    long *steps = list_checkpoints(out, &count);
     for (size_t i = 0; i + (size_t)run->options->keep < count; i++)
         if (steps[i] != run->best_step) {
-            path = checkpoint_path(run->options->out, steps[i]);
+            path = checkpoint_path(out, steps[i]);
             remove_folder(path);
             free(path);
         }
     free(steps);
 }
 
-// Goes on from OUT/checkpoint-STEP, whose weights the model already has.
-static void load_trainer_state(Run *run, long step)
+// Goes on from the checkpoint `folder` of update `step`, whose weights the model already has.
+static void load_trainer_state(Run *run, const char *folder, long step)
 {
-    char *folder = checkpoint_path(run->options->out, step);
     char *moments = xprintf("%s/optimizer.safetensors", folder),
          *path = xprintf("%s/trainer_state.json", folder);
     model_load_moments(run->model, moments);
@@ -4011,24 +3977,16 @@ static void load_trainer_state(Run *run, long step)
     run->stale = (long)json_number(json, "stale", 0, path);
     run->evaluated_step = (long)json_number(json, "evaluated_step", -1, path);
     run->best_loss = json_number(json, "best_loss", INFINITY, path);
-    run->seconds = json_number(json, "seconds", 0, path);
+    run->started -= json_number(json, "seconds", 0, path);
     json_free(json);
-    free(folder);
     free(moments);
     free(path);
 }
-
-// ---- one update ----
 
 typedef struct {
     double loss, accuracy, norm, learning_rate;
     size_t rows, targets;
 } Update;
-
-static Adam adam_of(const Options *o)
-{
-    return (Adam){o->beta1, o->beta2, o->epsilon, o->weight_decay, o->max_grad_norm};
-}
 
 // Takes one update on `count` micro-batches. The loss is the mean over the scored tokens of all of them
 // together, so it does not matter how examples fall into micro-batches. Nothing is changed when nothing is
@@ -4056,24 +4014,20 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
     }
     update.loss = loss / (double)update.targets;
     update.accuracy = (double)hits / (double)update.targets;
-    if (!isfinite(update.loss))
-        die("step %ld: the loss is not finite; the last good checkpoint stays. A smaller --learning-rate may "
+    const Tensor *worst = NULL;
+    const bool finite = isfinite(update.loss);
+    update.norm = finite ? gradient_norm(model, &worst) : 0;
+    if (!finite || worst)
+        die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
             "help",
-            step + 1);
-    const Tensor *worst;
-    update.norm = gradient_norm(model, &worst);
-    if (worst)
-        die("step %ld: the gradient of %s is not finite; the last good checkpoint stays. A smaller "
-            "--learning-rate "
-            "may help",
-            step + 1, worst->name);
-    Adam adam = adam_of(options);
+            step + 1, worst ? "gradient of " : "loss", worst ? worst->name : "");
+    Adam adam = {options->beta1, options->beta2, options->epsilon, options->weight_decay,
+                 options->max_grad_norm};
     adamw_update(model, &adam, learning_rate, step + 1, clip_factor(update.norm, adam.max_grad_norm));
     return update;
 }
 
-// ---- the loop ----
-
+// Shows what the model writes after <|endoftext|>.
 static void print_sample(const Run *run)
 {
     Ids prompt = {0}, output = {0};
@@ -4081,6 +4035,7 @@ static void print_sample(const Run *run)
     if (!run->tokenizer)
         return;
     ids_push(&prompt, run->tokenizer->end_of_text >= 0 ? run->tokenizer->end_of_text : 0);
+    end_progress();
     printf("--- sample at step %ld ---\n", run->step);
     generate(run->model, run->tokenizer, &prompt, (int)run->options->sample_tokens, 1,
              run->tokenizer->end_of_text, &sampling, &output);
@@ -4089,30 +4044,30 @@ static void print_sample(const Run *run)
     free(output.data);
 }
 
-static void report_evaluation(const Run *run, const Evaluation *e, FILE *log, double learning_rate,
-                              double seconds)
+// Evaluates, reports, and judges: is this the best model so far? One that a signal cut short counts for
+// nothing, and is made up for after --resume.
+static bool evaluate_and_judge(Run *run, FILE *log)
 {
-    bool exact = run->val->prompts;
+    Evaluation e = evaluate(run);
+    if (stop_signal)
+        return false;
     end_progress();
-    printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->steps, e->loss,
-           exp(e->loss), 100 * e->accuracy);
-    if (exact)
-        printf("  exact match %.2f %% of %zu", 100 * e->exact, e->examples);
+    printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->steps, e.loss,
+           exp(e.loss), 100 * e.accuracy);
+    if (run->val->prompts)
+        printf("  exact match %.2f %% of %zu", 100 * e.exact, e.examples);
     printf("\n");
     fflush(stdout);
-    fprintf(log, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e->loss,
-            e->accuracy, learning_rate, seconds);
+    fprintf(log, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
+            e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
     fflush(log); // before a checkpoint that knows of it
-}
-
-// What an evaluation decides: is this the best model so far, is it time to stop? Returns whether it is the
-// best.
-static bool judge(Run *run, double loss)
-{
-    bool better = loss < run->best_loss;
+    run->evaluated_step = run->step;
+    if (run->step == 0)
+        return false;
+    bool better = e.loss < run->best_loss;
     run->stale = better ? 0 : run->stale + 1;
     if (better) {
-        run->best_loss = loss;
+        run->best_loss = e.loss;
         run->best_step = run->step;
     }
     return better;
@@ -4122,38 +4077,36 @@ static bool judge(Run *run, double loss)
 // *order_epoch remember the order of the examples of the current epoch.
 static long next_batches(const Run *run, Batch *batches, size_t **order, long *order_epoch)
 {
-    const size_t A = (size_t)run->options->accumulate, B = (size_t)run->options->batch_size;
+    const size_t B = (size_t)run->options->batch_size, group = (size_t)run->options->accumulate * B;
     long step = run->options->overfit ? 0 : run->step, epoch = step / run->steps_per_epoch;
     if (epoch != *order_epoch) {
         free(*order);
-        *order = dataset_order(run->train, (uint64_t)run->options->seed, epoch, A * B);
+        *order = dataset_order(run->train, (uint64_t)run->options->seed, epoch, group);
         *order_epoch = epoch;
     }
-    size_t begin = (size_t)(step % run->steps_per_epoch) * A * B, end = begin + A * B;
-    end = end < run->train->count ? end : run->train->count;
+    size_t begin = (size_t)(step % run->steps_per_epoch) * group,
+           end = smaller(begin + group, run->train->count);
     long count = 0;
     for (; begin < end; begin += B)
-        dataset_batch(run->train, *order, begin, end - begin < B ? end - begin : B, &batches[count++]);
+        dataset_batch(run->train, *order, begin, smaller(B, end - begin), &batches[count++]);
     return count;
 }
 
 // OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
-static void save_result(const Run *run, double seconds)
+static void save_result(const Run *run)
 {
     const char *out = run->options->out;
     char *best = checkpoint_path(out, run->best_step), text[32];
-    if (isfinite(run->best_loss) && run->best_step != run->step) {
-        Model *model = model_load(best);
-        model_save(model, run->tokenizer, out);
+    bool judged = isfinite(run->best_loss);
+    Model *model = judged && run->best_step != run->step ? model_load(best) : run->model;
+    model_save(model, run->tokenizer, out);
+    if (model != run->model)
         model_free(model);
-    } else {
-        model_save(run->model, run->tokenizer, out);
-    }
     free(best);
     printf("model saved in %s", out);
-    if (isfinite(run->best_loss))
+    if (judged)
         printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
-    printf(" after %s\n", clock_time(seconds, text));
+    printf(" after %s\n", clock_time(now() - run->started, text));
 }
 
 // Trains from run->step to run->steps, or until a signal or --patience ends it; saves the final model in OUT.
@@ -4163,40 +4116,36 @@ static int train(Run *run)
 {
     const Options *options = run->options;
     const bool on_terminal = isatty(1);
-    const long plain_every = run->steps / 40 > 0 ? run->steps / 40 : 1;
+    const long plain_every = run->steps / 40 > 0 ? run->steps / 40 : 1; // about 40 lines in a pipe
+    // The first SIGINT or SIGTERM asks the loop to finish its step and save; a second one ends the program at once.
+    const struct sigaction action = {.sa_handler = remember_signal, .sa_flags = SA_RESETHAND};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
     FILE *log = open_log(run);
     Batch *batches = xcalloc((size_t)options->accumulate, sizeof *batches);
     size_t *order = NULL;
     long order_epoch = -1, saved_step = run->step;
-    double started = now() - run->seconds, shown = 0, seconds_per_step = 0;
+    double shown = 0, seconds_per_step = 0;
     Update update = {0};
-    bool ending = false;
-    catch_signals();
     for (;;) {
-        bool last = run->step >= run->steps, save = last || run->step % run->save_every == 0;
-        if (run->val && (last || run->step % run->val_every == 0) && run->evaluated_step != run->step) {
-            Evaluation e = evaluate(run, run->val, (size_t)options->batch_size, options->val_batches);
-            if (!stop_signal) { // one that was cut short is made up for after --resume
-                run->evaluated_step = run->step;
-                report_evaluation(run, &e, log, run->step > 0 ? rate_of(run, run->step - 1) : 0,
-                                  now() - started);
-                save = (run->step > 0 && judge(run, e.loss)) || save;
-            }
-        }
-        if (options->patience > 0 && run->stale >= options->patience) { // also when resumed
+        const bool last = run->step >= run->steps;
+        bool save = last || run->step % run->save_every == 0;
+        if (run->val && (last || run->step % run->val_every == 0) && run->evaluated_step != run->step)
+            save = evaluate_and_judge(run, log) || save;
+        const bool hopeless = options->patience > 0 && run->stale >= options->patience; // also when resumed
+        if (hopeless) {
+            end_progress();
             printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
-            ending = save = true;
         }
         if (run->step > 0 && options->sample_every > 0 && run->step % options->sample_every == 0 &&
-            !stop_signal) {
-            end_progress();
+            !stop_signal)
             print_sample(run);
-        }
-        if ((save || stop_signal) && run->step != saved_step && !options->overfit) {
-            save_checkpoint(run, now() - started);
+        const bool ending = last || hopeless || stop_signal;
+        if ((save || ending) && run->step != saved_step && !options->overfit) {
+            save_checkpoint(run);
             saved_step = run->step;
         }
-        if (last || ending || stop_signal)
+        if (ending)
             break;
 
         double step_started = now();
@@ -4212,26 +4161,22 @@ static int train(Run *run)
         seconds_per_step = seconds_per_step == 0 ? seconds : 0.9 * seconds_per_step + 0.1 * seconds;
         fprintf(log, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
                 update.loss, update.accuracy, update.learning_rate, update.norm, tokens_per_second,
-                now() - started);
+                now() - run->started);
         fflush(log);
         bool due = on_terminal ? now() - shown > 0.2 : run->step % plain_every == 0;
-        if (!options->quiet && (due || run->step == run->steps)) {
-            char line[256], rate[16], left[32];
+        if (!options->quiet && (due || run->step == run->steps)) { // what matters most stands first
+            char line[256], left[32];
             shown = now();
             snprintf(line, sizeof line,
-                     "step %ld/%ld  epoch %.2f  loss %.4f  lr %.2e  norm %.3f  %s tok/s  %s left", run->step,
-                     run->steps, epoch_of(run, run->step), update.loss, update.learning_rate, update.norm,
-                     short_number(tokens_per_second, rate),
-                     clock_time(seconds_per_step * (double)(run->steps - run->step), left));
+                     "step %ld/%ld  loss %.4f  %s left  epoch %.2f  lr %.2e  norm %.3f  %.0f tok/s",
+                     run->step, run->steps, update.loss,
+                     clock_time(seconds_per_step * (double)(run->steps - run->step), left),
+                     epoch_of(run, run->step), update.learning_rate, update.norm, tokens_per_second);
             show_progress(line, on_terminal);
         }
     }
     end_progress();
     fclose(log);
-    for (long i = 0; i < options->accumulate; i++)
-        batch_free(&batches[i]);
-    free(batches);
-    free(order);
     if (stop_signal) {
         printf("stopped at step %ld of %ld", run->step, run->steps);
         printf(options->overfit ? "\n" : ", saved in %s; --resume goes on from there\n", options->out);
@@ -4244,7 +4189,7 @@ static int train(Run *run)
                       : "NOT passed: 100 % expected; more --steps or a higher --learning-rate may help");
         return passed ? 0 : 1;
     }
-    save_result(run, now() - started);
+    save_result(run);
     return 0;
 }
 // =====================================================================================================
@@ -4335,7 +4280,16 @@ enum { MATMUL_AUTO_CHOICE, MATMUL_OPENBLAS_CHOICE, MATMUL_BUILTIN_CHOICE };
 static void add_pattern(Patterns *patterns, const char *item)
 {
     patterns->items = grow(patterns->items, patterns->size + 1, &patterns->capacity, sizeof *patterns->items);
-    patterns->items[patterns->size++] = xstrdup(item);
+    patterns->items[patterns->size++] = item;
+}
+
+// The word of a CHOICE that has this number, a copy; NULL when there are not so many.
+static char *choice_word(const Option *option, long number)
+{
+    char *words = xstrdup(option->argument), *word = strsep(&words, "|");
+    while (word && number-- > 0)
+        word = strsep(&words, "|");
+    return word;
 }
 
 // Sets one option from its text; `again`: a LIST goes on. Ends the program with status 2 when the text is
@@ -4344,25 +4298,22 @@ static void set_option(Options *options, const Option *option, const char *text,
 {
     char *field = (char *)options + option->field, *end = NULL;
     if (option->kind == FLAG) {
-        *(bool *)field = *text != 0;
+        *(bool *)field = true;
     } else if (option->kind == WORD) {
         *(const char **)field = xstrdup(text);
     } else if (option->kind == CHOICE) {
-        const char *word = option->argument;
         long number = 0;
-        for (size_t length = strlen(text); strcspn(word, "|") != length || strncmp(word, text, length) != 0;
-             number++) {
-            word = strchr(word, '|');
-            if (!word++)
-                die_usage("--%s %s: say one of %s", option->name, text, option->argument);
-        }
+        const char *word;
+        while ((word = choice_word(option, number)) && strcmp(word, text) != 0)
+            number++;
+        if (!word)
+            die_usage("--%s %s: say one of %s", option->name, text, option->argument);
         *(long *)field = number;
     } else if (option->kind == LIST) {
-        Patterns *patterns = (Patterns *)field;
         if (!again)
-            *patterns = (Patterns){0};
+            *(Patterns *)field = (Patterns){0};
         if (strcmp(text, "none") != 0)
-            add_pattern(patterns, text);
+            add_pattern((Patterns *)field, xstrdup(text));
     } else {
         errno = 0;
         double value = strtod(text, &end);
@@ -4382,99 +4333,123 @@ static void set_defaults(Options *options)
 {
     *options = (Options){0};
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
-        char *field = (char *)options + option->field;
         if (!option->name || option->kind == FLAG)
             continue;
-        if (option->kind == COUNT) {
-            *(long *)field = atol(option->initial); // 0 where the default depends on something else
+        if (option->kind == COUNT) { // 0, out of its range, where the default depends on something else
+            *(long *)((char *)options + option->field) = atol(option->initial);
         } else if (option->kind == LIST) {
-            char *list = xstrdup(option->initial);
-            for (char *item = strtok(list, ","), *first = item; item; item = strtok(NULL, ","))
+            char *list = xstrdup(option->initial), *first = list;
+            for (char *item; (item = strsep(&list, ","));)
                 set_option(options, option, item, item != first);
-            free(list);
         } else {
             set_option(options, option, option->initial, false);
         }
     }
 }
 
-// Keeps "--name=text" for checkpoints, which are read again in this order: later values override earlier ones.
-static void remember_option(Options *options, const Option *option, const char *text)
+// What a checkpoint remembers: "--name=value" for each option that has another value than its default.
+static Patterns options_to_save(const Options *options)
 {
-    char *word = xprintf(text ? "--%s=%s" : "--%s", option->name, text);
-    if (!(option->modes & NOT_SAVED))
-        add_pattern(&options->given, word);
-    free(word);
+    Patterns saved = {0};
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        const char *field = (const char *)options + option->field, *initial = option->initial;
+        if (!option->name || option->modes & NOT_SAVED)
+            continue;
+        if (option->kind == FLAG && *(const bool *)field)
+            add_pattern(&saved, xprintf("--%s", option->name));
+        if (option->kind == COUNT && *(const long *)field != atol(initial))
+            add_pattern(&saved, xprintf("--%s=%ld", option->name, *(const long *)field));
+        if (option->kind == REAL && *(const double *)field != atof(initial))
+            add_pattern(&saved, xprintf("--%s=%.17g", option->name, *(const double *)field));
+        const char *word = option->kind == WORD     ? *(const char *const *)field
+                           : option->kind == CHOICE ? choice_word(option, *(const long *)field)
+                                                    : initial;
+        if (strcmp(word, initial) != 0)
+            add_pattern(&saved, xprintf("--%s=%s", option->name, word));
+        const Patterns *list = (const Patterns *)field;
+        if (option->kind == LIST && list->size == 0)
+            add_pattern(&saved, xprintf("--%s=none", option->name));
+        for (size_t i = 0; option->kind == LIST && i < list->size; i++)
+            add_pattern(&saved, xprintf("--%s=%s", option->name, list->items[i]));
+    }
+    return saved;
 }
 
-// Names the option that begins and ends most like the unknown one.
-static void __attribute__((noreturn)) die_unknown_option(const char *word)
+// Ends the program, naming the known option that begins and ends most like the unknown one.
+static void __attribute__((noreturn)) die_unknown_option(const char *name)
 {
-    const char *nearest = NULL, *name = word + strspn(word, "-");
-    size_t length = strcspn(name, "="), most = length / 2;
+    const char *nearest = "help";
+    size_t length = strlen(name), most = length / 2;
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         size_t known = option->name ? strlen(option->name) : 0, front = 0, back = 0;
-        size_t shorter = known < length ? known : length;
-        while (front < shorter && option->name[front] == name[front])
+        while (front < smaller(known, length) && option->name[front] == name[front])
             front++;
-        while (front + back < shorter && option->name[known - 1 - back] == name[length - 1 - back])
+        while (front + back < smaller(known, length) &&
+               option->name[known - 1 - back] == name[length - 1 - back])
             back++;
         if (front + back > most) {
             most = front + back;
             nearest = option->name;
         }
     }
-    if (nearest && length > 3)
-        die_usage("unknown option %s; did you mean --%s?", word, nearest);
-    die_usage("unknown option %s; --help lists all", word);
+    die_usage(strcmp(nearest, "help") == 0 ? "unknown option --%s; --%s lists all"
+                                           : "unknown option --%s; did you mean --%s?",
+              name, nearest);
 }
 
-// Reads the command line. Ends the program with status 2 and one line when it is wrong.
-static void parse_options(Options *options, int argc, char **argv)
+// Takes words such as --name=value, --name value, -x value and -xvalue over into options. Ends the program with
+// status 2 and one line when one is wrong.
+static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words)
 {
-    struct option names[OPTION_COUNT + 1] = {{0}};
-    char letters[3 * OPTION_COUNT + 2] = ":";
-    int count = 0;
-    for (int i = 0; i < OPTION_COUNT; i++) {
-        const Option *option = &option_table[i];
-        if (!option->name)
-            continue;
-        bool argument = option->kind != FLAG;
-        names[count++] =
-            (struct option){option->name, argument ? required_argument : no_argument, NULL, 1000 + i};
-        if (option->letter)
-            snprintf(letters + strlen(letters), 3, "%c%s", option->letter, argument ? ":" : "");
+    bool taken[OPTION_COUNT] = {false};
+    for (int i = 0; i < count; i++) {
+        const char *word = words[i], *value = NULL;
+        bool is_long = strncmp(word, "--", 2) == 0;
+        if (word[0] != '-' || !word[1] || strcmp(word, "--") == 0)
+            die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+        size_t length = is_long ? strcspn(word, "=") : 2;
+        char *name = xprintf("%.*s", (int)length - 2, word + 2);
+        if (word[length])
+            value = word + length + is_long;
+        int o = 0;
+        while (o < OPTION_COUNT &&
+               (!option_table[o].name ||
+                (is_long ? strcmp(option_table[o].name, name) != 0 : option_table[o].letter != word[1])))
+            o++;
+        if (o == OPTION_COUNT && !is_long)
+            die_usage("unknown option -%c; --help lists all", word[1]);
+        if (o == OPTION_COUNT)
+            die_unknown_option(name);
+        if (option_table[o].kind == FLAG && value)
+            die_usage("%s: --%s takes no value", word, option_table[o].name);
+        if (option_table[o].kind != FLAG && !value && !(value = i + 1 < count ? words[++i] : NULL))
+            die_usage("%s needs a value; --help says which", word);
+        set_option(options, &option_table[o], value, taken[o]);
+        given[o] = taken[o] = true;
+        free(name);
     }
-    set_defaults(options);
+}
+
+// Reads the command line, on top of the options that the checkpoint `state` (or NULL) remembers: what is said
+// again replaces what was said then. Ends the program with status 2 and one line when it is wrong.
+static void parse_options(Options *options, const char *state, int argc, char **argv)
+{
     bool given[OPTION_COUNT] = {false};
-    opterr = 0;
-    optind = 0; // start anew, also after an earlier command line
-#ifdef __APPLE__
-    optind = optreset = 1;
-#endif
-    for (int found; (found = getopt_long(argc, argv, letters, names, NULL)) != -1;) {
-        int i = found - 1000;
-        if (found < 1000)
-            for (i = 0; i < OPTION_COUNT && (!option_table[i].name || option_table[i].letter != found); i++)
-                ;
-        if (found == ':')
-            die_usage("%s needs a value; --help says which", argv[optind - 1]);
-        if (found == '?' || i >= OPTION_COUNT) { // a letter may stand among others, as in -yZ
-            char letter[3] = {'-', (char)optopt, 0};
-            die_unknown_option(optopt > 0 && optopt < 256 ? letter : argv[optind - 1]);
-        }
-        set_option(options, &option_table[i], optarg ? optarg : "yes", given[i]);
-        remember_option(options, &option_table[i], optarg);
-        given[i] = true;
-    }
-    if (optind < argc)
-        die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", argv[optind]);
+    set_defaults(options);
+    Json *json = state ? json_read_file(state) : NULL;
+    const Json *saved = json_get(json, "options");
+    Patterns words = {0};
+    for (const Json *item = saved ? saved->child : NULL; item; item = item->next)
+        if (item->kind == JSON_STRING)
+            add_pattern(&words, item->string);
+    take_words(options, given, (int)words.size, (char *const *)words.items);
+    json_free(json);
+    take_words(options, given, argc - 1, argv + 1);
     int mode = options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
-    static const char *const mode_names[] = {
-        [TRAIN] = "training", [EVAL] = "--eval", [GENERATE] = "--generate"};
+    const char *mode_name = options->generate ? "--generate" : options->eval ? "--eval" : "training";
     for (int i = 0; i < OPTION_COUNT && !options->help; i++)
         if (given[i] && !(option_table[i].modes & mode))
-            die_usage("--%s does not apply to %s%s", option_table[i].name, mode_names[mode],
+            die_usage("--%s does not apply to %s%s", option_table[i].name, mode_name,
                       option_table[i].modes & GENERATE ? "; it goes with --generate N" : "");
 }
 
@@ -4501,27 +4476,6 @@ static void print_help(void)
     }
     printf("\nExit status: 0 done, 1 a run failed, 2 the command line is wrong, 130 or 143 stopped by a "
            "signal and saved.\n");
-}
-
-// Reads a checkpoint's options and then, on top of them, the command line.
-static void parse_resumed_options(Options *options, const char *path, int argc, char **argv)
-{
-    Json *json = json_read_file(path);
-    const Json *saved = json_get(json, "options");
-    size_t count = 1;
-    for (const Json *item = saved ? saved->child : NULL; item; item = item->next)
-        count += item->kind == JSON_STRING;
-    char **words = xcalloc(count + (size_t)argc, sizeof *words);
-    words[0] = argv[0];
-    count = 1;
-    for (const Json *item = saved ? saved->child : NULL; item; item = item->next)
-        if (item->kind == JSON_STRING)
-            words[count++] = item->string;
-    for (int i = 1; i < argc; i++)
-        words[count++] = argv[i];
-    parse_options(options, (int)count, words);
-    free(words);
-    json_free(json);
 }
 
 // ---- the machine ----
@@ -4583,10 +4537,6 @@ static void choose_matmul(Options *options)
         die_usage("--matmul openblas: this program was built without a BLAS; --matmul builtin works");
     options->matmul = MATMUL_BUILTIN_CHOICE;
 #endif
-    const Option *option = option_table;
-    while (!option->name || strcmp(option->name, "matmul") != 0)
-        option++;
-    remember_option(options, option, matmul_kind == MATMUL_BUILTIN ? "builtin" : "openblas"); // for --resume
 }
 
 static const char *matmul_name(void)
@@ -4607,21 +4557,25 @@ static const char *matmul_name(void)
 
 // ---- starting a run ----
 
-// clang-format off
-static const struct {
-    const char *name;
-    int layers, channels, heads;
-} size_table[] = {{"d4", 4, 256, 4},    {"d6", 6, 384, 6},    {"d12", 12, 768, 12},
-                  {"d24", 24, 1024, 16}, {"d36", 36, 1280, 20}, {"d48", 48, 1600, 25}};
-// clang-format on
+// The layers and channels of the sizes that --init knows, d4 to d48. Heads have 64 channels.
+static const int sizes[][2] = {{4, 256}, {6, 384}, {12, 768}, {24, 1024}, {36, 1280}, {48, 1600}};
 
-// The number of a size such as d12 in the table, or -1: then it is the name of a folder.
-static int size_index(const char *name)
+// The row of a size such as d12 in the table; NULL: then it is the name of a folder.
+static const int *find_size(const char *name)
 {
-    for (size_t i = 0; i < sizeof size_table / sizeof *size_table; i++)
-        if (strcmp(name, size_table[i].name) == 0)
-            return (int)i;
-    return -1;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (name[0] == 'd' && strlen(name) < 4 && strspn(name + 1, "0123456789") == strlen(name + 1) &&
+            atoi(name + 1) == sizes[i][0])
+            return sizes[i];
+    return NULL;
+}
+
+static bool has_file(const char *folder, const char *name)
+{
+    char *path = xprintf("%s/%s", folder, name);
+    bool found = file_exists(path);
+    free(path);
+    return found;
 }
 
 // The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
@@ -4629,52 +4583,75 @@ static Tokenizer *load_tokenizer(const char *given, const char *folder)
 {
     if (*given)
         return tokenizer_load(given);
-    static const char *const names[] = {"merges.txt", "vocab.bpe", "tokenizer.json"};
-    bool found = false;
-    for (int i = 0; i < 3; i++) {
-        char *path = xprintf("%s/%s", folder, names[i]);
-        found = found || file_exists(path);
-        free(path);
-    }
+    bool found =
+        has_file(folder, "merges.txt") || has_file(folder, "vocab.bpe") || has_file(folder, "tokenizer.json");
     return found ? tokenizer_load(folder) : NULL;
 }
 
-static void check_vocabulary(const Model *model, const Tokenizer *tokenizer)
+// A model of a size of the table with random values, or (size NULL) the one in a folder.
+static Model *start_model(const Options *options, const int *size, const char *folder,
+                          const Tokenizer *tokenizer)
 {
-    if (tokenizer && tokenizer->vocab_size > model->config.vocab_size)
-        die("the tokenizer has %d entries, the model only %d: it is not this model's own",
-            tokenizer->vocab_size, model->config.vocab_size);
-}
-
-// A model of a size of the table with random values, or the one in a folder (on --resume the checkpoint's).
-static Model *start_model(const Options *options, const Tokenizer *tokenizer, const char *checkpoint)
-{
-    int size = size_index(options->init);
-    if (checkpoint || size < 0) {
-        if (size < 0 && (options->n_layer || options->n_head || options->n_embd || options->n_positions))
-            die_usage("--n-layer, --n-head, --n-embd and --n-positions apply to a random start, not to a "
-                      "model folder");
-        if (!checkpoint && ends_with(options->init, ".bin"))
-            die("%s: is not a model folder; python3 data/convert.py makes one of it", options->init);
-        Model *model = model_load(checkpoint ? checkpoint : options->init);
-        check_vocabulary(model, tokenizer);
+    if (!size) {
+        Model *model = model_load(folder);
+        if (tokenizer && tokenizer->vocab_size > model->config.vocab_size)
+            die("the tokenizer has %d entries, the model only %d: it is not this model's own",
+                tokenizer->vocab_size, model->config.vocab_size);
         return model;
     }
-    Config config = {tokenizer ? tokenizer->vocab_size : 50257,
-                     options->n_positions ? (int)options->n_positions : 1024,
-                     options->n_layer ? (int)options->n_layer : size_table[size].layers,
-                     options->n_head ? (int)options->n_head : size_table[size].heads,
-                     options->n_embd ? (int)options->n_embd : size_table[size].channels,
-                     0,
-                     1e-5f,
-                     true};
-    if (options->n_embd && !options->n_head) // heads of 64, where that divides evenly
-        config.n_head = config.n_embd % 64 == 0 ? config.n_embd / 64 : config.n_head;
+    Config config = {.vocab_size = tokenizer ? tokenizer->vocab_size : 50257,
+                     .n_positions = options->n_positions ? (int)options->n_positions : 1024,
+                     .n_layer = options->n_layer ? (int)options->n_layer : size[0],
+                     .n_embd = options->n_embd ? (int)options->n_embd : size[1],
+                     .layer_norm_epsilon = 1e-5f,
+                     .tie_word_embeddings = true};
+    config.n_head = options->n_head           ? (int)options->n_head
+                    : config.n_embd % 64 == 0 ? config.n_embd / 64
+                                              : size[1] / 64;
     config.n_inner = 4 * config.n_embd;
     check_config(&config, "--init");
     Model *model = model_new(config);
     model_initialise(model, (uint64_t)options->seed);
     return model;
+}
+
+// What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as --init
+// says, and the datasets that are named.
+static Run start_run(Options *options, const char *checkpoint)
+{
+    const int *size = checkpoint ? NULL : find_size(options->init);
+    const char *folder = checkpoint ? checkpoint : options->init;
+    if (!find_size(options->init) &&
+        (options->n_layer || options->n_head || options->n_embd || options->n_positions))
+        die_usage(
+            "--n-layer, --n-head, --n-embd and --n-positions apply to a random start, not to a model folder");
+    bool other_format = has_file(folder, "pytorch_model.bin") ||
+                        has_file(folder, "pytorch_model.bin.index.json") ||
+                        has_file(folder, "model.safetensors.index.json");
+    if (!size && (other_format ? !has_file(folder, "model.safetensors") : ends_with(folder, ".bin")))
+        die("%s: weights in another format; this converts them: python3 data/convert.py %s FOLDER", folder,
+            folder);
+    choose_matmul(options);
+    Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1, .started = now()};
+    run.tokenizer = load_tokenizer(checkpoint ? "" : options->tokenizer, folder);
+    run.model = start_model(options, size, folder, run.tokenizer);
+    const Config *config = &run.model->config;
+    if (options->seq_len > config->n_positions)
+        die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
+    if (!options->seq_len)
+        options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
+    if (options->train[0]) {
+        model_set_training(run.model, &options->freeze, &options->no_decay);
+        if (count_parameters(run.model, true) == 0)
+            die_usage("--freeze leaves nothing to train");
+        run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
+    }
+    if (options->val[0])
+        run.val = dataset_load(options->val, run.tokenizer, (int)options->seq_len, config->vocab_size);
+    else if (run.train && options->val_fraction > 0)
+        run.val = dataset_split(run.train, options->val_fraction);
+    run.saved_options = options_to_save(options);
+    return run;
 }
 
 // Rows of the largest batch: that of the longest examples.
@@ -4699,7 +4676,7 @@ static long warmup_of(const Options *options, long steps, long steps_per_epoch)
 {
     const char *text = options->warmup_steps;
     if (!*text)
-        text = size_index(options->init) < 0 && steps > steps_per_epoch ? "1ep" : "10%";
+        text = !find_size(options->init) && steps > steps_per_epoch ? "1ep" : "10%";
     char *unit;
     double value = strtod(text, &unit);
     if (unit == text || !(value >= 0) || value > 1e12 ||
@@ -4713,30 +4690,65 @@ static long warmup_of(const Options *options, long steps, long steps_per_epoch)
 
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
+// The share of an update's multiply-adds that freezing skips: the weight-gradient product of each frozen matrix, and
+// everything backward in blocks below the lowest trainable tensor. `keys` is what a row attends to on average,
+// `scored` the share of rows that reach the head. Embeddings, norms and biases are too small to count.
+static double skipped_work(const Model *model, double keys, double scored)
+{
+    const Config *config = &model->config;
+    // Of each block's attention 2 products forward (query·keyᵀ, probabilities·value) and 5 backward.
+    double attention = keys * config->n_embd, all = 7 * attention * config->n_layer, skipped = 0;
+    if (model->lowest > 0)
+        skipped += 5 * attention * model->lowest;
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        bool in_block = kind_is_per_layer(t->kind);
+        if (t->dims < 2 || !(in_block || t->kind == head_kind(model)))
+            continue;
+        double product = (double)t->size * (in_block ? 1 : scored); // y = xW, dx = dyWᵀ, dW = xᵀdy
+        all += 3 * product;
+        skipped += t->frozen ? product : 0;
+        skipped += in_block && t->layer < model->lowest ? product : 0;
+    }
+    return skipped / all;
+}
+
 static void print_plan(const Run *run)
 {
     const Model *model = run->model;
     const Options *options = run->options;
-    size_t decayed = 0, trainable = count_parameters(model, true), all = count_parameters(model, false), rows,
-           targets;
+    size_t decayed = 0, trainable = count_parameters(model, true), all = count_parameters(model, false);
+    size_t frozen = all - trainable, memory = run->activations.memory_size, rows, targets;
     printf("%-40s %-16s %12s  %-6s %s\n", "tensor", "shape", "parameters", "decay", "frozen");
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *t = &model->tensors[i];
+        bool decays = t->decay && !t->frozen;
         char shape[48];
         snprintf(shape, sizeof shape, t->dims == 2 ? "[%zu, %zu]" : "[%zu]", t->shape[0], t->shape[1]);
-        printf("%-40s %-16s %12zu  %-6s %s\n", t->name, shape, t->size, t->decay && !t->frozen ? "yes" : "-",
+        printf("%-40s %-16s %12zu  %-6s %s\n", t->name, shape, t->size, decays ? "yes" : "-",
                t->frozen ? "yes" : "-");
-        decayed += t->decay && !t->frozen ? t->size : 0;
+        decayed += decays ? t->size : 0;
     }
-    printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trainable, decayed,
-           all - trainable);
-    printf("\nmemory, MB\n  weights %.1f%s\n  gradients %.1f\n  AdamW's moments %.1f\n  activations %.1f (%d "
-           "rows)\n",
-           megabytes(all), model->value_file.data ? " (mapped from the file; copied where trained)" : "",
-           megabytes(trainable), megabytes(2 * trainable), megabytes(run->activations.memory_size),
-           run->activations.rows);
-    printf("  in all %.1f\n", megabytes(all + 3 * trainable + run->activations.memory_size));
+    printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trainable, decayed, frozen);
+    printf("\nmemory, MB\n  weights %.1f%s\n", megabytes(all),
+           model->value_file.data ? " (mapped from the file; copied where trained)" : "");
+    printf("  gradients %.1f\n  AdamW's moments %.1f\n", megabytes(trainable), megabytes(2 * trainable));
+    printf("  activations %.1f (%d rows)\n  in all %.1f\n", megabytes(memory), run->activations.rows,
+           megabytes(all + 3 * trainable + memory));
     dataset_size(run->train, &rows, &targets);
+    if (frozen > 0) {
+        Model unfrozen = *model;
+        unfrozen.lowest = -1;
+        Activations full = {0};
+        activations_reserve(&full, &unfrozen, run->activations.rows, run->activations.longest, true,
+                            options->recompute, options->dropout > 0, true);
+        double keys = ((double)rows / (double)run->train->count + 1) / 2;
+        printf(
+            "freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, and %.0f %% of the "
+            "multiply-adds\n",
+            megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - memory),
+            100 * skipped_work(model, keys, (double)targets / (double)rows));
+    }
     printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
     if (run->val) {
         dataset_size(run->val, &rows, &targets);
@@ -4751,45 +4763,31 @@ static void print_plan(const Run *run)
     printf("  (warm-up %ld updates)\n", run->warmup);
 }
 
+static void end_run(Run *run)
+{
+    activations_free(&run->activations);
+    dataset_free(run->val);
+    dataset_free(run->train);
+    model_free(run->model);
+    if (run->tokenizer)
+        tokenizer_free(run->tokenizer);
+}
+
 static int run_training(Options *options, int argc, char **argv)
 {
     char *checkpoint = NULL;
-    long checkpoint_at = -1;
     size_t count;
-    long *steps = list_checkpoints(options->out, &count);
+    long *steps = list_checkpoints(options->out, &count), newest = count > 0 ? steps[count - 1] : 0;
     if (count > 0 && options->resume) {
-        checkpoint_at = steps[count - 1];
-        checkpoint = checkpoint_path(options->out, checkpoint_at);
-        char *state = xprintf("%s/trainer_state.json", checkpoint);
-        parse_resumed_options(options, state, argc, argv);
-        free(state);
+        checkpoint = checkpoint_path(options->out, newest);
+        parse_options(options, xprintf("%s/trainer_state.json", checkpoint), argc, argv);
     } else if (count > 0 && !options->plan) {
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
     }
-    free(steps);
     if (!options->train[0])
         die_usage("nothing to train on: say --train FILE (.txt, .jsonl or .bin); --help shows examples");
-    choose_matmul(options);
-    Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1};
-    run.tokenizer =
-        checkpoint ? load_tokenizer("", checkpoint) : load_tokenizer(options->tokenizer, options->init);
-    run.model = start_model(options, run.tokenizer, checkpoint);
-    const Config *config = &run.model->config;
-    model_set_training(run.model, &options->freeze, &options->no_decay);
-    if (count_parameters(run.model, true) == 0)
-        die_usage("--freeze leaves nothing to train");
-    if (options->seq_len > config->n_positions)
-        die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
-    int seq_len = options->seq_len             ? (int)options->seq_len
-                  : config->n_positions < 1024 ? config->n_positions
-                                               : 1024;
-    run.train = dataset_load(options->train, run.tokenizer, seq_len, config->vocab_size);
-    if (options->val[0])
-        run.val = dataset_load(options->val, run.tokenizer, seq_len, config->vocab_size);
-    else if (options->val_fraction > 0)
-        run.val = dataset_split(run.train, options->val_fraction);
-
+    Run run = start_run(options, checkpoint);
     size_t group = (size_t)(options->batch_size * options->accumulate);
     run.steps_per_epoch = (long)((run.train->count + group - 1) / group);
     run.steps = options->steps ? options->steps : (long)(options->epochs * (double)run.steps_per_epoch + 0.5);
@@ -4798,47 +4796,40 @@ static int run_training(Options *options, int argc, char **argv)
     run.warmup = warmup_of(options, run.steps, run.steps_per_epoch);
     run.val_every = options->val_every ? options->val_every : run.steps >= 20 ? run.steps / 20 : 1;
     run.save_every = options->save_every ? options->save_every : run.val_every;
-    int rows = largest_batch(run.train, options->batch_size, seq_len);
+    const int seq_len = (int)options->seq_len, rows = largest_batch(run.train, options->batch_size, seq_len);
     activations_reserve(&run.activations, run.model, rows, seq_len, true, options->recompute,
                         options->dropout > 0, options->plan);
-    int status = 0;
     if (options->plan) {
         print_plan(&run);
-    } else {
-        make_folder(options->out);
-        remove_leftovers(options->out);
-        model_allocate_training(run.model, checkpoint == NULL);
-        if (checkpoint)
-            load_trainer_state(&run, checkpoint_at);
-        if (!options->quiet) {
-            char size[16], trained[16];
-            size_t train_rows, targets;
-            dataset_size(run.train, &train_rows, &targets);
-            printf("machine: %d threads, %s\n", omp_get_max_threads(), matmul_name());
-            printf("model: %s, %d layers, %d channels, %d heads, vocabulary %d; %s parameters, %s of them "
-                   "trained\n",
-                   checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
-                   config->vocab_size, short_number((double)count_parameters(run.model, false), size),
-                   short_number((double)count_parameters(run.model, true), trained));
-            printf("data: %zu examples, %zu tokens (%zu scored); %zu validation examples\n", run.train->count,
-                   train_rows, targets, run.val ? run.val->count : 0);
-            printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", run.steps, epoch_of(&run, run.steps),
-                   run.warmup,
-                   checkpoint        ? "; resumed"
-                   : options->resume ? "; no checkpoint yet, starting afresh"
-                                     : "");
-            fflush(stdout);
-        }
-        status = train(&run);
+        end_run(&run);
+        return 0;
     }
-    free(checkpoint);
-    activations_free(&run.activations);
-    if (run.val)
-        dataset_free(run.val);
-    dataset_free(run.train);
-    model_free(run.model);
-    if (run.tokenizer)
-        tokenizer_free(run.tokenizer);
+    make_folder(options->out);
+    remove_leftovers(options->out);
+    model_allocate_training(run.model, checkpoint == NULL);
+    run.started = now();
+    if (checkpoint)
+        load_trainer_state(&run, checkpoint, newest);
+    if (!options->quiet) {
+        const Config *config = &run.model->config;
+        size_t tokens, targets;
+        dataset_size(run.train, &tokens, &targets);
+        printf("machine: %d threads, %s\n", omp_get_max_threads(), matmul_name());
+        printf("model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them "
+               "trained\n",
+               checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
+               config->vocab_size, count_parameters(run.model, false), count_parameters(run.model, true));
+        printf("data: %zu examples, %zu tokens (%zu scored); %zu validation examples\n", run.train->count,
+               tokens, targets, run.val ? run.val->count : 0);
+        printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", run.steps, epoch_of(&run, run.steps),
+               run.warmup,
+               checkpoint        ? "; resumed"
+               : options->resume ? "; no checkpoint yet, starting afresh"
+                                 : "");
+        fflush(stdout);
+    }
+    int status = train(&run);
+    end_run(&run);
     return status;
 }
 
@@ -4846,44 +4837,33 @@ static int run_evaluation(Options *options)
 {
     if (!options->val[0])
         die_usage("--eval needs --val FILE");
-    choose_matmul(options);
-    Run run = {.options = options, .tokenizer = load_tokenizer(options->tokenizer, options->init)};
-    run.model = start_model(options, run.tokenizer, NULL);
-    int P = run.model->config.n_positions, seq_len = options->seq_len ? (int)options->seq_len
-                                                     : P < 1024       ? P
-                                                                      : 1024;
-    if (seq_len > P)
-        die_usage("--seq-len %d: the model has only %d positions", seq_len, P);
-    run.val = dataset_load(options->val, run.tokenizer, seq_len, run.model->config.vocab_size);
-    Evaluation e = evaluate(&run, run.val, (size_t)options->batch_size, options->val_batches);
+    Run run = start_run(options, NULL);
+    Evaluation e = evaluate(&run);
     printf("loss %.6f  perplexity %.4f  accuracy %.3f %%  of %zu tokens", e.loss, exp(e.loss),
            100 * e.accuracy, e.targets);
     if (run.val->prompts)
         printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
+    printf("  in %s", options->val);
+    if (run.val->truncated + run.val->skipped > 0)
+        printf(" (%zu examples cut, %zu skipped)", run.val->truncated, run.val->skipped);
     printf("\n");
-    activations_free(&run.activations);
-    if (run.val)
-        dataset_free(run.val);
-    model_free(run.model);
-    if (run.tokenizer)
-        tokenizer_free(run.tokenizer);
+    end_run(&run);
     return 0;
 }
 
 static int run_generation(Options *options)
 {
-    choose_matmul(options);
-    Tokenizer *tokenizer = load_tokenizer(options->tokenizer, options->init);
+    Run run = start_run(options, NULL);
+    const Tokenizer *tokenizer = run.tokenizer;
     if (!tokenizer)
         die("%s: has no tokenizer (vocab.json and merges.txt); say --tokenizer FOLDER", options->init);
-    Model *model = start_model(options, tokenizer, NULL);
     Text text = {0};
     if (strcmp(options->prompt, "-") == 0)
         text = read_file("-");
     else
         text_append(&text, options->prompt, strlen(options->prompt));
     Ids prompt = {0}, *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
-    tokenizer_encode(tokenizer, &prompt, text.data, text.size, false);
+    tokenizer_encode(run.tokenizer, &prompt, text.data, text.size, false);
     if (prompt.size == 0)
         ids_push(&prompt, tokenizer->end_of_text >= 0 ? tokenizer->end_of_text : 0);
     Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed};
@@ -4892,10 +4872,11 @@ static int run_generation(Options *options)
         fwrite(text.data, 1, text.size, stdout);
         fflush(stdout);
     }
-    generate(model, stream ? tokenizer : NULL, &prompt, (int)options->generate, (int)options->samples,
+    generate(run.model, stream ? run.tokenizer : NULL, &prompt, (int)options->generate, (int)options->samples,
              tokenizer->end_of_text, &sampling, outputs);
-    for (long s = 0; s < options->samples && !stream;
-         s++) { // the same separator as between documents of a text file
+    if (stream)
+        printf("\n");
+    for (long s = 0; s < options->samples && !stream; s++) { // separated as the documents of a text file
         Text sample = {0};
         text_append(&sample, text.data, text.size);
         for (size_t i = 0; i < outputs[s].size; i++)
@@ -4905,15 +4886,7 @@ static int run_generation(Options *options)
         printf("%s", sample.size && sample.data[sample.size - 1] == '\n' ? "" : "\n");
         free(sample.data);
     }
-    if (stream)
-        printf("\n");
-    for (long s = 0; s < options->samples; s++)
-        free(outputs[s].data);
-    free(outputs);
-    free(prompt.data);
-    free(text.data);
-    model_free(model);
-    tokenizer_free(tokenizer);
+    end_run(&run);
     return 0;
 }
 
@@ -4921,7 +4894,7 @@ static int run_generation(Options *options)
 static int train_gpt2_main(int argc, char **argv)
 {
     Options options;
-    parse_options(&options, argc, argv);
+    parse_options(&options, NULL, argc, argv);
     if (options.help) {
         print_help();
         return 0;
