@@ -3162,6 +3162,8 @@ static void test_jsonl_data(void)
         {"{\"prompt\": \"abc\", \"completion\": \"uvwxy\"}", 5, "c|uvwxy", "d.jsonl:1: 8 tokens, cut"},
         {"{\"prompt\": \"ab\", \"completion\": \"wxy\"}", 5, "ab|wxy$", ""}, // just fits
         {"{\"text\": \"abcdef\"}", 3, "$|abc", "d.jsonl:1: 7 tokens, cut"},
+        {"{\"text\": \"abcdef\"}\n{\"text\": \"\"}\n{\"text\": \"abcdef\"}\n{\"text\": \"a\"}", 3,
+         "$|abc $|abc $|a$", "d.jsonl: 3 examples, 2 of them cut to --seq-len 3; 1 more skipped\n"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         expect_data("d.jsonl", cases[i].text, cases[i].seq_len, cases[i].expected);
@@ -3443,6 +3445,25 @@ static void test_options(void)
     check(options.freeze.size == 2 && options.no_decay.size == 2 && options.steps == 4, "repeated options");
     options_from_text(&options, "--no-decay none");
     check(options.no_decay.size == 0, "--no-decay none");
+    options_from_text(&options, "-x7 -y -b5");
+    check(options.steps == 7 && options.resume && options.batch_size == 5, "-x7 -y -b5");
+
+    // On top of what a checkpoint remembers: what is said again replaces it, and is remembered in its place.
+    write_text("state.json",
+               "{\"options\": [\"--freeze=a\", \"--freeze=b\", \"--no-decay=x\", \"--steps=3\"]}");
+    char *words[] = {"train_gpt2", "--freeze", "c", "--freeze=d", "--steps", "4"};
+    parse_options(&options, in_tests("state.json"), 6, words);
+    check(options.freeze.size == 2 && strcmp(options.freeze.items[0], "c") == 0 &&
+              strcmp(options.freeze.items[1], "d") == 0 && options.no_decay.size == 1 &&
+              strcmp(options.no_decay.items[0], "x") == 0 && options.steps == 4,
+          "resumed: --freeze has %zu patterns, --no-decay %zu", options.freeze.size, options.no_decay.size);
+    Text saved = {0};
+    Patterns list = options_to_save(&options);
+    for (size_t i = 0; i < list.size; i++)
+        text_append(&saved, list.items[i], strlen(list.items[i]));
+    check(strcmp(saved.data, "--steps=4--no-decay=x--freeze=c--freeze=d") == 0, "remembered: %s", saved.data);
+    free(saved.data);
+    unlink(in_tests("state.json"));
 
     Text plan;
     uint64_t before = fingerprint(temporary_folder());
@@ -3451,8 +3472,93 @@ static void test_options(void)
               strstr(plan.data, "transformer.h.0.mlp.c_proj.weight") &&
               strstr(plan.data, "parameters 7712, trained 7456,") && strstr(plan.data, "40 updates"),
           "--plan: %s", plan.data);
+    check(strstr(plan.data, "freezing saves 0.0 MB") != NULL, "--plan does not say what freezing saves");
     check(fingerprint(temporary_folder()) == before, "--plan writes");
     free(plan.data);
+    expect_run(0, &plan, "$TINY --train $D/text.txt --plan --steps 40 --out $D/never");
+    check(!strstr(plan.data, "freezing"), "--plan: nothing is frozen");
+    free(plan.data);
+    // A block of 128 channels has 198272 parameters; of three blocks, two keep 10 C + NH + 4 floats in 32 rows.
+    const char *wide = "$TINY --n-layer 3 --n-embd 128 --train $D/text.txt --plan --out $D/never --freeze";
+    for (int deep = 0; deep < 2; deep++) {
+        char *words = xprintf("%s '%s'", wide, deep ? "h.[01]|w[tp]e" : "h.0");
+        const char *saved = deep ? "freezing saves 1.7 MB of gradients, 3.5 of moments, 0.3 of activations"
+                                 : "freezing saves 0.8 MB of gradients, 1.6 of moments, 0.0 of activations";
+        expect_run(0, &plan, words);
+        check(strstr(plan.data, saved) != NULL, "%s: %s", words, plan.data);
+        free(plan.data);
+        free(words);
+    }
+}
+
+// What freezing skips, against the products counted by hand for two blocks of 16 channels, V = 40: a block's matrices
+// have 3072 weights, an attention product takes 16 multiply-adds per key.
+static void test_skipped_work(void)
+{
+    Model *model = model_new((Config){40, 8, 2, 2, 16, 64, 1e-5f, true});
+    const double keys = 3, scored = 0.5, head = scored * 40 * 16, attention = 16 * keys;
+    const double all = 3 * (2 * 3072 + head) + 2 * 7 * attention;
+    const struct {
+        const char *freeze;
+        double skipped;
+    } cases[] = {{"none at all", 0},
+                 {"bias|ln_", 0},
+                 {"wpe", 0},
+                 {"wte", head},
+                 {"h.0.mlp.c_fc.weight", 16 * 64},
+                 {"h.0", 3072}, // the embeddings below still need the gradient
+                 {"h.0|w[tp]e", head + 2 * 3072 + 5 * attention},
+                 {"h.[01]|wte|wpe", head + 4 * 3072 + 10 * attention}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Patterns freeze = {0};
+        add_pattern(&freeze, cases[i].freeze);
+        model_set_training(model, &freeze, &(Patterns){0});
+        double share = skipped_work(model, keys, scored);
+        check(fabs(share - cases[i].skipped / all) < 1e-12, "--freeze %s skips %g, not %g", cases[i].freeze,
+              share, cases[i].skipped / all);
+        free(freeze.items);
+    }
+    model_free(model);
+}
+
+// The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what was
+// there before is covered, and no escape sequence is sent.
+static void test_progress(void)
+{
+    const char *lines[] = {
+        "step 1/9  loss 1.2345  0:00:09 left  epoch 0.10  lr 1.00e-03  norm 1.000  99 tok/s", "step 2/9"};
+    for (int columns = 40; columns <= 200; columns += 160) {
+        int master = posix_openpt(O_RDWR | O_NOCTTY);
+        if (master < 0 || grantpt(master) != 0 || unlockpt(master) != 0) {
+            check(false, "no pseudo-terminal: %s", strerror(errno));
+            return;
+        }
+        int slave = open(ptsname(master), O_RDWR | O_NOCTTY), kept = dup(1);
+        struct winsize window = {.ws_col = (unsigned short)columns, .ws_row = 24};
+        ioctl(slave, TIOCSWINSZ, &window);
+        fflush(stdout);
+        dup2(slave, 1);
+        for (int i = 0; i < 2; i++)
+            show_progress(lines[i], true);
+        end_progress();
+        fflush(stdout);
+        dup2(kept, 1);
+        char got[1024], *expected = xprintf("\r%-*.*s\r%-*.*s\r\n", columns - 1, columns - 1, lines[0],
+                                            columns - 1, columns - 1, lines[1]);
+        size_t size = 0;
+        while (size < strlen(expected)) {
+            ssize_t more = read(master, got + size, sizeof got - 1 - size);
+            if (more <= 0)
+                break;
+            size += (size_t)more;
+        }
+        got[size] = 0;
+        check(strcmp(got, expected) == 0, "%d columns: '%s', expected '%s'", columns, got, expected);
+        free(expected);
+        close(slave);
+        close(master);
+        close(kept);
+    }
 }
 
 // ---- runs ----
@@ -3498,6 +3604,71 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence)
     return count;
 }
 
+// A model folder without tokenizer files works with token shards, and --generate says what is missing.
+static void test_without_tokenizer(void)
+{
+    make_inputs();
+    Model *model = model_load(in_tests("model"));
+    model_save(model, NULL, in_tests("bare"));
+    model_free(model);
+    uint16_t shard[512 + 200] = {0};
+    const int32_t header[3] = {20240520, 1, 200};
+    memcpy(shard, header, sizeof header);
+    for (int i = 0; i < 200; i++)
+        shard[512 + i] = (uint16_t)(i % 7);
+    put_file(in_tests("sevens.bin"), shard, sizeof shard);
+    expect_run(0, NULL,
+               "--init $D/bare --train $D/sevens.bin --steps 2 --matmul builtin --quiet --out $D/bare-run "
+               "--sample-every 1");
+    expect_run(0, NULL, "--resume --steps 3 --quiet --out $D/bare-run");
+    Text printed;
+    expect_run(0, &printed, "--init $D/bare-run --eval --val $D/sevens.bin --matmul builtin");
+    check(strstr(printed.data, "of 199 tokens  in ") && strstr(printed.data, "/sevens.bin\n"), "--eval: %s",
+          printed.data);
+    free(printed.data);
+    char *missing = xprintf("%s: has no tokenizer (vocab.json and merges.txt); say --tokenizer FOLDER",
+                            in_tests("bare-run"));
+    expect_refusal(1, missing, "--init $D/bare-run --generate 3 --matmul builtin");
+    expect_refusal(1, "text needs a tokenizer",
+                   "--init $D/bare-run --eval --val $D/val.txt --matmul builtin");
+    free(missing);
+}
+
+// Weights in other formats: one line with the command that converts them.
+static void test_other_formats(void)
+{
+    static const char *const names[] = {"llmc.bin", "torch/pytorch_model.bin",
+                                        "torches/pytorch_model.bin.index.json",
+                                        "sharded/model.safetensors.index.json"};
+    make_inputs();
+    for (int i = 0; i < 4; i++) {
+        char *init = xstrdup(names[i]);
+        if (i > 0) {
+            *strchr(init, '/') = 0;
+            make_folder(in_tests(init));
+        }
+        write_text(names[i], "{}");
+        char *command = xprintf("python3 data/convert.py %s FOLDER", in_tests(init));
+        static const char *const ways[] = {"--generate 1", "--eval --val $D/val.txt",
+                                           "--train $D/text.txt --out $D/never"};
+        for (int way = 0; way < 3; way++) {
+            char *words = xprintf("--init $D/%s %s", init, ways[way]);
+            expect_refusal(1, command, words);
+            free(words);
+        }
+        free(command);
+        free(init);
+    }
+    make_folder(in_tests("both")); // one that holds both is a model folder
+    Model *model = model_load(in_tests("model"));
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    model_save(model, tokenizer, in_tests("both"));
+    tokenizer_free(tokenizer);
+    model_free(model);
+    write_text("both/pytorch_model.bin", "");
+    expect_run(0, NULL, "--init $D/both --generate 1 --matmul builtin");
+}
+
 static void test_run(void)
 {
     LogLine lines[500];
@@ -3509,6 +3680,8 @@ static void test_run(void)
     check(count == 34 && lines[33].val && lines[33].step == 30 && lines[1].loss > 5,
           "30 updates, 4 evaluations");
     check(lines[33].loss < 0.75 * lines[0].loss, "loss %g -> %g", lines[0].loss, lines[33].loss);
+    check(count_of(printed.data, " tok/s\n") == 30 && count_of(printed.data, ":00 left") > 0,
+          "a line a step: %s", printed.data);
     check(strstr(printed.data, "tok/s") && strstr(printed.data, "val loss") && !strchr(printed.data, '\r') &&
               !strchr(printed.data, '\033'),
           "progress in a pipe is plain lines: %s", printed.data);
@@ -3519,6 +3692,15 @@ static void test_run(void)
     double loss = NAN;
     check(sscanf(printed.data, "loss %lf perplexity", &loss) == 1 && fabs(loss - lines[33].loss) < 2e-6,
           "--eval: %s, the log's last line: %g", printed.data, lines[33].loss);
+    free(printed.data);
+    expect_run(0, &printed, "$TINY --train $D/text.txt --val-fraction 0 --steps 200 --out $D/forty");
+    check(count_of(printed.data, " tok/s\n") == 40, "%zu lines of progress for 200 steps",
+          count_of(printed.data, " tok/s\n"));
+    free(printed.data);
+    write_text("mixed.jsonl", "{\"text\": \"the cat saw the bird\"}\n{\"text\": \"\"}\n{\"text\": \"a\"}\n");
+    expect_run(0, &printed, "--init $D/run --eval --val $D/mixed.jsonl --seq-len 5 --matmul builtin");
+    check(strstr(printed.data, "mixed.jsonl (1 examples cut, 1 skipped)\n") != NULL, "--eval: %s",
+          printed.data);
     free(printed.data);
     expect_run(0, &printed,
                "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --val-every 4 --out $D/quiet --quiet "
@@ -3871,6 +4053,10 @@ static const struct {
     {"token shards: llm.c's, and wrong ones", test_shards},
     {"command line: wrong input is one line, and changes nothing", test_wrong_input},
     {"command line: every option, its letter, --help, --plan", test_options},
+    {"command line: --plan's share of work that freezing skips", test_skipped_work},
+    {"command line: weights in other formats name the converter", test_other_formats},
+    {"progress: cut to the terminal's width, no escape sequences", test_progress},
+    {"a run: token shards and no tokenizer", test_without_tokenizer},
     {"a run: log, loss, --eval, --freeze, --overfit, --generate", test_run},
     {"resume: the same run to the bit after any signal", test_resume},
     {"checkpoints: kept, best, --patience, full disk, not finite", test_checkpoints},
