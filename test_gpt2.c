@@ -3293,7 +3293,7 @@ static void test_wrong_input(void)
         int status;
         const char *error, *words;
     } wrong[] = {
-        {2, "unknown option --lerning-rate; did you mean --learning-rate?", "--lerning-rate 1"},
+        {2, "unknown option --lerning-rate; --help lists all", "--lerning-rate 1"},
         {2, "unknown option --something-else", "--something-else"},
         {2, "unknown option -Z", "-Z"},
         {2, "unknown option -Z;", "-Z5"},

@@ -4206,7 +4206,7 @@ typedef struct {
     char letter;
     OptionKind kind;
     size_t field;        // where its value goes in Options
-    const char *initial; // its default
+    const char *initial; // its default; for a number out of range, such as 0: depends on something else
     double least, most;  // for numbers
     int modes;
     const char *argument; // what --help calls it; for a CHOICE the words, separated by |
@@ -4240,7 +4240,7 @@ static const Option option_table[] = {
     {"schedule", 'k', CHOICE, FIELD(schedule), "linear", 0, 0, TRAIN, "linear|cosine|constant", "how the rate falls after warm-up"},
     {"final-lr", 'q', REAL, FIELD(final_lr), "0", 0, 1, TRAIN, "F", "the rate never falls below this part of the highest"},
     {"weight-decay", 'c', REAL, FIELD(weight_decay), "0.01", 0, 1e3, TRAIN, "X", "AdamW's, on what --no-decay leaves"},
-    {"no-decay", 0, LIST, FIELD(no_decay), "bias,ln_.+weight,ln_.+bias", 0, 0, TRAIN, "REGEX", "tensors without decay; may repeat, the first replaces the defaults"},
+    {"no-decay", 0, LIST, FIELD(no_decay), "bias|ln_.+weight|ln_.+bias", 0, 0, TRAIN, "REGEX", "tensors without decay; may repeat, the first replaces the defaults"},
     {"freeze", 0, LIST, FIELD(freeze), "none", 0, 0, TRAIN, "REGEX", "tensors that stay as they are; may repeat"},
     {"beta1", 0, REAL, FIELD(beta1), "0.9", 0, 0.999999, TRAIN, "X", "AdamW's averages of the gradient"},
     {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and of its square"},
@@ -4275,7 +4275,7 @@ static const Option option_table[] = {
 };
 // clang-format on
 enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
-enum { MATMUL_AUTO_CHOICE, MATMUL_OPENBLAS_CHOICE, MATMUL_BUILTIN_CHOICE };
+enum { AUTO_CHOICE, OPENBLAS_CHOICE, BUILTIN_CHOICE }; // of --matmul
 
 static void add_pattern(Patterns *patterns, const char *item)
 {
@@ -4317,9 +4317,9 @@ static void set_option(Options *options, const Option *option, const char *text,
     } else {
         errno = 0;
         double value = strtod(text, &end);
-        bool whole = option->kind == COUNT;
-        if (end == text || *end || errno || !(value >= option->least && value <= option->most) ||
-            (whole && value != floor(value)))
+        bool whole = option->kind == COUNT, in_range = value >= option->least && value <= option->most;
+        in_range = in_range || text == option->initial; // a default of 0 depends on something else
+        if (end == text || *end || errno || !in_range || (whole && value != floor(value)))
             die_usage("--%s %s: a %snumber from %g to %g expected", option->name, text, whole ? "whole " : "",
                       option->least, option->most);
         if (whole)
@@ -4332,19 +4332,9 @@ static void set_option(Options *options, const Option *option, const char *text,
 static void set_defaults(Options *options)
 {
     *options = (Options){0};
-    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
-        if (!option->name || option->kind == FLAG)
-            continue;
-        if (option->kind == COUNT) { // 0, out of its range, where the default depends on something else
-            *(long *)((char *)options + option->field) = atol(option->initial);
-        } else if (option->kind == LIST) {
-            char *list = xstrdup(option->initial), *first = list;
-            for (char *item; (item = strsep(&list, ","));)
-                set_option(options, option, item, item != first);
-        } else {
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++)
+        if (option->name && option->kind != FLAG)
             set_option(options, option, option->initial, false);
-        }
-    }
 }
 
 // What a checkpoint remembers: "--name=value" for each option that has another value than its default.
@@ -4375,26 +4365,9 @@ static Patterns options_to_save(const Options *options)
     return saved;
 }
 
-// Ends the program, naming the known option that begins and ends most like the unknown one.
-static void __attribute__((noreturn)) die_unknown_option(const char *name)
+static bool names_option(const Option *option, const char *name, size_t length)
 {
-    const char *nearest = "help";
-    size_t length = strlen(name), most = length / 2;
-    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
-        size_t known = option->name ? strlen(option->name) : 0, front = 0, back = 0;
-        while (front < smaller(known, length) && option->name[front] == name[front])
-            front++;
-        while (front + back < smaller(known, length) &&
-               option->name[known - 1 - back] == name[length - 1 - back])
-            back++;
-        if (front + back > most) {
-            most = front + back;
-            nearest = option->name;
-        }
-    }
-    die_usage(strcmp(nearest, "help") == 0 ? "unknown option --%s; --%s lists all"
-                                           : "unknown option --%s; did you mean --%s?",
-              name, nearest);
+    return option->name && strlen(option->name) == length && memcmp(option->name, name, length) == 0;
 }
 
 // Takes words such as --name=value, --name value, -x value and -xvalue over into options. Ends the program with
@@ -4408,25 +4381,21 @@ static void take_words(Options *options, bool given[OPTION_COUNT], int count, ch
         if (word[0] != '-' || !word[1] || strcmp(word, "--") == 0)
             die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
         size_t length = is_long ? strcspn(word, "=") : 2;
-        char *name = xprintf("%.*s", (int)length - 2, word + 2);
+        const Option *option = option_table, *end = option + OPTION_COUNT;
+        while (option < end &&
+               !(is_long ? names_option(option, word + 2, length - 2) : option->letter == word[1]))
+            option++;
+        if (option == end)
+            die_usage("unknown option %.*s; --help lists all", (int)length, word);
         if (word[length])
             value = word + length + is_long;
-        int o = 0;
-        while (o < OPTION_COUNT &&
-               (!option_table[o].name ||
-                (is_long ? strcmp(option_table[o].name, name) != 0 : option_table[o].letter != word[1])))
-            o++;
-        if (o == OPTION_COUNT && !is_long)
-            die_usage("unknown option -%c; --help lists all", word[1]);
-        if (o == OPTION_COUNT)
-            die_unknown_option(name);
-        if (option_table[o].kind == FLAG && value)
-            die_usage("%s: --%s takes no value", word, option_table[o].name);
-        if (option_table[o].kind != FLAG && !value && !(value = i + 1 < count ? words[++i] : NULL))
+        if (option->kind == FLAG && value)
+            die_usage("%s: --%s takes no value", word, option->name);
+        if (option->kind != FLAG && !value && !(value = i + 1 < count ? words[++i] : NULL))
             die_usage("%s needs a value; --help says which", word);
-        set_option(options, &option_table[o], value, taken[o]);
-        given[o] = taken[o] = true;
-        free(name);
+        bool *again = &taken[option - option_table];
+        set_option(options, option, value, *again);
+        *again = given[option - option_table] = true;
     }
 }
 
@@ -4513,7 +4482,7 @@ static void choose_matmul(Options *options)
     }
 #endif
 #ifdef USE_CBLAS
-    if (options->matmul == MATMUL_AUTO_CHOICE) {
+    if (options->matmul == AUTO_CHOICE) {
         enum { M = 256, N = 768, K = 768 };
         float *memory = xfloats(M * K + K * N + M * N), *a = memory, *b = a + M * K, *c = b + K * N;
         for (size_t i = 0; i < M * K + K * N; i++)
@@ -4528,30 +4497,13 @@ static void choose_matmul(Options *options)
                 best[kind] = repeat > 0 && seconds < best[kind] ? seconds : best[kind];
             }
         free(memory);
-        options->matmul =
-            best[MATMUL_BUILTIN] * 1.2 < best[MATMUL_CBLAS] ? MATMUL_BUILTIN_CHOICE : MATMUL_OPENBLAS_CHOICE;
+        options->matmul = best[MATMUL_BUILTIN] * 1.2 < best[MATMUL_CBLAS] ? BUILTIN_CHOICE : OPENBLAS_CHOICE;
     }
-    matmul_kind = options->matmul == MATMUL_BUILTIN_CHOICE ? MATMUL_BUILTIN : MATMUL_CBLAS;
+    matmul_kind = options->matmul == BUILTIN_CHOICE ? MATMUL_BUILTIN : MATMUL_CBLAS;
 #else
-    if (options->matmul == MATMUL_OPENBLAS_CHOICE)
+    if (options->matmul == OPENBLAS_CHOICE)
         die_usage("--matmul openblas: this program was built without a BLAS; --matmul builtin works");
-    options->matmul = MATMUL_BUILTIN_CHOICE;
-#endif
-}
-
-static const char *matmul_name(void)
-{
-#ifdef USE_OPENBLAS
-    static char name[64];
-    static const char *const threading[] = {"sequential", "pthread", "OpenMP"};
-    int parallel = openblas_get_parallel();
-    snprintf(name, sizeof name, "OpenBLAS (%s, %s)", openblas_get_corename(),
-             parallel >= 0 && parallel <= 2 ? threading[parallel] : "unknown");
-    return matmul_kind == MATMUL_CBLAS ? name : "built-in matmul";
-#elif defined(USE_CBLAS)
-    return matmul_kind == MATMUL_CBLAS ? "CBLAS" : "built-in matmul";
-#else
-    return "built-in matmul";
+    options->matmul = BUILTIN_CHOICE;
 #endif
 }
 
@@ -4814,7 +4766,12 @@ static int run_training(Options *options, int argc, char **argv)
         const Config *config = &run.model->config;
         size_t tokens, targets;
         dataset_size(run.train, &tokens, &targets);
-        printf("machine: %d threads, %s\n", omp_get_max_threads(), matmul_name());
+        const char *blas = "CBLAS";
+#ifdef USE_OPENBLAS
+        blas = openblas_get_config(); // its version and the kind of core
+#endif
+        printf("machine: %d threads, %s\n", omp_get_max_threads(),
+               matmul_kind == MATMUL_BUILTIN ? "built-in matmul" : blas);
         printf("model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them "
                "trained\n",
                checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
