@@ -3483,11 +3483,12 @@ static long *list_checkpoints(const char *out, size_t *count)
 // =====================================================================================================
 // Whatever the file, training sees examples: n tokens make n - 1 rows, row i reading token i and being scored
 // on token i + 1, unless that still belongs to the prompt.
-//   .txt    documents, separated by lines that are only <|endoftext|>. Each becomes <|endoftext|> and its tokens; the
-//           stream of them all is cut into windows of seq_len rows
-//   .bin    llm.c's token shards, such a stream already: 256 int32 of header [20240520, 1, count], then uint16 tokens
-//   .jsonl  a line is an example: {"prompt": ..., "completion": ...} scores the completion and the <|endoftext|> behind
-//           it; {"text": ...} scores everything and has <|endoftext|> at both ends
+//   .txt    documents, separated by lines that are only <|endoftext|>. Each becomes <|endoftext|> and its
+//           tokens; the stream of them all is cut into windows of seq_len rows
+//   .bin    llm.c's token shards, such a stream already: 256 int32 of header [20240520, 1, count], then
+//           uint16 tokens
+//   .jsonl  a line is an example: {"prompt": ..., "completion": ...} scores the completion and the
+//           <|endoftext|> behind it; {"text": ...} scores everything and has <|endoftext|> at both ends
 // Which example comes when is a pure function of seed and epoch, so that a resumed run goes on where it was.
 
 typedef struct {
@@ -3624,7 +3625,7 @@ static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenize
                 warn("%s: nothing to learn here (empty text or completion), skipped", where);
         } else if (size <= room) {
             dataset_add(data, start, size, prompt);
-        } else { // the prompt is cut at its left, where it is farthest from the answer; then the answer at its end
+        } else { // the prompt is cut at its left, far from the answer; then the answer at its end
             if (data->truncated++ < 3)
                 warn("%s: %zu tokens, cut to --seq-len %d", where, size - 1, seq_len);
             size_t cut = size - room < prompt ? size - room : prompt - 1;
@@ -4117,7 +4118,7 @@ static int train(Run *run)
     const Options *options = run->options;
     const bool on_terminal = isatty(1);
     const long plain_every = run->steps / 40 > 0 ? run->steps / 40 : 1; // about 40 lines in a pipe
-    // The first SIGINT or SIGTERM asks the loop to finish its step and save; a second one ends the program at once.
+    // The first SIGINT or SIGTERM asks the loop to finish its step and save; a second one ends it at once.
     const struct sigaction action = {.sa_handler = remember_signal, .sa_flags = SA_RESETHAND};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
@@ -4370,7 +4371,7 @@ static bool names_option(const Option *option, const char *name, size_t length)
     return option->name && strlen(option->name) == length && memcmp(option->name, name, length) == 0;
 }
 
-// Takes words such as --name=value, --name value, -x value and -xvalue over into options. Ends the program with
+// Sets options from words such as --name=value, --name value, -x value and -xvalue. Ends the program with
 // status 2 and one line when one is wrong.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words)
 {
@@ -4449,8 +4450,9 @@ static void print_help(void)
 
 // ---- the machine ----
 
-// Gives each thread a core of its own when there are as many threads as cores. Left alone, the system puts two of
-// them on one core as soon as another program runs, and each waits out the other's turn at every barrier.
+// Gives each thread a core of its own when there are as many threads as cores. Left alone, the system puts
+// two of them on one core as soon as another program runs, and each waits out the other's turn at every
+// barrier.
 static void pin_threads(void)
 {
 #if defined(__linux__) && defined(_OPENMP)
@@ -4567,8 +4569,8 @@ static Model *start_model(const Options *options, const int *size, const char *f
     return model;
 }
 
-// What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as --init
-// says, and the datasets that are named.
+// What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as
+// --init says, and the datasets that are named.
 static Run start_run(Options *options, const char *checkpoint)
 {
     const int *size = checkpoint ? NULL : find_size(options->init);
@@ -4642,9 +4644,9 @@ static long warmup_of(const Options *options, long steps, long steps_per_epoch)
 
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
-// The share of an update's multiply-adds that freezing skips: the weight-gradient product of each frozen matrix, and
-// everything backward in blocks below the lowest trainable tensor. `keys` is what a row attends to on average,
-// `scored` the share of rows that reach the head. Embeddings, norms and biases are too small to count.
+// The share of an update's multiply-adds that freezing skips: the weight-gradient product of each frozen
+// matrix, and everything backward in blocks below the lowest trainable tensor. `keys` is what a row attends
+// to on average, `scored` the share of rows that reach the head. Embeddings, norms and biases are too small to count.
 static double skipped_work(const Model *model, double keys, double scored)
 {
     const Config *config = &model->config;
