@@ -4646,7 +4646,8 @@ static double megabytes(size_t floats) { return (double)floats * sizeof(float) /
 
 // The share of an update's multiply-adds that freezing skips: the weight-gradient product of each frozen
 // matrix, and everything backward in blocks below the lowest trainable tensor. `keys` is what a row attends
-// to on average, `scored` the share of rows that reach the head. Embeddings, norms and biases are too small to count.
+// to on average, `scored` the share of rows that reach the head. Embeddings, norms and biases are too small
+// to count.
 static double skipped_work(const Model *model, double keys, double scored)
 {
     const Config *config = &model->config;
