@@ -36,7 +36,8 @@ all: $(PROGRAMS) ## build train_gpt2, tokenizer, test_gpt2 and data/stories (the
 # dev/flags.sh asks the compiler once and keeps the answer in a file that every program depends on.
 CONFIG := $(if $(O),$(O),build/)config.mk
 $(CONFIG): ;
-ifneq ($(filter-out help clean,$(or $(MAKECMDGOALS),all)),)
+DOWNLOADS := gpt2 gpt2-medium gpt2-large gpt2-xl tinyshakespeare
+ifneq ($(filter-out help clean $(DOWNLOADS),$(or $(MAKECMDGOALS),all)),)
 PROBLEM := $(shell CC='$(CC)' CFLAGS='$(CFLAGS) $(CPPFLAGS)' LDFLAGS='$(LDFLAGS)' \
                    OPENMP='$(OPENMP)' BLAS='$(BLAS)' sh dev/flags.sh $(CONFIG))
 $(if $(PROBLEM),$(error $(PROBLEM)))
@@ -78,6 +79,12 @@ plot: ## draw out/log.csv as out/log.png (needs gnuplot)
 compare-test: all ## compare with PyTorch, live; makes itself a Python environment first
 	sh dev/compare_test.sh
 
+gpt2 gpt2-medium gpt2-large gpt2-xl: ## download that GPT-2 into a model folder of the same name
+	sh data/gpt2.sh $@
+
+tinyshakespeare: ## download tiny Shakespeare, as text and as tokens
+	sh data/tinyshakespeare.sh --shards
+
 install: $(O)train_gpt2 $(O)tokenizer ## copy train_gpt2 and tokenizer to PREFIX/bin
 	mkdir -p $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $^ $(DESTDIR)$(PREFIX)/bin
@@ -89,6 +96,6 @@ show-blas: ## say which BLAS the programs are built with
 	@echo $(BLAS_NAME)
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
+	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train test bench plot compare-test install clean show-blas help
+.PHONY: all train test bench plot compare-test $(DOWNLOADS) install clean show-blas help
