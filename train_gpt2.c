@@ -1257,6 +1257,8 @@ static Tokenizer *tokenizer_load(const char *path)
     static const char *const known[][2] = {
         {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}, {"tokenizer.json", "tokenizer.json"}};
     bool folder = is_folder(path);
+    if (!folder && (ends_with(path, ".bin") || ends_with(path, ".tiktoken")))
+        die("%s: is not a merges file; python3 data/convert.py %s FOLDER makes a folder of it", path, path);
     char *files[2] = {xstrdup(path), xstrdup(path)};
     for (int i = 0; folder; i++) {
         if (i == 3)
