@@ -1,0 +1,503 @@
+#!/usr/bin/env python3
+"""Compares data/convert.py with torch and transformers, and tries the download scripts on a server of its own.
+
+  dev/compare_convert.py [--seed N]     usually through dev/compare_test.sh, which sets all up
+
+All inputs are made here; llm.c's files are written by numpy from their layout, not by convert.py. GPT-2's own
+vocabulary is taken from the folder DATA_MIRROR or ../shared/mirror; without it those tests are skipped.
+"""
+import argparse
+import base64
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+END = "<|endoftext|>"
+V, P, L, H, C = 300, 24, 2, 4, 32
+PADDED = 384
+counts = {"passed": 0, "failed": 0, "skipped": 0}
+
+
+def check(ok, what, why=""):
+    counts["passed" if ok else "failed"] += 1
+    print(f"{'ok    ' if ok else 'FAILED'} {what}" + (f": {why}" if why and not ok else ""), flush=True)
+
+
+def run(*command, env=None):
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT,
+                            timeout=120, env=env)
+    return result.returncode, result.stdout, result.stderr
+
+
+def convert(*words):
+    return run(sys.executable, "data/convert.py", *words)
+
+
+def check_convert(what, *words):
+    status, _, errors = convert(*words)
+    check(status == 0 and not errors, what, f"exit status {status}, {errors.strip()[-200:]}")
+
+
+def tree(folder):
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*"))
+            if path.is_file()}
+
+
+def check_refused(work, what, pattern, *words):
+    """One line on standard error that matches, exit status 1, and every file as it was."""
+    before = tree(work)
+    status, _, errors = convert(*words)
+    ok = status == 1 and errors.count("\n") == 1 and re.search(pattern, errors) and tree(work) == before
+    check(ok, f"refused: {what}", f"exit status {status}, {errors.strip()[-200:]!r}, files "
+          + ("as they were" if tree(work) == before else "changed"))
+
+
+# ---- Weights ----
+
+
+def llmc_weights(rng, bits):
+    """llm.c's tensors at random, as float32: [(Hugging Face's name with # for the layer, array), ...]."""
+    shapes = [("wte.weight", PADDED, C), ("wpe.weight", P, C), ("h.#.ln_1.weight", L, C),
+              ("h.#.ln_1.bias", L, C), ("h.#.attn.c_attn.weight", L, 3 * C, C), ("h.#.attn.c_attn.bias", L, 3 * C),
+              ("h.#.attn.c_proj.weight", L, C, C), ("h.#.attn.c_proj.bias", L, C), ("h.#.ln_2.weight", L, C),
+              ("h.#.ln_2.bias", L, C), ("h.#.mlp.c_fc.weight", L, 4 * C, C), ("h.#.mlp.c_fc.bias", L, 4 * C),
+              ("h.#.mlp.c_proj.weight", L, C, 4 * C), ("h.#.mlp.c_proj.bias", L, C), ("ln_f.weight", C),
+              ("ln_f.bias", C)]
+    tensors = [(name, rng.normal(0, 0.3, shape).astype("<f4")) for name, *shape in shapes]
+    tensors[0][1][V:] = 0
+    for _, value in tensors:
+        if bits == 16:
+            value.view("<u4")[...] &= 0xFFFF0000  # a float32 that bfloat16 holds exactly
+    return tensors
+
+
+def llmc_file(tensors, version):
+    header = np.zeros(256, "<i4")
+    header[:8] = 20240326, version, P, V, L, H, C, PADDED
+    data = np.concatenate([value.ravel() for _, value in tensors])
+    return header.tobytes() + (data if version == 3 else (data.view("<u4") >> 16).astype("<u2")).tobytes()
+
+
+def model_of(tensors):
+    """The same model in transformers, put together tensor by tensor."""
+    config = transformers.GPT2Config(vocab_size=V, n_positions=P, n_embd=C, n_layer=L, n_head=H, embd_pdrop=0.0,
+                                     attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
+    parameters = dict(model.transformer.named_parameters())
+    for name, value in tensors:
+        for i, part in enumerate(value if "#" in name else [value]):
+            if name == "wte.weight":
+                part = part[:V]
+            elif "#" in name and part.ndim == 2:
+                part = part.T
+            parameters[name.replace("#", str(i))].copy_(torch.tensor(part.copy()))
+    return model
+
+
+def check_folder(what, folder, model, shard):
+    """transformers loads the folder without a complaint, to the same bits; train_gpt2 gets the same loss."""
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True,
+                                                                     dtype=torch.float32)
+    problems = {key: value for key, value in info.items() if value}
+    check(not problems, f"{what}: transformers loads it", str(problems))
+    ids = torch.tensor(np.fromfile(shard, "<u2", offset=1024).astype(np.int64))[None]
+    with torch.no_grad():
+        logits, wanted = (m.eval()(input_ids=ids[:, :-1]).logits for m in (loaded, model))
+        loss = torch.nn.functional.cross_entropy(wanted[0], ids[0, 1:]).item()
+    check(torch.equal(logits, wanted), f"{what}: logits, to the bit", f"{(logits - wanted).abs().max():.1e}")
+    status, printed, errors = run("./train_gpt2", "--init", folder, "--eval", "--val", shard, "--seq-len", P,
+                                  "--quiet")
+    found = re.search(r"loss ([0-9.]+)", printed)
+    ok = status == 0 and found and abs(float(found.group(1)) - loss) <= 1e-4 * loss
+    check(ok, f"{what}: train_gpt2 --eval, loss {loss:.4f}", f"{printed.strip()[-80:]} {errors.strip()[-200:]}")
+
+
+def dtypes(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {file.get_slice(name).get_dtype() for name in file.keys()}, sorted(file.keys())
+
+
+def test_llmc(work, rng, shard):
+    for version, dtype in ((3, "F32"), (5, "BF16")):
+        tensors = llmc_weights(rng, 32 if version == 3 else 16)
+        source, folder, back = work / f"v{version}.bin", work / f"v{version}", work / f"v{version}-back.bin"
+        source.write_bytes(llmc_file(tensors, version))
+        what = f"llm.c version {version}"
+        check_convert(what, source, folder)
+        model = model_of(tensors)
+        check_folder(what, folder, model, shard)
+        found, names = dtypes(folder)
+        wanted = sorted("transformer." + name for name, _ in model.transformer.named_parameters())
+        check(found == {dtype} and names == wanted, f"{what}: names and {dtype}", f"{found}, {names}")
+        check_convert(f"{what}: and back", folder, back)
+        check(back.read_bytes() == llmc_file(tensors, 3), f"{what}: and back, byte for byte as version 3")
+    good = (work / "v3.bin").read_bytes()
+    for what, data, pattern in (
+            ("llm.c weights cut off", good[:-1], "its header promises"),
+            ("llm.c weights with a byte too many", good + b"x", "its header promises"),
+            ("llm.c weights cut off in the header", good[:500], "1024 expected"),
+            ("llm.c weights of another version", good[:4] + b"\4" + good[5:], "version 4"),
+            ("llm.c weights without layers", good[:16] + bytes(4) + good[20:], "n_layer is 0"),
+            ("llm.c weights with huge sizes", good[:8] + b"\xff\xff\xff\x7f" * 4 + good[24:], r"\d+ channels|promises"),
+            ("token shard", shard.read_bytes(), "token shard"), ("unknown file", b"hello", "neither")):
+        (work / "bad.bin").write_bytes(data)
+        check_refused(work, what, pattern, work / "bad.bin", work / "bad")
+    check_refused(work, "existing output", "--force", work / "v3.bin", work / "v5")
+    check_refused(work, "existing .bin", "--force", work / "v3", work / "v5-back.bin")
+    check_refused(work, "missing input", "No such file", work / "nothing.bin", work / "bad")
+    check_convert("--force", "--force", work / "v3", work / "v5-back.bin")
+    check((work / "v5-back.bin").read_bytes() == good, "--force replaces the file")
+    check(convert("one")[0] == 2, "a wrong command line has exit status 2")
+
+
+def test_hugging_face(work, rng, shard):
+    model = model_of(llmc_weights(rng, 32))
+    config = work / "v3" / "config.json"
+    bare = {name: value.clone() for name, value in model.transformer.state_dict().items()}
+    stray = {f"h.{i}.attn.{name}": value for i in range(L) for name, value in (
+        ("bias", torch.ones(1, 1, P, P, dtype=torch.bool).tril()), ("masked_bias", torch.tensor(-1e4)))}
+    for what, state in (("bare names, masks", {**bare, **stray}),
+                        ("transformer. names, lm_head", dict(model.state_dict()))):
+        source, folder = work / ("torch " + what), work / ("folder " + what)
+        source.mkdir()
+        shutil.copy(config, source)
+        torch.save(state, source / "pytorch_model.bin")
+        what = "pytorch_model.bin, " + what
+        check_convert(what, source, folder)
+        check_folder(what, folder, model, shard)
+        check(not {"lm_head.weight"} & set(dtypes(folder)[1]) and len(dtypes(folder)[1]) == 4 + 12 * L,
+              f"{what}: masks and head dropped", str(dtypes(folder)[1]))
+    status, _, errors = run("./train_gpt2", "--init", source, "--eval", "--val", shard, "--quiet")
+    check(status == 1 and f"data/convert.py {source} {source}" in errors, "train_gpt2 names the command", errors)
+    check_convert("pytorch_model.bin, in place", source, source)
+    check_folder("pytorch_model.bin, in place", source, model, shard)
+    check_refused(work, "in place, nothing to do", "already", source, source)
+
+    sharded = work / "sharded"
+    model.save_pretrained(sharded, max_shard_size="30KB")
+    files = len(list(sharded.glob("model-*.safetensors")))
+    check(files > 1, "transformers writes shards", f"{files} of them")
+    check_convert(f"safetensors in {files} shards", sharded, work / "whole")
+    check_folder("safetensors in shards", work / "whole", model, shard)
+    last = sorted(sharded.glob("model-*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-4])
+    check_refused(work, "a shard cut off", f"{last.name}: .*bytes? ", sharded, work / "bad")
+    last.unlink()
+    check_refused(work, "a shard missing", f"{last.name}: No such file", sharded, work / "bad")
+
+    half = work / "half"
+    half.mkdir()
+    shutil.copy(config, half)
+    torch.save({name: value.half() for name, value in bare.items()}, half / "pytorch_model.bin")
+    check_convert("float16", half, half)
+    check_folder("float16", half, loaded_half(model), shard)
+    check(dtypes(half)[0] == {"F16"}, "float16 stays F16")
+
+    def variant(name, edit, state):
+        folder = work / name
+        folder.mkdir()
+        settings = json.loads(config.read_text())
+        settings.update(edit)
+        (folder / "config.json").write_text(json.dumps(settings))
+        save_file(state, folder / "model.safetensors")
+        return folder
+
+    untied = variant("untied", {"tie_word_embeddings": False}, {**bare, "lm_head.weight": torch.randn(V, C)})
+    check_refused(work, "untied head to llm.c", "not tied", untied, work / "bad.out.bin")
+    check_convert("untied head to a folder", untied, work / "untied-2")
+    check("lm_head.weight" in dtypes(work / "untied-2")[1], "untied head is kept")
+    wide = {name: torch.cat([value, value], 1 if "c_fc.weight" in name else 0)
+            if "c_fc" in name or "mlp.c_proj.weight" in name else value for name, value in bare.items()}
+    wide = variant("wide", {"n_inner": 8 * C}, wide)
+    check_refused(work, "n_inner 8C to llm.c", "n_inner is 256", wide, work / "bad.out.bin")
+    without = {name: value for name, value in bare.items() if name != "h.1.ln_2.bias"}
+    check_refused(work, "missing tensor", "h.1.ln_2.bias is missing", variant("m", {}, without), work / "bad")
+    shape = {**bare, "wpe.weight": torch.zeros(P, C + 1)}
+    check_refused(work, "misshaped tensor", r"\[24, 33\].*\[24, 32\]", variant("s", {}, shape), work / "bad")
+    extra = {**bare, "h.2.ln_1.bias": torch.zeros(C)}
+    check_refused(work, "unknown tensor", "h.2.ln_1.bias is not one", variant("x", {}, extra), work / "bad")
+    head = {**bare, "lm_head.weight": torch.randn(V, C)}
+    check_refused(work, "a head that is not tied", "lm_head.weight is not", variant("h", {}, head), work / "bad")
+    (half / "pytorch_model.bin").write_bytes(b"PK\3\4 no zip file")
+    (half / "model.safetensors").unlink()
+    check_refused(work, "damaged pytorch_model.bin", "PyTorch cannot load it", half, work / "bad")
+    (half / "model.safetensors").write_bytes((100).to_bytes(8, "little") + b"{" * 100)
+    check_refused(work, "damaged safetensors", "damaged header", half, work / "bad")
+    (half / "config.json").unlink()
+    check_refused(work, "no config.json", "config.json: is missing", half, work / "bad")
+
+
+def loaded_half(model):
+    """The model with each weight rounded to float16."""
+    rounded = transformers.GPT2LMHeadModel(model.config).requires_grad_(False)
+    rounded.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
+    return rounded
+
+
+# ---- Tokenizers ----
+
+
+def llmc_tokenizer(tokens, version, end):
+    header = np.zeros(256, "<i4")
+    header[:4] = 20240328, version, len(tokens), end
+    return header.tobytes() + b"".join(bytes([len(token)]) + token for token in tokens)
+
+
+def test_tokenizers(work):
+    """A vocabulary that tokenizers trains, to both formats, and back."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace(END, "") + "Über Ärger, Привет, 世界世界 \U0001f642\U0001f642 " * 20
+    bpe.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=letters, show_progress=False, special_tokens=[]))
+    wanted = json.loads(bpe.to_str())["model"]
+    names = sorted(wanted["vocab"], key=wanted["vocab"].get)
+    wanted_merges = "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in wanted["merges"])
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    tokens = [bytes(byte_of[letter] for letter in name) for name in names]
+    tiktoken = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+    end = END.encode()
+    (work / "t.tiktoken").write_bytes(tiktoken)
+    (work / "last.bin").write_bytes(llmc_tokenizer(tokens + [end], 2, len(tokens)))
+    (work / "first.bin").write_bytes(llmc_tokenizer([end] + tokens, 2, 0))
+    orders = {"t.tiktoken": names + [END], "last.bin": names + [END], "first.bin": [END] + names}
+    for name, order in orders.items():
+        folder = work / (name + ".folder")
+        check_convert(name, work / name, folder)
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        check(vocabulary == {token: i for i, token in enumerate(order)}, f"{name}: vocab.json")
+        merges = (folder / "merges.txt").read_text(encoding="utf-8")
+        check(merges == wanted_merges, f"{name}: the {len(wanted['merges'])} merges that were learned")
+        ids = transformers.AutoTokenizer.from_pretrained(folder).encode(text)
+        (work / "text.txt").write_text(text, encoding="utf-8")
+        status, printed, errors = run("./tokenizer", "encode", "--tokenizer", folder, work / "text.txt")
+        check(status == 0 and [int(word) for word in printed.split()] == ids
+              and ids == [i + (name == "first.bin") for i in bpe.encode(text).ids],
+              f"{name}: ./tokenizer and AutoTokenizer, {len(ids)} ids", errors)
+        status, _, errors = run("./tokenizer", "encode", "--tokenizer", work / name, work / "text.txt")
+        check(status == 1 and f"data/convert.py {work / name}" in errors, f"{name}: ./tokenizer names the command",
+              errors)
+    pairs = [bytes([byte]) for byte in range(256)] + [bytes(divmod(i, 256)) for i in range(50000)]
+    (work / "one.bin").write_bytes(llmc_tokenizer(pairs + [end], 1, 0))
+    check_convert("version 1", work / "one.bin", work / "one")
+    lines = (work / "one/merges.txt").read_text(encoding="utf-8").splitlines()
+    letter = {byte: name for name, byte in byte_of.items()}
+    check(lines[1:] == [f"{letter[i // 256]} {letter[i % 256]}" for i in range(50000)], "version 1: 50,000 merges")
+    check(json.loads((work / "one/vocab.json").read_text())[END] == 50256, "version 1: end of text 50256")
+    good = (work / "last.bin").read_bytes()
+    for what, name, data, pattern in (
+            ("tokenizer cut off", "b.bin", good[:-1], "promises"),
+            ("tokenizer with a byte too many", "b.bin", good + b"x", "promises"),
+            ("tokenizer whose end of text is none", "b.bin", llmc_tokenizer(tokens, 2, 5000), "end of text"),
+            ("tokenizer of another version", "b.bin", llmc_tokenizer(tokens, 3, 0), "version 3"),
+            ("tokenizer that lacks a byte", "b.bin", llmc_tokenizer(tokens[1:] + [end], 2, len(tokens) - 1), "byte"),
+            ("token that nothing makes", "b.tiktoken", tiktoken + b"/v/+//4= %d\n" % len(tokens), "not made of two"),
+            (".tiktoken with a bad line", "b.tiktoken", tiktoken + b"?? x\n", f"line {len(tokens) + 1}"),
+            (".tiktoken with a gap", "b.tiktoken", tiktoken + b"/v/+ 5000\n", "ranks")):
+        (work / name).write_bytes(data)
+        check_refused(work, what, pattern, work / name, work / "bad")
+    check_refused(work, "tokenizer to .bin", "folder", work / "t.tiktoken", work / "bad.bin.bin")
+
+
+def test_gpt2_vocabulary(work):
+    for mirror in (os.environ.get("DATA_MIRROR"), ROOT.parent / "shared" / "mirror"):
+        for name in ("gpt2.tiktoken", "gpt2_tokenizer.bin"):
+            if mirror and all((Path(mirror) / n).is_file() for n in (name, "vocab.bpe", "encoder.json")):
+                folder = work / (name + ".gpt2")
+                check_convert(f"GPT-2's {name}", Path(mirror) / name, folder)
+                same = (folder / "merges.txt").read_bytes() == (Path(mirror) / "vocab.bpe").read_bytes()
+                check(same, f"GPT-2's {name}: merges.txt is vocab.bpe, byte for byte")
+                same = (folder / "vocab.json").read_bytes() == (Path(mirror) / "encoder.json").read_bytes()
+                check(same, f"GPT-2's {name}: vocab.json is encoder.json, byte for byte")
+        if list(work.glob("*.gpt2")):
+            return
+    counts["skipped"] += 1
+    print("skipped GPT-2's own vocabulary: no mirror with vocab.bpe, encoder.json and gpt2.tiktoken", flush=True)
+
+
+# ---- Downloads ----
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files` {path: bytes} with ranges; a path in `cuts` is cut off in the middle, once."""
+    files, cuts, requests, ranges = {}, set(), [], True
+
+    def do_GET(self):
+        data, begin = self.files.get(self.path), 0
+        self.requests.append((self.path, self.headers.get("Range")))
+        if data is None:
+            return self.send_error(404)
+        if self.ranges and (found := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))):
+            begin = int(found.group(1))
+            if begin >= len(data):
+                return self.send_error(416)
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(data) - begin))
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        if self.path in self.cuts:
+            self.cuts.remove(self.path)
+            data = data[:begin + (len(data) - begin) // 2]
+        self.wfile.write(data[begin:])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_downloads(work, rng, tool):
+    """data/download.sh and data/gpt2.sh with curl or wget alone. Their homes cannot be reached: a proxy that is none."""
+    if not shutil.which(tool):
+        counts["skipped"] += 1
+        print(f"skipped downloads with {tool}: it is not installed", flush=True)
+        return
+    programs = work / "programs"
+    programs.mkdir()
+    for name in ("sh cat sed grep cut tail tr wc mkdir mv rm dirname basename dd sha256sum shasum perl " + tool).split():
+        if shutil.which(name):
+            (programs / name).symlink_to(shutil.which(name))
+    dead = "http://127.0.0.1:9"
+    env = {"PATH": str(programs), "https_proxy": dead, "HTTPS_PROXY": dead, "no_proxy": "127.0.0.1", "LC_ALL": "C"}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    data = rng.bytes(1 << 20)
+    sha = hashlib.sha256(data).hexdigest()
+    Server.files = {"/data.bin": data, "/gpt2/config.json": b'{"n_layer": 12}', "/text.jsonl": b"{}\n"}
+
+    def download(what, ok, *words, script="data/download.sh", pattern="", **more):
+        """Exit status 0, or else 1 with one line that matches."""
+        Server.requests.clear()
+        status, printed, errors = run("sh", script, *words, env={**env, **more})
+        right = status == 0 and not errors if ok else status == 1 and errors.count("\n") == 1
+        check(right and re.search(pattern, printed + errors), f"{tool}: {what}",
+              f"exit status {status}, {(printed + errors).strip()[-300:]!r}")
+
+    target, part = work / "got" / "data.bin", work / "got" / "data.bin.part"
+    download("whole file", True, "-s", sha, target, url + "/data.bin", pattern="1048576 bytes, sha256")
+    check(target.is_file() and target.read_bytes() == data and not part.exists(), f"{tool}: every byte")
+    download("a file that is there is kept", True, "-s", sha, target, url + "/data.bin")
+    check(not Server.requests, f"{tool}: and not asked for again", str(Server.requests))
+    target.write_bytes(b"mine")
+    download("another file of that name", False, "-s", sha, target, url + "/data.bin", pattern="remove it")
+    check(target.read_bytes() == b"mine", f"{tool}: it stays")
+    target.unlink()
+    if tool == "curl":  # wget tries again by itself
+        Server.cuts.add("/data.bin")
+        download("cut off in the middle", False, "-s", sha, target, url + "/data.bin", pattern="goes on from there")
+        check(not target.exists() and part.stat().st_size == len(data) // 2, f"{tool}: half is kept as .part")
+    else:
+        part.write_bytes(data[:len(data) // 2])
+    download("the other half", True, "-s", sha, target, url + "/data.bin")
+    check(Server.requests == [("/data.bin", f"bytes={len(data) // 2}-")], f"{tool}: only that", str(Server.requests))
+    check(target.read_bytes() == data, f"{tool}: every byte of both halves")
+    target.unlink()
+    part.write_bytes(data)
+    download("a whole .part", True, "-s", sha, target, url + "/data.bin")
+    check(target.read_bytes() == data, f"{tool}: every byte of it")
+    target.unlink()
+    if tool == "curl":
+        part.write_bytes(data[:1000])
+        Server.ranges = False
+        download("a server without ranges", True, "-s", sha, target, url + "/data.bin")
+        Server.ranges = True
+        check(target.read_bytes() == data, f"{tool}: every byte, fetched anew")
+        target.unlink()
+    download("wrong checksum", False, "-s", "0" * 64, target, url + "/data.bin", pattern="sha256 " + sha)
+    check(not target.exists() and not part.exists(), f"{tool}: nothing is left of it")
+    download("404", False, target, url + "/nothing", pattern="404")
+    download("404, then the next source", True, target, url + "/nothing", url + "/data.bin")
+    target.unlink()
+    download("a server that is off", False, target, dead + "/data.bin", pattern="DATA_MIRROR")
+    download("any URL, from the mirror", True, "https://huggingface.co/datasets/a/b/blob/main/text.jsonl",
+             work / "got/text.jsonl", DATA_MIRROR=url, pattern="3 bytes")
+
+    # A mirror folder and a mirror server for a whole model folder; its vocabulary must be GPT-2's own.
+    folder, mirror = work / "got" / "gpt2", work / "mirror"
+    download("gpt2.sh offline", False, "gpt2", folder, script="data/gpt2.sh", pattern="config.json.*DATA_MIRROR")
+    mirror.mkdir()
+    (mirror / "config.json").write_text('{"n_layer": 24}')
+    download("gpt2.sh, another model's config.json", False, "gpt2", folder, script="data/gpt2.sh",
+             DATA_MIRROR=str(mirror), pattern="n_layer 12 expected")
+    (mirror / "vocab.json").write_text("{}")
+    download("gpt2.sh, DATA_MIRROR/gpt2 first; wrong vocabulary", False, "gpt2", folder, script="data/gpt2.sh",
+             DATA_MIRROR=url, pattern="vocab.json: not downloaded")
+    check((folder / "config.json").read_bytes() == b'{"n_layer": 12}', f"{tool}: gpt2.sh, config.json")
+    download("gpt2.sh, a vocabulary that is not GPT-2's", False, "gpt2", folder, script="data/gpt2.sh",
+             DATA_MIRROR=str(mirror), pattern="vocab.json: what .* sha256")
+    real = Path(os.environ.get("DATA_MIRROR") or ROOT.parent / "shared" / "mirror")
+    if (real / "vocab.bpe").is_file() and (real / "encoder.json").is_file():
+        for name in ("vocab.bpe", "encoder.json"):
+            shutil.copy(real / name, mirror)
+        (mirror / "vocab.json").unlink()
+        (mirror / "generation_config.json").write_text("{}")
+        (mirror / "model.safetensors").write_text("<html>")
+        download("gpt2.sh, weights that are none", False, "gpt2", folder, script="data/gpt2.sh",
+                 DATA_MIRROR=str(mirror), pattern="no safetensors")
+        (mirror / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        download("gpt2.sh, all from a mirror folder", True, "gpt2", folder, script="data/gpt2.sh",
+                 DATA_MIRROR=str(mirror), pattern="124,439,808")
+        check(sorted(os.listdir(folder)) == ["config.json", "generation_config.json", "merges.txt",
+                                             "model.safetensors", "vocab.json"], f"{tool}: gpt2.sh, five files")
+        if (real / "tinyshakespeare.txt").is_file():
+            download("tinyshakespeare.sh", True, work / "got/tiny", script="data/tinyshakespeare.sh",
+                     DATA_MIRROR=str(real), pattern="1115394 bytes, sha256")
+    else:
+        counts["skipped"] += 1
+        print(f"skipped {tool}: gpt2.sh whole, tinyshakespeare.sh: no mirror with vocab.bpe", flush=True)
+    download("tinyshakespeare.sh offline", False, work / "got/none", script="data/tinyshakespeare.sh",
+             pattern="DATA_MIRROR")
+    check(run("sh", "data/gpt2.sh", "gpt3", env=env)[0] == 2, f"{tool}: a model that is none: exit status 2")
+    check(not list(work.rglob("*.part")), f"{tool}: no .part is left", str(list(work.rglob("*.part"))))
+    server.shutdown()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="repeats a run")
+    seed = parser.parse_args().seed
+    print(f"dev/compare_convert.py --seed {seed}")
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, P + 1
+        shard = work / "tokens.bin"
+        shard.write_bytes(header.tobytes() + rng.integers(0, V, P + 1).astype("<u2").tobytes())
+        test_llmc(work, rng, shard)
+        test_hugging_face(work, rng, shard)
+        test_tokenizers(work)
+        test_gpt2_vocabulary(work)
+        for tool in ("curl", "wget"):
+            (work / tool).mkdir()
+            test_downloads(work / tool, rng, tool)
+    print(", ".join(f"{number} {what}" for what, number in counts.items()), flush=True)
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
