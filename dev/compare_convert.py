@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares data/convert.py with torch and transformers, and tries the download scripts on a server of its own.
+"""Compares data/convert.py with torch and transformers, and tries the download scripts on its own server.
 
   dev/compare_convert.py [--seed N]     usually through dev/compare_test.sh, which sets all up
 
@@ -76,7 +76,8 @@ def check_refused(work, what, pattern, *words):
 def llmc_weights(rng, bits):
     """llm.c's tensors at random, as float32: [(Hugging Face's name with # for the layer, array), ...]."""
     shapes = [("wte.weight", PADDED, C), ("wpe.weight", P, C), ("h.#.ln_1.weight", L, C),
-              ("h.#.ln_1.bias", L, C), ("h.#.attn.c_attn.weight", L, 3 * C, C), ("h.#.attn.c_attn.bias", L, 3 * C),
+              ("h.#.ln_1.bias", L, C), ("h.#.attn.c_attn.weight", L, 3 * C, C),
+              ("h.#.attn.c_attn.bias", L, 3 * C),
               ("h.#.attn.c_proj.weight", L, C, C), ("h.#.attn.c_proj.bias", L, C), ("h.#.ln_2.weight", L, C),
               ("h.#.ln_2.bias", L, C), ("h.#.mlp.c_fc.weight", L, 4 * C, C), ("h.#.mlp.c_fc.bias", L, 4 * C),
               ("h.#.mlp.c_proj.weight", L, C, 4 * C), ("h.#.mlp.c_proj.bias", L, C), ("ln_f.weight", C),
@@ -98,8 +99,8 @@ def llmc_file(tensors, version):
 
 def model_of(tensors):
     """The same model in transformers, put together tensor by tensor."""
-    config = transformers.GPT2Config(vocab_size=V, n_positions=P, n_embd=C, n_layer=L, n_head=H, embd_pdrop=0.0,
-                                     attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+    config = transformers.GPT2Config(vocab_size=V, n_positions=P, n_embd=C, n_layer=L, n_head=H,
+                                     embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None)
     model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
     parameters = dict(model.transformer.named_parameters())
     for name, value in tensors:
@@ -127,7 +128,7 @@ def check_folder(what, folder, model, shard):
                                   "--quiet")
     found = re.search(r"loss ([0-9.]+)", printed)
     ok = status == 0 and found and abs(float(found.group(1)) - loss) <= 1e-4 * loss
-    check(ok, f"{what}: train_gpt2 --eval, loss {loss:.4f}", f"{printed.strip()[-80:]} {errors.strip()[-200:]}")
+    check(ok, f"{what}: train_gpt2 --eval, loss {loss:.4f}", (printed + errors).strip()[-200:])
 
 
 def dtypes(folder):
@@ -156,7 +157,7 @@ def test_llmc(work, rng, shard):
             ("llm.c weights cut off in the header", good[:500], "1024 expected"),
             ("llm.c weights of another version", good[:4] + b"\4" + good[5:], "version 4"),
             ("llm.c weights without layers", good[:16] + bytes(4) + good[20:], "n_layer is 0"),
-            ("llm.c weights with huge sizes", good[:8] + b"\xff\xff\xff\x7f" * 4 + good[24:], r"\d+ channels|promises"),
+            ("llm.c weights with huge sizes", good[:8] + b"\xff\xff\xff\x7f" * 4 + good[24:], "channels"),
             ("token shard", shard.read_bytes(), "token shard"), ("unknown file", b"hello", "neither")):
         (work / "bad.bin").write_bytes(data)
         check_refused(work, what, pattern, work / "bad.bin", work / "bad")
@@ -186,7 +187,8 @@ def test_hugging_face(work, rng, shard):
         check(not {"lm_head.weight"} & set(dtypes(folder)[1]) and len(dtypes(folder)[1]) == 4 + 12 * L,
               f"{what}: masks and head dropped", str(dtypes(folder)[1]))
     status, _, errors = run("./train_gpt2", "--init", source, "--eval", "--val", shard, "--quiet")
-    check(status == 1 and f"data/convert.py {source} {source}" in errors, "train_gpt2 names the command", errors)
+    check(status == 1 and f"data/convert.py {source} {source}" in errors,
+          "train_gpt2 names the command", errors)
     check_convert("pytorch_model.bin, in place", source, source)
     check_folder("pytorch_model.bin, in place", source, model, shard)
     check_refused(work, "in place, nothing to do", "already", source, source)
@@ -235,7 +237,7 @@ def test_hugging_face(work, rng, shard):
     extra = {**bare, "h.2.ln_1.bias": torch.zeros(C)}
     check_refused(work, "unknown tensor", "h.2.ln_1.bias is not one", variant("x", {}, extra), work / "bad")
     head = {**bare, "lm_head.weight": torch.randn(V, C)}
-    check_refused(work, "a head that is not tied", "lm_head.weight is not", variant("h", {}, head), work / "bad")
+    check_refused(work, "another head", "lm_head.weight is not", variant("h", {}, head), work / "bad")
     (half / "pytorch_model.bin").write_bytes(b"PK\3\4 no zip file")
     (half / "model.safetensors").unlink()
     check_refused(work, "damaged pytorch_model.bin", "PyTorch cannot load it", half, work / "bad")
@@ -266,7 +268,8 @@ def test_tokenizers(work):
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace(END, "") + "Über Ärger, Привет, 世界世界 \U0001f642\U0001f642 " * 20
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace(END, "")
+    text += "Über Ärger, Привет, 世界世界 \U0001f642\U0001f642 " * 20
     bpe.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=letters, show_progress=False, special_tokens=[]))
     wanted = json.loads(bpe.to_str())["model"]
@@ -296,14 +299,15 @@ def test_tokenizers(work):
               and ids == [i + (name == "first.bin") for i in bpe.encode(text).ids],
               f"{name}: ./tokenizer and AutoTokenizer, {len(ids)} ids", errors)
         status, _, errors = run("./tokenizer", "encode", "--tokenizer", work / name, work / "text.txt")
-        check(status == 1 and f"data/convert.py {work / name}" in errors, f"{name}: ./tokenizer names the command",
-              errors)
+        check(status == 1 and f"data/convert.py {work / name}" in errors,
+              f"{name}: ./tokenizer names the command", errors)
     pairs = [bytes([byte]) for byte in range(256)] + [bytes(divmod(i, 256)) for i in range(50000)]
     (work / "one.bin").write_bytes(llmc_tokenizer(pairs + [end], 1, 0))
     check_convert("version 1", work / "one.bin", work / "one")
     lines = (work / "one/merges.txt").read_text(encoding="utf-8").splitlines()
     letter = {byte: name for name, byte in byte_of.items()}
-    check(lines[1:] == [f"{letter[i // 256]} {letter[i % 256]}" for i in range(50000)], "version 1: 50,000 merges")
+    wanted = [f"{letter[i // 256]} {letter[i % 256]}" for i in range(50000)]
+    check(lines[1:] == wanted, "version 1: 50,000 merges")
     check(json.loads((work / "one/vocab.json").read_text())[END] == 50256, "version 1: end of text 50256")
     good = (work / "last.bin").read_bytes()
     for what, name, data, pattern in (
@@ -311,8 +315,8 @@ def test_tokenizers(work):
             ("tokenizer with a byte too many", "b.bin", good + b"x", "promises"),
             ("tokenizer whose end of text is none", "b.bin", llmc_tokenizer(tokens, 2, 5000), "end of text"),
             ("tokenizer of another version", "b.bin", llmc_tokenizer(tokens, 3, 0), "version 3"),
-            ("tokenizer that lacks a byte", "b.bin", llmc_tokenizer(tokens[1:] + [end], 2, len(tokens) - 1), "byte"),
-            ("token that nothing makes", "b.tiktoken", tiktoken + b"/v/+//4= %d\n" % len(tokens), "not made of two"),
+            ("tokenizer that lacks a byte", "b.bin", llmc_tokenizer(tokens[1:] + [end], 2, 899), "byte 33"),
+            ("token that nothing makes", "b.tiktoken", tiktoken + b"/v/+//4= 900\n", "not made of two"),
             (".tiktoken with a bad line", "b.tiktoken", tiktoken + b"?? x\n", f"line {len(tokens) + 1}"),
             (".tiktoken with a gap", "b.tiktoken", tiktoken + b"/v/+ 5000\n", "ranks")):
         (work / name).write_bytes(data)
@@ -333,7 +337,7 @@ def test_gpt2_vocabulary(work):
         if list(work.glob("*.gpt2")):
             return
     counts["skipped"] += 1
-    print("skipped GPT-2's own vocabulary: no mirror with vocab.bpe, encoder.json and gpt2.tiktoken", flush=True)
+    print("skipped GPT-2's vocabulary: no mirror with vocab.bpe, encoder.json, gpt2.tiktoken", flush=True)
 
 
 # ---- Downloads ----
@@ -367,18 +371,19 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 def test_downloads(work, rng, tool):
-    """data/download.sh and data/gpt2.sh with curl or wget alone. Their homes cannot be reached: a proxy that is none."""
+    """data/download.sh and data/gpt2.sh with curl or wget alone; no home can be reached."""
     if not shutil.which(tool):
         counts["skipped"] += 1
         print(f"skipped downloads with {tool}: it is not installed", flush=True)
         return
     programs = work / "programs"
     programs.mkdir()
-    for name in ("sh cat sed grep cut tail tr wc mkdir mv rm dirname basename dd sha256sum shasum perl " + tool).split():
+    others = "sh cat sed grep cut tail tr wc mkdir mv rm dirname basename dd sha256sum shasum perl"
+    for name in [tool, *others.split()]:
         if shutil.which(name):
             (programs / name).symlink_to(shutil.which(name))
-    dead = "http://127.0.0.1:9"
-    env = {"PATH": str(programs), "https_proxy": dead, "HTTPS_PROXY": dead, "no_proxy": "127.0.0.1", "LC_ALL": "C"}
+    dead = "http://127.0.0.1:9"  # nobody listens there; as the proxy it keeps the scripts off the network
+    env = {"PATH": str(programs), "https_proxy": dead, "no_proxy": "127.0.0.1", "LC_ALL": "C"}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
@@ -405,12 +410,14 @@ def test_downloads(work, rng, tool):
     target.unlink()
     if tool == "curl":  # wget tries again by itself
         Server.cuts.add("/data.bin")
-        download("cut off in the middle", False, "-s", sha, target, url + "/data.bin", pattern="goes on from there")
+        download("cut off in the middle", False, "-s", sha, target, url + "/data.bin",
+                 pattern="goes on from there")
         check(not target.exists() and part.stat().st_size == len(data) // 2, f"{tool}: half is kept as .part")
     else:
         part.write_bytes(data[:len(data) // 2])
     download("the other half", True, "-s", sha, target, url + "/data.bin")
-    check(Server.requests == [("/data.bin", f"bytes={len(data) // 2}-")], f"{tool}: only that", str(Server.requests))
+    check(Server.requests == [("/data.bin", f"bytes={len(data) // 2}-")], f"{tool}: only that",
+          str(Server.requests))
     check(target.read_bytes() == data, f"{tool}: every byte of both halves")
     target.unlink()
     part.write_bytes(data)
@@ -435,13 +442,14 @@ def test_downloads(work, rng, tool):
 
     # A mirror folder and a mirror server for a whole model folder; its vocabulary must be GPT-2's own.
     folder, mirror = work / "got" / "gpt2", work / "mirror"
-    download("gpt2.sh offline", False, "gpt2", folder, script="data/gpt2.sh", pattern="config.json.*DATA_MIRROR")
+    download("gpt2.sh offline", False, "gpt2", folder, script="data/gpt2.sh",
+             pattern="config.json.*DATA_MIRROR")
     mirror.mkdir()
     (mirror / "config.json").write_text('{"n_layer": 24}')
     download("gpt2.sh, another model's config.json", False, "gpt2", folder, script="data/gpt2.sh",
              DATA_MIRROR=str(mirror), pattern="n_layer 12 expected")
     (mirror / "vocab.json").write_text("{}")
-    download("gpt2.sh, DATA_MIRROR/gpt2 first; wrong vocabulary", False, "gpt2", folder, script="data/gpt2.sh",
+    download("gpt2.sh, DATA_MIRROR/gpt2, no vocabulary", False, "gpt2", folder, script="data/gpt2.sh",
              DATA_MIRROR=url, pattern="vocab.json: not downloaded")
     check((folder / "config.json").read_bytes() == b'{"n_layer": 12}', f"{tool}: gpt2.sh, config.json")
     download("gpt2.sh, a vocabulary that is not GPT-2's", False, "gpt2", folder, script="data/gpt2.sh",
@@ -458,8 +466,7 @@ def test_downloads(work, rng, tool):
         (mirror / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
         download("gpt2.sh, all from a mirror folder", True, "gpt2", folder, script="data/gpt2.sh",
                  DATA_MIRROR=str(mirror), pattern="124,439,808")
-        check(sorted(os.listdir(folder)) == ["config.json", "generation_config.json", "merges.txt",
-                                             "model.safetensors", "vocab.json"], f"{tool}: gpt2.sh, five files")
+        check(len(os.listdir(folder)) == 5, f"{tool}: gpt2.sh, five files", str(os.listdir(folder)))
         if (real / "tinyshakespeare.txt").is_file():
             download("tinyshakespeare.sh", True, work / "got/tiny", script="data/tinyshakespeare.sh",
                      DATA_MIRROR=str(real), pattern="1115394 bytes, sha256")
@@ -474,7 +481,8 @@ def test_downloads(work, rng, tool):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="repeats a run")
     seed = parser.parse_args().seed
     print(f"dev/compare_convert.py --seed {seed}")

@@ -5,7 +5,7 @@
 
 1. References of random shapes, masks and options: test_gpt2 --reference must agree, numpy must agree that it
    agrees, and test_gpt2 must see it when a reference is wrong.
-2. The tokenizer (dev/compare_tokenizer.py).
+2. The tokenizer (dev/compare_tokenizer.py), the converters and downloads (dev/compare_convert.py).
 3. A model folder that train_gpt2 wrote: transformers must load it, and get the same ids, logits, loss of
    completions, and greedy text.
 """
@@ -47,7 +47,7 @@ def check(ok, what, why=""):
 
 def run(*command, stdin=None, show=False):
     """Runs a program: (exit status 0, standard output, a reason when it failed)."""
-    result = subprocess.run(command, input=stdin, capture_output=True, timeout=240)
+    result = subprocess.run(command, input=stdin, capture_output=True, timeout=900 if show else 240)
     if show:
         for line in result.stdout.decode(errors="replace").splitlines():
             print("      ", line)
@@ -146,9 +146,8 @@ def compare_references(rng, count):
         check(not run("./test_gpt2", "--reference", wrong)[0], f"test_gpt2 sees a wrong {name}", "it passed")
 
 
-def compare_tokenizer():
+def compare_with(script):
     global skipped
-    script = "dev/compare_tokenizer.py"
     if not os.path.exists(script):
         skipped += 1
         print(f"skipped {script}: there is no such file", flush=True)
@@ -250,7 +249,8 @@ def main():
     shutil.rmtree(WORK, ignore_errors=True)
     os.makedirs(WORK)
     compare_references(random.Random(args.seed), args.count)
-    compare_tokenizer()
+    compare_with("dev/compare_tokenizer.py")
+    compare_with("dev/compare_convert.py")
     if train_model_folder(WORK + "/out"):
         compare_model_folder(WORK + "/out")
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
