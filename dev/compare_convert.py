@@ -100,7 +100,8 @@ def llmc_file(tensors, version):
 def model_of(tensors):
     """The same model in transformers, put together tensor by tensor."""
     config = transformers.GPT2Config(vocab_size=V, n_positions=P, n_embd=C, n_layer=L, n_head=H,
-                                     embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+                                     embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+                                     bos_token_id=None, eos_token_id=None)
     model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
     parameters = dict(model.transformer.named_parameters())
     for name, value in tensors:
@@ -496,13 +497,15 @@ def main():
         header[:3] = 20240520, 1, P + 1
         shard = work / "tokens.bin"
         shard.write_bytes(header.tobytes() + rng.integers(0, V, P + 1).astype("<u2").tobytes())
-        test_llmc(work, rng, shard)
-        test_hugging_face(work, rng, shard)
-        test_tokenizers(work)
-        test_gpt2_vocabulary(work)
-        for tool in ("curl", "wget"):
-            (work / tool).mkdir()
-            test_downloads(work / tool, rng, tool)
+        for test, *arguments in ((test_llmc, work, rng, shard), (test_hugging_face, work, rng, shard),
+                                 (test_tokenizers, work), (test_gpt2_vocabulary, work),
+                                 (test_downloads, work / "curl", rng, "curl"),
+                                 (test_downloads, work / "wget", rng, "wget")):
+            try:
+                arguments[0].mkdir(exist_ok=True)
+                test(*arguments)
+            except Exception as error:  # what a failed check left undone
+                check(False, test.__name__, f"ended early: {error!r}")
     print(", ".join(f"{number} {what}" for what, number in counts.items()), flush=True)
     return 1 if counts["failed"] else 0
 
