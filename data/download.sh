@@ -2,8 +2,8 @@
 # Downloads one file, whole or not at all: goes on where an interrupted download stopped (FILE.part), checks
 # the sha256, and only then gives the file its name. Needs curl or wget.
 #
-#   sh data/download.sh URL [FILE]                      any public file, as text or JSONL of Hugging Face
-#   sh data/download.sh [-s SHA256] FILE SOURCE...      sources are URLs or paths; the first that works is taken
+#   sh data/download.sh URL [FILE]                    any public file, as text or JSONL of Hugging Face
+#   sh data/download.sh [-s SHA256] FILE SOURCE...    sources are URLs or paths; the first that works is taken
 #
 # DATA_MIRROR, a folder or URL, is looked into for a file of the URL's base name before the URL itself.
 set -u
