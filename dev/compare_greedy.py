@@ -68,8 +68,8 @@ def compare():
         shutil.rmtree(folder, ignore_errors=True)
         must_run("./train_gpt2", "--init", "d4", "--n-layer", str(layers), "--n-embd", str(width), "--n-head",
                  str(heads), "--n-positions", str(positions), "--seed", str(seed), "--tokenizer", vocabulary,
-                 "--train", text, "--val-fraction", "0", "--seq-len", "128", "--steps", "120",
-                 "--learning-rate", "3e-3", "--save-every", "120", "--out", folder, "--quiet")
+                 "--train", text, "--val-fraction", "0", "--seq-len", "128", "--steps", "80",
+                 "--learning-rate", "3e-3", "--save-every", "80", "--out", folder, "--quiet")
         compare_model(f"{layers} layers of {width}, {heads} heads, seed {seed}", folder, ends)
 
 
