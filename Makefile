@@ -85,6 +85,9 @@ gpt2 gpt2-medium gpt2-large gpt2-xl: ## download that GPT-2 into a model folder 
 tinyshakespeare: ## download tiny Shakespeare, as text and as tokens
 	sh data/tinyshakespeare.sh --shards
 
+compare: all ## results, speed and memory beside PyTorch's; COMPARE_OPTIONS="--model DIR --data FILE"
+	SCRIPT=dev/compare_pytorch.py sh dev/compare_test.sh $(COMPARE_OPTIONS)
+
 install: $(O)train_gpt2 $(O)tokenizer ## copy train_gpt2 and tokenizer to PREFIX/bin
 	mkdir -p $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $^ $(DESTDIR)$(PREFIX)/bin
@@ -98,4 +101,4 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train test bench plot compare-test $(DOWNLOADS) install clean show-blas help
+.PHONY: all train test bench plot compare-test compare $(DOWNLOADS) install clean show-blas help

@@ -28,7 +28,7 @@ def finish():
 
 def run(*command, stdin=None, show=False):
     """Runs a program: (exit status 0, standard output, a reason when it failed)."""
-    result = subprocess.run(command, input=stdin, capture_output=True, timeout=240)
+    result = subprocess.run(command, input=stdin, capture_output=True, timeout=900)
     if show:
         for line in result.stdout.decode(errors="replace").splitlines():
             print("      ", line)

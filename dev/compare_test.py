@@ -8,6 +8,9 @@
 2. The tokenizer (dev/compare_tokenizer.py), the converters and downloads (dev/compare_convert.py).
 3. A model folder that train_gpt2 wrote: transformers must load it, and get the same ids, logits, loss of
    completions, and greedy text.
+4. Model folders of all kinds, read and written (dev/compare_folders.py).
+5. A fine-tuning, update by update (dev/compare_finetune.py), and greedy texts (dev/compare_greedy.py).
+6. The script behind `make compare`, on a tiny model.
 """
 import argparse
 import json
@@ -15,18 +18,21 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
 
+import checks
+import compare_finetune
+import compare_folders
+import compare_greedy
 import numpy as np
-import reference  # first: it turns off the network
+import reference  # it turns off the network
 import torch
 import transformers
+from checks import WORK, check, run
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-WORK = "build/compare"
 TEXT = """The river runs below the old stone bridge, and the children count the boats: one, two, 30, 400.
 "Don't wait," said the miller, "we'll mend the wheel before it's dark." They'd heard him; nobody came.
 Über den Dächern pfeift der Wind.  Ça va?  Привет, 世界!\t(tabs\tand   spaces) -- the end... \U0001f642
@@ -35,24 +41,6 @@ Bread needs flour, water, salt and time. A cook who has no time needs an oven, a
 """
 EXAMPLES = [("The river runs", " below the old stone bridge"), ("Bread needs", " patience, and time."),
             ("Don't wait, don't wait, don't wait,", " said he")]
-passed = failed = skipped = 0
-
-
-def check(ok, what, why=""):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    print(f"{'ok    ' if ok else 'FAILED'} {what}" + (f": {why}" if why and not ok else ""), flush=True)
-    return ok
-
-
-def run(*command, stdin=None, show=False):
-    """Runs a program: (exit status 0, standard output, a reason when it failed)."""
-    result = subprocess.run(command, input=stdin, capture_output=True, timeout=900 if show else 240)
-    if show:
-        for line in result.stdout.decode(errors="replace").splitlines():
-            print("      ", line)
-    why = (result.stderr or result.stdout).decode(errors="replace").strip().splitlines()[-1:]
-    return result.returncode == 0, result.stdout, f"exit status {result.returncode}, {''.join(why)}"
 
 
 def random_options(rng):
@@ -147,10 +135,8 @@ def compare_references(rng, count):
 
 
 def compare_with(script):
-    global skipped
     if not os.path.exists(script):
-        skipped += 1
-        print(f"skipped {script}: there is no such file", flush=True)
+        checks.skip(f"{script}: there is no such file")
         return
     ok, _, why = run(sys.executable, script, show=True)
     check(ok, script, why)
@@ -253,8 +239,13 @@ def main():
     compare_with("dev/compare_convert.py")
     if train_model_folder(WORK + "/out"):
         compare_model_folder(WORK + "/out")
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    sys.exit(failed > 0)
+        compare_folders.compare_silence(WORK + "/out")
+    compare_folders.compare()
+    compare_finetune.compare()
+    compare_greedy.compare()
+    ok, _, why = run(sys.executable, "dev/compare_pytorch.py", "--quick", show=True)
+    check(ok, "dev/compare_pytorch.py --quick", why)
+    checks.finish()
 
 
 if __name__ == "__main__":

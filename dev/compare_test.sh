@@ -1,6 +1,7 @@
 #!/bin/sh
 # The live comparison with PyTorch: makes a virtual environment in build/venv, runs dev/compare_test.py.
 #   sh dev/compare_test.sh [--seed N] [--count N]     PYTHON=python3.12 chooses another Python
+#   SCRIPT=dev/compare_pytorch.py sh dev/compare_test.sh [options]     runs another script in it
 # The programs must have been built. The environment is used again until dev/requirements.txt changes.
 set -eu
 cd "$(dirname "$0")/.."
@@ -12,7 +13,7 @@ fail() {
     exit 1
 }
 
-for program in train_gpt2 test_gpt2 tokenizer; do
+for program in train_gpt2 test_gpt2 tokenizer data/stories; do
     [ -x "$program" ] || fail "./$program is missing: run 'make $program' first"
 done
 
@@ -33,4 +34,4 @@ if ! cmp -s dev/requirements.txt "$venv/installed.txt"; then
         fail "could not install dev/requirements.txt into $venv"
     cp dev/requirements.txt "$venv/installed.txt"
 fi
-PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" dev/compare_test.py "$@"
+PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" "${SCRIPT:-dev/compare_test.py}" "$@"
