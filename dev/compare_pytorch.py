@@ -133,10 +133,10 @@ def compare_results(args, batch):
     epsilon = "1e-4"  # reference.py says why not 1e-8
     reference.make_reference(reference.parse(
         ["--out", folder, "--model", MODEL, "--batch", batch, "--steps", str(args.steps), "--epsilon", epsilon,
-         "--threads", str(torch.get_num_threads())]))
+         "--threads", str(torch.get_num_threads()), "--float32-only"]))
     result = subprocess.run(["./test_gpt2", "--reference", folder], capture_output=True, text=True)
     names = {"losses": f"losses of {args.steps} AdamW steps", "norms": "their gradient norms",
-             "rates": "their learning rates", "updates": "update of the parameters (L2)"}
+             "rates": "their learning rates", "updates": "update by all of them (L2)"}
     print(f"\n{'':34} {'absolute':>10} {'relative':>10}  worst in")
     lines = re.findall(r"(\w+) +worst absolute (\S+), relative (\S+) in (\S*)(.*)", result.stdout)
     for kind, absolute, relative, tensor, outside in lines:
@@ -167,7 +167,7 @@ def compare_greedy(args, tokenizer, prompt):
     same = max(n for n in range(len(made) + 1) if ours.startswith(text_bytes(tokenizer, made[:n])))
     equal = same == len(made) and ours == text_bytes(tokenizer, made)
     print(f"{'greedy continuation':34} {same} of {len(made)} tokens the same"
-          f"{'' if equal else '   OUTSIDE'}")
+          f"{'' if equal else '   OUTSIDE'}", flush=True)
     return equal
 
 

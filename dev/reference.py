@@ -46,6 +46,7 @@ def parse(words=None):
     add("--seed", type=int, default=1)
     add("--attention", choices=["eager", "sdpa"], default="eager")
     add("--threads", type=int, default=1)
+    add("--float32-only", action="store_true", help="do not take the updates in float64 too: for large models")
     random_model = parser.add_argument_group("random model").add_argument
     random_model("--vocab-size", type=int, default=61)
     random_model("--n-positions", type=int, default=16)
@@ -231,11 +232,11 @@ def make_reference(args):
         os.remove(generation_config)
 
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    double = copy.deepcopy(model).double()
+    double = None if args.float32_only else copy.deepcopy(model).double()
     results = compute(model, batch, args)
-    exact = compute(double, batch, args)
+    exact = compute(double, batch, args) if double else {}
     worst = (0.0, "")
-    for name, start in initial.items():
+    for name, start in initial.items() if exact else ():
         update = exact["param." + name] - start
         error = (results["param." + name] - start - update).norm() / update.norm().clamp(min=1e-30)
         worst = max(worst, (error.item(), name))
@@ -246,8 +247,8 @@ def make_reference(args):
     save_file(tensors, path, metadata={"options": trainer_options(args)})
     size = sum(entry.stat().st_size for entry in os.scandir(args.out))
     print(f"{args.out}: {size / 1000:.0f} kB, {args.steps} steps, loss {results['losses'][0]:.4f} to "
-          f"{results['losses'][-1]:.4f}, gradient norm {results['grad_norms'][0]:.3f}, "
-          f"update against float64 {worst[0]:.1e} in {worst[1]}")
+          f"{results['losses'][-1]:.4f}, gradient norm {results['grad_norms'][0]:.3f}"
+          + (f", update against float64 {worst[0]:.1e} in {worst[1]}" if exact else ""), flush=True)
     return worst
 
 
