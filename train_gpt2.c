@@ -4368,38 +4368,41 @@ static Patterns options_to_save(const Options *options)
     return saved;
 }
 
-static bool names_option(const Option *option, const char *name, size_t length)
-{
-    return option->name && strlen(option->name) == length && memcmp(option->name, name, length) == 0;
-}
-
-// Sets options from words such as --name=value, --name value, -x value and -xvalue. Ends the program with
-// status 2 and one line when one is wrong.
+// Sets the options that the words after the first one give. A LIST's first word replaces what was there before.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words)
 {
+    struct option names[OPTION_COUNT + 1] = {{0}};
+    char letters[3 * OPTION_COUNT + 2] = ":";
     bool taken[OPTION_COUNT] = {false};
-    for (int i = 0; i < count; i++) {
-        const char *word = words[i], *value = NULL;
-        bool is_long = strncmp(word, "--", 2) == 0;
-        if (word[0] != '-' || !word[1] || strcmp(word, "--") == 0)
-            die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
-        size_t length = is_long ? strcspn(word, "=") : 2;
-        const Option *option = option_table, *end = option + OPTION_COUNT;
-        while (option < end &&
-               !(is_long ? names_option(option, word + 2, length - 2) : option->letter == word[1]))
-            option++;
-        if (option == end)
-            die_usage("unknown option %.*s; --help lists all", (int)length, word);
-        if (word[length])
-            value = word + length + is_long;
-        if (option->kind == FLAG && value)
-            die_usage("%s: --%s takes no value", word, option->name);
-        if (option->kind != FLAG && !value && !(value = i + 1 < count ? words[++i] : NULL))
-            die_usage("%s needs a value; --help says which", word);
-        bool *again = &taken[option - option_table];
-        set_option(options, option, value, *again);
-        *again = given[option - option_table] = true;
+    for (int i = 0, n = 0; i < OPTION_COUNT; i++) {
+        const Option *option = &option_table[i];
+        if (option->name)
+            names[n++] = (struct option){option->name, option->kind != FLAG, NULL,
+                                         option->letter ? option->letter : 256 + i};
+        if (option->letter)
+            sprintf(letters + strlen(letters), option->kind == FLAG ? "%c" : "%c:", option->letter);
     }
+    opterr = 0;
+    optind = 0; // start anew
+#ifdef __APPLE__
+    optind = optreset = 1;
+#endif
+    for (int found; (found = getopt_long(count, words, letters, names, NULL)) != -1;) {
+        const char *word = words[optind - 1];
+        if (found == ':')
+            die_usage("%s needs a value; --help says which", word);
+        if (found == '?' && optopt > 0 && optopt < 256) // perhaps among others, as in -yZ
+            die_usage("unknown option -%c; --help lists all", optopt);
+        if (found == '?')
+            die_usage("unknown option %s; --help lists all", word);
+        int i = found - 256;
+        for (i = i < 0 ? 0 : i; found < 256 && option_table[i].letter != found; i++)
+            ;
+        set_option(options, &option_table[i], optarg ? optarg : "yes", taken[i]);
+        taken[i] = given[i] = true;
+    }
+    if (optind < count)
+        die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", words[optind]);
 }
 
 // Reads the command line, on top of the options that the checkpoint `state` (or NULL) remembers: what is said
@@ -4411,12 +4414,13 @@ static void parse_options(Options *options, const char *state, int argc, char **
     Json *json = state ? json_read_file(state) : NULL;
     const Json *saved = json_get(json, "options");
     Patterns words = {0};
+    add_pattern(&words, argv[0]);
     for (const Json *item = saved ? saved->child : NULL; item; item = item->next)
         if (item->kind == JSON_STRING)
             add_pattern(&words, item->string);
     take_words(options, given, (int)words.size, (char *const *)words.items);
     json_free(json);
-    take_words(options, given, argc - 1, argv + 1);
+    take_words(options, given, argc, argv);
     int mode = options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
     const char *mode_name = options->generate ? "--generate" : options->eval ? "--eval" : "training";
     for (int i = 0; i < OPTION_COUNT && !options->help; i++)

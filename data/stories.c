@@ -6,12 +6,12 @@
 //   ./stories questions --seed 2 --count 500 --held-out > held_out.jsonl
 //   ./stories check sample.txt
 //
-// Of each of the 60 villagers six things are true, in every story and with every seed: where they live, what
+// Of each of the 16 villagers six things are true, in every story and with every seed: where they live, what
 // their work is, which animal they keep, the colour of their coat, what they like to eat, what they play. These
-// 360 facts are what a model can learn by heart:
+// 96 facts are what a model can learn by heart:
 //
-//   One morning Grace met Hugo at the bridge. Grace has a blue coat. She keeps a goat and likes plums. Then the two
-//   went to the river together. Hugo, who works as a smith, lives in the tower. ...
+//   One morning Grace met Leo at the bridge. Grace has a blue coat. She keeps a goat and likes plums. Then the two
+//   went to the river together. Leo, who works as a smith, lives in the tower. ...
 //
 //   {"prompt": "Question: Which animal does Grace keep? Answer:", "completion": " goat"}
 //
@@ -31,14 +31,11 @@ static const char separator[] = "<|endoftext|>", white[] = " \t\r\n";
 // ---- Words and facts ----------------------------------------------------------------------------
 // In no list is one word the beginning of another, so matching never has to choose.
 
-enum { PEOPLE = 60, PLACES = 8, MORNINGS = 6, KINDS = 6, MOST_VALUES = 12, HELD_OUT = 5 };
+enum { PEOPLE = 16, PLACES = 8, MORNINGS = 6, KINDS = 6, MOST_VALUES = 12, HELD_OUT = 5 };
 
 static const char *const people[PEOPLE] = { // women have even numbers, men odd ones
-    "Anna",  "Ben",    "Clara",  "David", "Emma",   "Felix", "Grace",  "Henry", "Julia",  "Leo",   "Mary",  "Tom",
-    "Nora",  "Adam",   "Rosa",   "Bruno", "Sarah",  "Carl",  "Lucy",   "Eric",  "Helen",  "Frank", "Ida",   "George",
-    "Jane",  "Hugo",   "Kate",   "Jack",  "Lena",   "Kurt",  "Martha", "Louis", "Olga",   "Max",   "Paula", "Nick",
-    "Ruth",  "Oscar",  "Stella", "Peter", "Tina",   "Ralf",  "Vera",   "Simon", "Wanda",  "Theo",  "Zoe",   "Victor",
-    "Bella", "Walter", "Diana",  "Roman", "Flora",  "Otto",  "Hanna",  "Philip", "Mina",  "Joseph", "Sofia", "Samuel"};
+    "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry",
+    "Julia", "Leo", "Mary", "Tom", "Nora", "Adam", "Rosa", "Bruno"};
 static const char *const places[PLACES] = {"market", "river", "bridge", "well", "school", "harbour", "forest", "lake"};
 static const char *const mornings[MORNINGS] = {"one morning", "one day", "today", "last summer", "on Sunday", "at noon"};
 static const char *const pronouns[2] = {"she", "he"};
@@ -177,9 +174,11 @@ struct reading { int a, b, topic, is_true; }; // whom a sentence is about, and w
 
 // Returns how many letters of `text` are this word, in any case for the first one when `initial`; 0 if others.
 static size_t goes_on(const char *text, const char *word, int initial) {
-    size_t length = strlen(word);
-    int same = *text == *word || (initial && tolower((unsigned char)*text) == tolower((unsigned char)*word));
-    return same && strncmp(text + 1, word + 1, length - 1) == 0 ? length : 0;
+    size_t length = 0;
+    while (word[length] &&
+           (text[length] == word[length] || (initial && length == 0 && tolower((unsigned char)*text) == tolower(*word))))
+        length++;
+    return word[length] ? 0 : length;
 }
 
 // Returns the number of the word in the list with which `text` goes on, or -1; *length gets its length.
@@ -197,7 +196,7 @@ static int match(const char *text, const char *pattern, const char *start, struc
     if (*pattern == 0)
         return *text == 0;
     if (*pattern != '{')
-        return (length = goes_on(text, (const char[]){*pattern, 0}, initial)) && match(text + 1, pattern + 1, start, reading);
+        return goes_on(text, (const char[]){*pattern, 0}, initial) && match(text + 1, pattern + 1, start, reading);
     const char *rest = strchr(pattern, '}') + 1;
     switch (pattern[1]) {
     case 'a':
@@ -222,7 +221,6 @@ static int match(const char *text, const char *pattern, const char *start, struc
                 strncmp(at + length, gap + 2, strlen(gap + 2)) != 0)
                 continue;
             struct reading before = *reading;
-            // the name may come later in no pattern: who it is about is known here
             reading->is_true = reading->is_true && reading->a >= 0 && word == value_of(reading->a, kind);
             if (match(at + length + strlen(gap + 2), rest, start, reading))
                 return 1;
