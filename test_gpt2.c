@@ -162,7 +162,7 @@ static void all_logits(const Model *model, Activations *a, const Batch *batch, f
 {
     const size_t V = (size_t)model->config.vocab_size;
     int rows[LOGIT_ROWS];
-    activations_reserve(a, model, batch->rows, longest_sequence(batch), true, a->recompute, false, false);
+    activations_reserve(a, model, batch->rows, true, a->recompute, false, false);
     model_forward(model, a, batch, NULL, (Dropout){0});
     for (int begin = 0, n; begin < batch->rows; begin += n) {
         n = batch->rows - begin < LOGIT_ROWS ? batch->rows - begin : LOGIT_ROWS;
@@ -170,6 +170,41 @@ static void all_logits(const Model *model, Activations *a, const Batch *batch, f
             rows[i] = begin + i;
         head_forward(model, a, rows, n);
         memcpy(logits + (size_t)begin * V, a->logits, (size_t)n * V * sizeof(float));
+    }
+}
+
+// Packs a padded batch in Hugging Face's form; the mask may have its zeros left, right or in the middle.
+//   input_ids, attention_mask (B, T); position_ids (B, T) or NULL: cumsum(attention_mask) - 1;
+//   labels (B, T) or NULL, aligned with input_ids: row t is scored against labels[t + 1], -100 is not scored.
+static void pack_padded(Batch *batch, const int64_t *input_ids, const int64_t *attention_mask,
+                        const int64_t *position_ids, const int64_t *labels, int B, int T)
+{
+    batch_clear(batch);
+    for (int b = 0; b < B; b++) {
+        int real = 0; // tokens of this sequence so far
+        for (int t = 0; t < T; t++) {
+            size_t i = (size_t)b * T + t;
+            if (!attention_mask[i])
+                continue;
+            bool scored = labels && t + 1 < T && labels[i + 1] >= 0;
+            batch_add_row(batch, (int)input_ids[i], position_ids ? (int)position_ids[i] : real,
+                          scored ? (int)labels[i + 1] : -1);
+            real++;
+        }
+        batch_end_sequence(batch);
+    }
+}
+
+// The way back: rows (R, width) of pack_padded's batch to their places in padded (B, T, width), zeros at PAD.
+static void unpack_rows(float *padded, const float *rows, const int64_t *attention_mask, int B, int T,
+                        size_t width)
+{
+    size_t row = 0;
+    for (size_t i = 0; i < (size_t)B * T; i++) {
+        if (attention_mask[i])
+            memcpy(padded + i * width, rows + row++ * width, width * sizeof(float));
+        else
+            memset(padded + i * width, 0, width * sizeof(float));
     }
 }
 
@@ -223,6 +258,8 @@ static bool compare_reference(const char *folder, const char *dump_path, bool qu
         if (mask[i] && (input_ids[i] < 0 || input_ids[i] >= (int64_t)V || positions[i] < 0 ||
                         positions[i] >= model->config.n_positions || labels[i] >= (int64_t)V))
             die("%s: token, position or label out of range at element %zu", path, i);
+    if (T > model->config.n_positions)
+        die("%s: sequences of %d, but the model has %d positions", path, T, model->config.n_positions);
     if (B % A)
         die("%s: %d sequences do not make %d micro-batches", path, B, A);
 
@@ -249,8 +286,7 @@ static bool compare_reference(const char *folder, const char *dump_path, bool qu
 
     double total = 0;
     for (int a = 0; a < A; a++) {
-        activations_reserve(&activations, model, batches[a].rows, longest_sequence(&batches[a]), true,
-                            recompute, false, false);
+        activations_reserve(&activations, model, batches[a].rows, true, recompute, false, false);
         total += model_forward_backward(model, &activations, &batches[a],
                                         whole.targets ? 1.0f / (float)whole.targets : 0, a > 0, (Dropout){0});
     }
@@ -1115,8 +1151,7 @@ static double gradients_of(Model *model, const Batch *batches, int count, Dropou
     for (int i = 0; i < count; i++)
         targets += batches[i].targets;
     for (int i = 0; i < count; i++) {
-        activations_reserve(&a, model, batches[i].rows, longest_sequence(&batches[i]), true, recompute,
-                            dropout.probability > 0, false);
+        activations_reserve(&a, model, batches[i].rows, true, recompute, dropout.probability > 0, false);
         loss += model_forward_backward(model, &a, &batches[i], 1.0f / (float)targets, i > 0, dropout);
     }
     activations_free(&a);
@@ -1464,7 +1499,10 @@ static void test_attention(void)
     for (int n = 0; n < 5; n++) {
         const int NH = cases[n].NH, HS = cases[n].HS, C = NH * HS;
         Batch batch = ragged_batch(1, 2, cases[n].sequences, cases[n].lengths);
-        const int R = batch.rows, longest = longest_sequence(&batch);
+        const int R = batch.rows;
+        int longest = 0;
+        for (int s = 0; s < cases[n].sequences; s++)
+            longest = cases[n].lengths[s] > longest ? cases[n].lengths[s] : longest;
         size_t size = attention_scratch(longest);
         float *qkv = random_floats(20 + n, (size_t)R * 3 * C), *dout = random_floats(30 + n, (size_t)R * C);
         float *out = xfloats((size_t)R * C), *dqkv = xfloats((size_t)R * 3 * C),
@@ -1739,7 +1777,8 @@ static void test_poison(void)
         float *clean = logits_of(model, &batch);
         for (int n = 0; n < 8; n++) {
             int t = n < 6 ? places[n] : AT, kept = batch.token[first + t], reached = 0;
-            float *poison = n == 6 ? value_of(model, WTE, 0) + (V - 1) * 8 : value_of(model, WPE, 0) + AT * 8,
+            float *poison = n == 6 ? model_tensor(model, WTE, 0)->value + (V - 1) * 8
+                                   : model_tensor(model, WPE, 0)->value + AT * 8,
                   value = *poison;
             if (n < 7)
                 batch.token[first + t] = V - 1; // no other row has this token
@@ -1764,7 +1803,7 @@ static void test_poison(void)
         for (int t = AT - 20; t < 150; t++) {
             double sum = 0;
             for (int c = 0; c < 8; c++)
-                sum += fabs(gradient_of(model, WPE, 0)[t * 8 + c]);
+                sum += fabs(model_tensor(model, WPE, 0)->gradient[t * 8 + c]);
             check(t < AT ? sum > 0 : sum == 0, "position %d has gradient %g", t, sum);
         }
         free(clean);
@@ -1865,7 +1904,7 @@ static void test_accumulation(void)
         check(still, "%s was changed by an update without targets", tensor->name);
     }
     for (int n = 0; n < 2; n++) { // without targets gradients are zero, or stay when accumulated
-        activations_reserve(&a, model, silent[0].rows, 40, true, false, false, false);
+        activations_reserve(&a, model, silent[0].rows, true, false, false, false);
         double none = model_forward_backward(n ? whole : model, &a, &silent[0], 0, n == 1, (Dropout){0});
         check(none == 0, "loss %g without targets", none);
     }
@@ -1956,13 +1995,13 @@ static void update_that_overflows(void)
     // Channel 1 dominates, normalised it is 8. The logits are 1.5e38 · 1e-38 · 8 with both signs: a loss of
     // 24; but the gradient of ln_f.weight is 3e38 · 8: infinite.
     Model *model = tiny_model(tiny_config(23, 40, 1, 2, 64, 8, false), 2, NULL);
-    float *head = value_of(model, LM_HEAD, 0);
+    float *head = model_tensor(model, LM_HEAD, 0)->value;
     for (size_t c = 0; c < 64; c++) {
-        value_of(model, LN_F_WEIGHT, 0)[c] = c == 1 ? 1e-38f : 0;
-        value_of(model, LN_F_BIAS, 0)[c] = 0;
+        model_tensor(model, LN_F_WEIGHT, 0)->value[c] = c == 1 ? 1e-38f : 0;
+        model_tensor(model, LN_F_BIAS, 0)->value[c] = 0;
     }
     for (size_t v = 0; v < 23; v++) {
-        value_of(model, WTE, 0)[v * 64 + 1] = 1e3f;
+        model_tensor(model, WTE, 0)->value[v * 64 + 1] = 1e3f;
         head[v * 64 + 1] = v < 22 ? -1.5e38f : 1.5e38f;
     }
     Batch batch = ragged_batch(1, 22, 1, (int[]){2});
@@ -2099,7 +2138,7 @@ static void test_freezing(void)
         for (int recompute = 0; recompute < 2; recompute++) {
             Activations a = {0};
             Model *model = tiny_model(tiny_config(23, 40, 3, 2, 8, 20, true), 6, lower[i]);
-            activations_reserve(&a, model, 160, 40, true, recompute, false, true);
+            activations_reserve(&a, model, 160, true, recompute, false, true);
             size[recompute][i] = a.memory_size;
             check(i < 2 || size[recompute][i] < size[recompute][i - 1], "freezing %s saves nothing",
                   lower[i]);
@@ -2177,7 +2216,7 @@ static void test_cache(void)
                 batch_add_row(&batch, full.token[s * T + t], t, -1);
         for (int i = 0; i < batch.rows; i++)
             rows[i] = i;
-        activations_reserve(&a, model, batch.rows, P, false, false, false, false);
+        activations_reserve(&a, model, batch.rows, false, false, false, false);
         model_forward(model, &a, &batch, &cache, (Dropout){0});
         head_forward(model, &a, rows, batch.rows);
         check(cache.past == past + chunks[n], "the cache holds %d positions", cache.past);
@@ -3990,9 +4029,9 @@ static void test_checkpoints(void)
     Model *steep = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, false});
     model_initialise(steep, 5);
     for (size_t i = 0; i < steep->tensors[steep->tensor_count - 1].size; i++)
-        value_of(steep, LM_HEAD, 0)[i] = random_bits(8, i) & 1 ? 3e38f : -3e38f;
+        model_tensor(steep, LM_HEAD, 0)->value[i] = random_bits(8, i) & 1 ? 3e38f : -3e38f;
     for (int i = 0; i < 16; i++)
-        value_of(steep, LN_F_WEIGHT, 0)[i] = 1e-37f;
+        model_tensor(steep, LN_F_WEIGHT, 0)->value[i] = 1e-37f;
     model_save(steep, tokenizer, in_tests("steep"));
     model_free(steep);
     tokenizer_free(tokenizer);

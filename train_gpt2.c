@@ -1368,9 +1368,9 @@ static void tokenizer_decode(const Tokenizer *t, Text *text, int id)
 typedef struct {
     int sequences, rows;
     int targets;    // how many rows are scored
-    int *first_row; // (sequences + 1); the last one is `rows`
+    int *first_row; // (sequences + 1) the last one is `rows`
     int *token;     // (rows)
-    int *position;  // (rows) counts the real tokens of the sequence: 0, 1, 2, ...
+    int *position;  // (rows) counts the tokens of the sequence: 0, 1, 2, ...
     int *target;    // (rows) the token to predict here, or -1: not scored
     size_t row_capacity, sequence_capacity;
 } Batch;
@@ -1393,17 +1393,15 @@ static void batch_free(Batch *batch)
 // Appends a row to the sequence that is being built.
 static void batch_add_row(Batch *batch, int token, int position, int target)
 {
-    size_t needed = (size_t)batch->rows + 1, capacity = batch->row_capacity;
-    if (needed > capacity) {
-        batch->token = grow(batch->token, needed, &capacity, sizeof(int));
-        batch->position = xrealloc(batch->position, capacity * sizeof(int));
-        batch->target = xrealloc(batch->target, capacity * sizeof(int));
-        batch->row_capacity = capacity;
+    size_t row = (size_t)batch->rows++, capacity = batch->row_capacity;
+    batch->token = grow(batch->token, row + 1, &batch->row_capacity, sizeof(int));
+    if (batch->row_capacity > capacity) { // the other two keep pace
+        batch->position = xrealloc(batch->position, batch->row_capacity * sizeof(int));
+        batch->target = xrealloc(batch->target, batch->row_capacity * sizeof(int));
     }
-    batch->token[batch->rows] = token;
-    batch->position[batch->rows] = position;
-    batch->target[batch->rows] = target;
-    batch->rows++;
+    batch->token[row] = token;
+    batch->position[row] = position;
+    batch->target[row] = target;
     batch->targets += target >= 0;
 }
 
@@ -1415,55 +1413,12 @@ static void batch_end_sequence(Batch *batch)
     batch->first_row[++batch->sequences] = batch->rows;
 }
 
-static int longest_sequence(const Batch *batch)
-{
-    int longest = 0;
-    for (int s = 0; s < batch->sequences; s++)
-        if (batch->first_row[s + 1] - batch->first_row[s] > longest)
-            longest = batch->first_row[s + 1] - batch->first_row[s];
-    return longest;
-}
-
-// Packs a padded batch in Hugging Face's form; the mask may have its zeros left, right or in the middle.
-//   input_ids, attention_mask (B, T); position_ids (B, T) or NULL: cumsum(attention_mask) - 1;
-//   labels (B, T) or NULL, aligned with input_ids: row t is scored against labels[t + 1], -100 is not scored.
-static void __attribute__((unused))
-pack_padded(Batch *batch, const int64_t *input_ids, const int64_t *attention_mask,
-            const int64_t *position_ids, const int64_t *labels, int B, int T)
-{
-    batch_clear(batch);
-    for (int b = 0; b < B; b++) {
-        int real = 0; // tokens of this sequence so far
-        for (int t = 0; t < T; t++) {
-            size_t i = (size_t)b * T + t;
-            if (!attention_mask[i])
-                continue;
-            bool scored = labels && t + 1 < T && labels[i + 1] >= 0;
-            batch_add_row(batch, (int)input_ids[i], position_ids ? (int)position_ids[i] : real,
-                          scored ? (int)labels[i + 1] : -1);
-            real++;
-        }
-        batch_end_sequence(batch);
-    }
-}
-
-// The way back: rows (R, width) of pack_padded's batch to their places in padded (B, T, width), zeros at PAD.
-static void __attribute__((unused))
-unpack_rows(float *padded, const float *rows, const int64_t *attention_mask, int B, int T, size_t width)
-{
-    size_t row = 0;
-    for (size_t i = 0; i < (size_t)B * T; i++) {
-        if (attention_mask[i])
-            memcpy(padded + i * width, rows + row++ * width, width * sizeof(float));
-        else
-            memset(padded + i * width, 0, width * sizeof(float));
-    }
-}
 // =====================================================================================================
 // 4. Parameters
 // =====================================================================================================
-// One table says what GPT-2 consists of. Names, shapes, initial values, order in files, weight decay and
-// freezing all follow from it; no tensor is listed twice anywhere.
+// A model is a list of tensors, and everything asks something of each: what is it called in a file, how large
+// is it, how does it start, is it trained, is it decayed? One table says what GPT-2 consists of, and all the
+// answers follow from it; no tensor is listed twice anywhere.
 
 typedef struct {
     int vocab_size, n_positions, n_layer, n_head, n_embd, n_inner;
@@ -1535,40 +1490,19 @@ typedef struct {
 
 static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
 
-// Tensors stand in the order of the table, block after block.
-static int tensor_index(const Config *config, int kind, int layer)
-{
-    return kind_is_per_layer(kind) ? kind + layer * BLOCK_TENSORS
-           : kind < LN_1_WEIGHT    ? kind
-                                   : kind + (config->n_layer - 1) * BLOCK_TENSORS;
-}
-
+// Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT], ...,
+// t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. `layer` matters for these kinds only.
 static Tensor *model_tensor(const Model *model, int kind, int layer)
 {
-    return &model->tensors[tensor_index(&model->config, kind, layer)];
-}
-
-static float *value_of(const Model *model, int kind, int layer)
-{
-    return model_tensor(model, kind, layer)->value;
-}
-static float *gradient_of(const Model *model, int kind, int layer)
-{
-    return model_tensor(model, kind, layer)->gradient;
+    if (!kind_is_per_layer(kind))
+        layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
+    return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
 // The output head (V, C): wte itself when they are tied.
-static int head_kind(const Model *model) { return model->config.tie_word_embeddings ? WTE : LM_HEAD; }
-
-static size_t size_of_letter(const Config *config, char letter)
+static Tensor *model_head(const Model *model)
 {
-    switch (letter) {
-    case 'V': return (size_t)config->vocab_size;
-    case 'P': return (size_t)config->n_positions;
-    case 'C': return (size_t)config->n_embd;
-    case 'F': return (size_t)config->n_inner;
-    default: return 3 * (size_t)config->n_embd;
-    }
+    return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
 
 // Ends the program when a size is out of range or does not fit the others. `where` names the file or the
@@ -1593,6 +1527,12 @@ static void check_config(const Config *config, const char *where)
 // Makes the list of tensors, without values: everything trainable, nothing decayed.
 static Model *model_new(Config config)
 {
+    const size_t C = (size_t)config.n_embd;
+    const size_t size_of[] = {['V'] = (size_t)config.vocab_size,
+                              ['P'] = (size_t)config.n_positions,
+                              ['C'] = C,
+                              ['F'] = (size_t)config.n_inner,
+                              ['Q'] = 3 * C};
     Model *model = xcalloc(1, sizeof *model);
     model->config = config;
     model->lowest = -1;
@@ -1600,16 +1540,15 @@ static Model *model_new(Config config)
     for (int kind = 0; kind < TENSOR_KINDS; kind++) {
         if (kind == LM_HEAD && config.tie_word_embeddings)
             continue;
-        int layers = kind_is_per_layer(kind) ? config.n_layer : 1;
-        for (int layer = 0; layer < layers; layer++) {
+        const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape,
+                   *star = strchr(name, '*');
+        for (int layer = 0; layer < (star ? config.n_layer : 1); layer++) {
             Tensor *tensor = model_tensor(model, kind, layer);
-            const char *name = tensor_table[kind].name, *star = strchr(name, '*'),
-                       *shape = tensor_table[kind].shape;
             *tensor = (Tensor){.kind = kind, .layer = layer, .dims = (int)strlen(shape), .size = 1};
             tensor->name =
                 star ? xprintf("%.*s%d%s", (int)(star - name), name, layer, star + 1) : xstrdup(name);
             for (int d = 0; d < tensor->dims; d++)
-                tensor->size *= tensor->shape[d] = size_of_letter(&config, shape[d]);
+                tensor->size *= tensor->shape[d] = size_of[(int)shape[d]];
             model->tensor_count++;
         }
     }
@@ -1695,8 +1634,7 @@ static bool patterns_match(const Patterns *patterns, const char *name)
     return false;
 }
 
-// Decides for each tensor whether it is frozen and whether it is decayed, and how deep the backward pass must
-// go.
+// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go.
 static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay)
 {
     model->lowest = model->config.n_layer;
@@ -1704,29 +1642,35 @@ static void model_set_training(Model *model, const Patterns *freeze, const Patte
         Tensor *tensor = &model->tensors[i];
         tensor->frozen = patterns_match(freeze, tensor->name);
         tensor->decay = !patterns_match(no_decay, tensor->name);
-        int depth = kind_is_per_layer(tensor->kind) ? tensor->layer
-                    : tensor->kind < LN_1_WEIGHT    ? -1
-                                                    : model->config.n_layer;
+        bool below = tensor->kind < LN_1_WEIGHT, above = tensor->kind >= LN_F_WEIGHT; // the blocks
+        int depth = below ? -1 : above ? model->config.n_layer : tensor->layer;
         if (!tensor->frozen && depth < model->lowest)
             model->lowest = depth;
     }
 }
 
-// Makes room for gradients and AdamW's moments (zero at first) of what is trained. What is frozen gets none.
+// Makes room for gradients and AdamW's moments (zero at first) of what is trained; without moments when they
+// come from a checkpoint.
 static void model_allocate_training(Model *model, bool with_moments)
 {
     size_t total = 0;
     for (int i = 0; i < model->tensor_count; i++)
         total += model->tensors[i].frozen ? 0 : aligned_size(model->tensors[i].size);
+    size_t floats = with_moments ? 3 * total : total;
     free(model->training_memory);
-    float *at = model->training_memory = xfloats(with_moments ? 3 * total : total);
-    memset(at, 0, (with_moments ? 3 : 1) * total * sizeof(float));
+    float *at = model->training_memory = xfloats(floats);
+    memset(at, 0, floats * sizeof(float));
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
-        tensor->gradient = tensor->frozen ? NULL : at;
-        tensor->exp_avg = tensor->frozen || !with_moments ? NULL : at + total;
-        tensor->exp_avg_sq = tensor->frozen || !with_moments ? NULL : at + 2 * total;
-        at += tensor->frozen ? 0 : aligned_size(tensor->size);
+        tensor->gradient = tensor->exp_avg = tensor->exp_avg_sq = NULL;
+        if (tensor->frozen)
+            continue;
+        tensor->gradient = at;
+        if (with_moments) {
+            tensor->exp_avg = at + total;
+            tensor->exp_avg_sq = at + 2 * total;
+        }
+        at += aligned_size(tensor->size);
     }
 }
 
@@ -2413,43 +2357,37 @@ static void cross_entropy(float *logits, float *loss, bool *hit, const int *targ
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
-// The layers in order (Radford et al. 2019). The residual stream x (R, C) runs through everything; each block
-// reads it twice, normalised, and adds what it found:
+// The layers in the order that makes them GPT-2 (Radford et al. 2019). The residual stream x (R, C) runs through
+// everything; each block reads it twice, normalised, and adds what it found:
 //
 //     x = wte[token] + wpe[position]
 //     L times:  x = x + attention(layernorm_1(x));   x = x + mlp(layernorm_2(x))
 //     logits = layernorm_f(x) · headᵀ
 //
-// The backward pass needs most of what the forward pass computed. What is cheap is computed again instead of
-// being kept: outputs of layernorms and of gelu, attention's probabilities, and logits never exist for more
-// than a chunk of rows. Per row and block 10 C floats are kept; with --recompute only the block's input, C
-// floats.
+// The backward pass goes the same way back and needs most of what the forward pass computed. What is cheap is
+// computed again instead of being kept: outputs of layernorms and of gelu, attention's probabilities, and logits
+// never exist for more than a chunk of rows. Per row and block 10 C floats are kept; with --recompute only the
+// block's input, C floats, and the rest is computed again just before it is needed.
 
 enum { LOGIT_ROWS = 256 }; // rows of logits that exist at a time
 
-// Everything that a forward and a backward pass write, for up to `rows` rows. The names are those of the
-// formulas.
+// What a forward and a backward pass write, for up to `rows` rows. The names are those of the formulas.
 typedef struct {
-    int rows, longest, threads; // capacity
-    bool dropout;               // whether there is room for `branch`
-    bool training;              // whether things are kept for a backward pass
-    bool recompute;             // --recompute: blocks share one place, and the backward pass fills it again
-    int first_kept;             // blocks below this one are frozen, nothing of them is kept
+    int rows;
+    int first_kept; // blocks from here on are kept for the backward pass; all those below share one place
+    bool recompute; // of those that are kept only the input is: the rest shares one place as well
     float *memory;
-    size_t memory_size; // floats
-    // Kept for the backward pass, one place for each block that needs it (place_of):
-    float *residual;        // (L + 1, R, C) the stream before each block, and after the last
-    float *qkv, *attention; // (L, R, 3C), (L, R, C)
-    float *log_sum_exp;     // (L, R, NH)
-    float *middle;          // (L, R, C) the stream between attention and MLP
-    float *hidden;          // (L, R, F) before gelu
-    float *mean_1, *rstd_1, *mean_2, *rstd_2; // (L, R) of the two layernorms
+    size_t memory_size, memory_capacity; // floats: what the parts below take, and what there is
+    // For each block that is kept:
+    float *residual; // (blocks + 1, R, C) the stream before each block, and after the last
+    float *blocks;   // (blocks, block_size) what block_at() divides
+    size_t block_size;
     // Used again by each block:
     float *normed;                // (R, C) a layernorm's output
     float *wide;                  // (R, F or 3C) gelu's output; d_hidden; d_qkv
     float *branch;                // (R, C) only with dropout: what is dropped from
-    float *d_residual, *d_normed; // (R, C)
-    float *scratch;               // for attention, per thread
+    float *d_residual, *d_normed; // (R, C) only for training
+    float *scratch;               // for attention: scratch_size for each thread
     size_t scratch_size;
     // The classifier's, for a chunk of rows:
     float *chosen, *mean_f, *rstd_f, *logits; // (LOGIT_ROWS, C), (LOGIT_ROWS) twice, (LOGIT_ROWS, V)
@@ -2459,62 +2397,32 @@ typedef struct {
     bool *hit; // the target had the highest logit
 } Activations;
 
-// Blocks whose activations are kept have places of their own; the others share place 0.
-static size_t place_of(const Activations *a, int layer)
-{
-    return !a->training || a->recompute || layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
-}
-
-static float *residual_at(const Activations *a, const Model *model, int layer)
-{
-    size_t place = !a->training || layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
-    return a->residual + place * a->rows * model->config.n_embd;
-}
-
-// Lays everything out in one piece of memory, enough for `rows` rows and sequences of `longest` keys, for a
-// model whose training is set. With measure_only nothing is allocated, and memory_size tells what would be.
-static void activations_reserve(Activations *a, const Model *model, int rows, int longest, bool training,
-                                bool recompute, bool dropout, bool measure_only)
+// Lays everything out in one piece of memory, for `rows` rows of a model whose training is set; not `training`:
+// nothing is kept for a backward pass. With measure_only nothing is allocated: memory_size tells what would be.
+static void activations_reserve(Activations *a, const Model *model, int rows, bool training, bool recompute,
+                                bool dropout, bool measure_only)
 {
     const Config *config = &model->config;
-    int first_kept = model->lowest > 0 ? model->lowest : 0, threads = omp_get_max_threads();
-    if (a->memory && rows <= a->rows && longest <= a->longest && training == a->training &&
-        dropout == a->dropout && recompute == a->recompute && first_kept == a->first_kept &&
-        threads <= a->threads)
-        return;
-    free(a->memory);
-    a->memory = NULL;
-    a->rows = rows > a->rows ? rows : a->rows;
-    a->longest = longest > a->longest ? longest : a->longest;
-    a->threads = threads;
-    a->training = training;
-    a->dropout = dropout;
+    a->rows = rows;
     a->recompute = recompute;
-    a->first_kept = first_kept;
-    int kept = training ? config->n_layer - a->first_kept : 0, places = kept == 0 || recompute ? 1 : kept;
-    size_t R = (size_t)a->rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
-    size_t widest = F > 3 * C ? F : 3 * C, chunk = R < LOGIT_ROWS ? R : LOGIT_ROWS;
-    a->scratch_size = attention_scratch(a->longest);
+    a->first_kept = !training ? config->n_layer : model->lowest > 0 ? model->lowest : 0;
+    a->scratch_size = attention_scratch(config->n_positions);
+    const size_t kept = (size_t)(config->n_layer - a->first_kept), blocks = kept == 0 || recompute ? 1 : kept;
+    const size_t R = (size_t)rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
+    const size_t widest = F > 3 * C ? F : 3 * C, chunk = R < LOGIT_ROWS ? R : LOGIT_ROWS;
+    a->block_size = aligned_size(R * (5 * C + F + config->n_head + 4));
     const struct {
         float **field;
         size_t size;
     } parts[] = {
-        {&a->residual, (training ? kept + 1 : 1) * R * C},
-        {&a->qkv, places * R * 3 * C},
-        {&a->attention, places * R * C},
-        {&a->log_sum_exp, places * R * config->n_head},
-        {&a->middle, places * R * C},
-        {&a->hidden, places * R * F},
-        {&a->mean_1, places * R},
-        {&a->rstd_1, places * R},
-        {&a->mean_2, places * R},
-        {&a->rstd_2, places * R},
+        {&a->residual, (kept + 1) * R * C},
+        {&a->blocks, blocks * a->block_size},
         {&a->normed, R * C},
         {&a->wide, R * widest},
         {&a->branch, dropout ? R * C : 0},
         {&a->d_residual, training ? R * C : 0},
         {&a->d_normed, training ? R * C : 0},
-        {&a->scratch, a->scratch_size * threads},
+        {&a->scratch, a->scratch_size * omp_get_max_threads()},
         {&a->chosen, chunk * C},
         {&a->mean_f, chunk},
         {&a->rstd_f, chunk},
@@ -2526,7 +2434,11 @@ static void activations_reserve(Activations *a, const Model *model, int rows, in
         a->memory_size += aligned_size(parts[i].size);
     if (measure_only)
         return;
-    float *at = a->memory = xfloats(a->memory_size);
+    if (a->memory_size > a->memory_capacity) {
+        free(a->memory);
+        a->memory = xfloats(a->memory_capacity = a->memory_size);
+    }
+    float *at = a->memory;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         *parts[i].field = at;
         at += aligned_size(parts[i].size);
@@ -2543,12 +2455,45 @@ static void activations_free(Activations *a)
     *a = (Activations){0};
 }
 
+// The stream before a block, or after the last one: layer L.
+static float *residual_at(const Activations *a, const Model *model, int layer)
+{
+    size_t place = layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
+    return a->residual + place * a->rows * model->config.n_embd;
+}
+
+// What one block writes on its way forward.
+typedef struct {
+    float *x; // (R, C) the stream before it: residual_at(layer)
+    float *qkv, *attention, *middle,
+        *hidden;        // (R, 3C), (R, C), (R, C) the stream between attention and MLP, (R, F)
+    float *log_sum_exp; // (R, NH) of attention
+    float *mean_1, *rstd_1, *mean_2, *rstd_2; // (R) of the two layernorms
+} Block;
+
+static Block block_at(const Activations *a, const Model *model, int layer)
+{
+    const Config *config = &model->config;
+    const size_t place = a->recompute || layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
+    const size_t R = (size_t)a->rows, C = (size_t)config->n_embd;
+    Block b = {.x = residual_at(a, model, layer), .qkv = a->blocks + place * a->block_size};
+    b.attention = b.qkv + R * 3 * C;
+    b.middle = b.attention + R * C;
+    b.hidden = b.middle + R * C;
+    b.log_sum_exp = b.hidden + R * config->n_inner;
+    b.mean_1 = b.log_sum_exp + R * config->n_head;
+    b.rstd_1 = b.mean_1 + R;
+    b.mean_2 = b.rstd_1 + R;
+    b.rstd_2 = b.mean_2 + R;
+    return b;
+}
+
 // Keys and values of the tokens so far, for generation: (L, sequences, positions, 2C), key and value side by
-// side.
+// side. A batch need not have all the sequences: its s-th one is where first_key[s] says.
 typedef struct {
     int sequences, positions, past; // `past` positions are filled
     float *memory;
-    int *first_key; // (sequences) where each sequence begins, in rows of 2C
+    int *first_key; // (sequences of the batch) where each begins, in rows of 2C
 } Cache;
 
 // Where dropout happens; each place in each block draws from a stream of its own.
@@ -2556,18 +2501,18 @@ enum { DROP_EMBEDDING, DROP_ATTENTION, DROP_PROJECTION, DROP_MLP, DROP_PLACES };
 
 static Dropout dropout_at(Dropout dropout, int layer, int place)
 {
-    return (Dropout){dropout.probability,
-                     random_stream(dropout.stream, (uint64_t)layer * DROP_PLACES + place)};
+    dropout.stream = random_stream(dropout.stream, (uint64_t)layer * DROP_PLACES + place);
+    return dropout;
 }
 
-// y = residual + dropout(x · weight + bias): how a branch joins the stream. y, residual (R, C); x (R, K)
-static void join_stream(float *y, const float *residual, const float *x, const float *weight,
-                        const float *bias, float *branch, Dropout dropout, int R, int K, int C)
+// y = residual + dropout(x · weight + bias): how a branch joins the stream. y, residual, branch (R, C); x (R, K)
+static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
+                        const Tensor *bias, float *branch, Dropout dropout, int R, int K, int C)
 {
     if (dropout.probability == 0) {
-        linear_forward(y, residual, x, weight, bias, R, K, C);
+        linear_forward(y, residual, x, weight->value, bias->value, R, K, C);
     } else {
-        linear_forward(branch, NULL, x, weight, bias, R, K, C);
+        linear_forward(branch, NULL, x, weight->value, bias->value, R, K, C);
         dropout_add(y, residual, branch, dropout, R, C);
     }
 }
@@ -2578,16 +2523,15 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
 {
     const Config *config = &model->config;
     const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
-    const size_t place = place_of(a, layer), rows = place * a->rows;
-    float *x = residual_at(a, model, layer), *qkv = a->qkv + rows * 3 * C,
-          *attention = a->attention + rows * C;
-    float *middle = a->middle + rows * C, *hidden = a->hidden + rows * F;
+    const float epsilon = config->layer_norm_epsilon;
+    const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
+    const Block b = block_at(a, model, layer);
 
-    layernorm_forward(a->normed, a->mean_1 + rows, a->rstd_1 + rows, x, value_of(model, LN_1_WEIGHT, layer),
-                      value_of(model, LN_1_BIAS, layer), config->layer_norm_epsilon, R, C);
-    linear_forward(qkv, NULL, a->normed, value_of(model, ATTN_WEIGHT, layer),
-                   value_of(model, ATTN_BIAS, layer), R, C, 3 * C);
-    const float *key = qkv + C, *value = qkv + 2 * C;
+    // middle = x + dropout(attention(qkv) · c_proj + bias),   qkv = layernorm_1(x) · c_attn + bias
+    layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, epsilon,
+                      R, C);
+    linear_forward(b.qkv, NULL, a->normed, t[ATTN_WEIGHT].value, t[ATTN_BIAS].value, R, C, 3 * C);
+    const float *key = b.qkv + C;
     const int *first_key = batch->first_row;
     size_t key_ld = 3 * C;
     if (cache) { // keys and values join those of the tokens before
@@ -2595,79 +2539,70 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
         for (int s = 0; s < batch->sequences; s++)
             for (int r = batch->first_row[s]; r < batch->first_row[s + 1]; r++)
                 memcpy(store + (size_t)(cache->first_key[s] + cache->past + r - batch->first_row[s]) * 2 * C,
-                       qkv + (size_t)r * 3 * C + C, 2 * (size_t)C * sizeof(float));
-        key = store, value = store + C, key_ld = 2 * C, first_key = cache->first_key;
+                       key + r * key_ld, 2 * (size_t)C * sizeof(float));
+        key = store, key_ld = 2 * C, first_key = cache->first_key;
     }
-    attention_forward(attention, a->log_sum_exp + rows * NH, qkv, 3 * C, key, value, key_ld, batch->sequences,
+    attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * C, key, key + C, key_ld, batch->sequences,
                       batch->first_row, first_key, cache ? cache->past : 0,
                       dropout_at(dropout, layer, DROP_ATTENTION), a->scratch, a->scratch_size, NH, HS);
-    join_stream(middle, x, attention, value_of(model, ATTN_PROJ_WEIGHT, layer),
-                value_of(model, ATTN_PROJ_BIAS, layer), a->branch,
+    join_stream(b.middle, b.x, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS], a->branch,
                 dropout_at(dropout, layer, DROP_PROJECTION), R, C, C);
 
-    layernorm_forward(a->normed, a->mean_2 + rows, a->rstd_2 + rows, middle,
-                      value_of(model, LN_2_WEIGHT, layer), value_of(model, LN_2_BIAS, layer),
-                      config->layer_norm_epsilon, R, C);
-    linear_forward(hidden, NULL, a->normed, value_of(model, FC_WEIGHT, layer),
-                   value_of(model, FC_BIAS, layer), R, C, F);
+    // x = middle + dropout(gelu(hidden) · c_proj + bias),   hidden = layernorm_2(middle) · c_fc + bias
+    layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
+                      epsilon, R, C);
+    linear_forward(b.hidden, NULL, a->normed, t[FC_WEIGHT].value, t[FC_BIAS].value, R, C, F);
     if (!finish)
         return;
-    gelu_forward(a->wide, hidden, (size_t)R * F);
-    join_stream(residual_at(a, model, layer + 1), middle, a->wide, value_of(model, FC_PROJ_WEIGHT, layer),
-                value_of(model, FC_PROJ_BIAS, layer), a->branch, dropout_at(dropout, layer, DROP_MLP), R, F,
-                C);
+    gelu_forward(a->wide, b.hidden, (size_t)R * F);
+    join_stream(residual_at(a, model, layer + 1), b.middle, a->wide, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS],
+                a->branch, dropout_at(dropout, layer, DROP_MLP), R, F, C);
 }
 
 // Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
-// the gradients of what is trained in the block.
+// the gradients of what is trained in the block. Each step differentiates the line that is quoted.
 static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
                            bool accumulate)
 {
     const Config *config = &model->config;
     const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
-    const size_t rows = place_of(a, layer) * a->rows;
-    float *x = residual_at(a, model, layer), *qkv = a->qkv + rows * 3 * C,
-          *attention = a->attention + rows * C;
-    float *middle = a->middle + rows * C, *hidden = a->hidden + rows * F, *d_branch = a->d_residual;
+    const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
+    const Block b = block_at(a, model, layer);
+    float *d_branch = a->d_residual;                 // with dropout: what is left of it
     if (a->recompute && layer < config->n_layer - 1) // the last block's are still there
         block_forward(model, a, batch, layer, NULL, dropout, false);
 
     // x = middle + dropout(gelu(hidden) · c_proj + bias)
     if (dropout.probability > 0)
         dropout_add(d_branch = a->branch, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R, C);
-    linear_backward(a->wide, NULL, gradient_of(model, FC_PROJ_BIAS, layer), d_branch, NULL,
-                    value_of(model, FC_PROJ_WEIGHT, layer), accumulate, R, F, C);
-    gelu_backward(a->wide, hidden, (size_t)R * F);
-    linear_backward(NULL, gradient_of(model, FC_PROJ_WEIGHT, layer), NULL, d_branch, hidden, NULL, accumulate,
-                    R, F, C);
+    linear_backward(a->wide, NULL, t[FC_PROJ_BIAS].gradient, d_branch, NULL, t[FC_PROJ_WEIGHT].value,
+                    accumulate, R, F, C);
+    gelu_backward(a->wide, b.hidden, (size_t)R * F); // hidden becomes gelu(hidden)
+    linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_branch, b.hidden, NULL, accumulate, R, F, C);
     // hidden = layernorm_2(middle) · c_fc + bias
-    if (gradient_of(model, FC_WEIGHT, layer))
-        layernorm_rebuild(a->normed, a->mean_2 + rows, a->rstd_2 + rows, middle,
-                          value_of(model, LN_2_WEIGHT, layer), value_of(model, LN_2_BIAS, layer), R, C);
-    linear_backward(a->d_normed, gradient_of(model, FC_WEIGHT, layer), gradient_of(model, FC_BIAS, layer),
-                    a->wide, a->normed, value_of(model, FC_WEIGHT, layer), accumulate, R, C, F);
-    layernorm_backward(a->d_residual, gradient_of(model, LN_2_WEIGHT, layer),
-                       gradient_of(model, LN_2_BIAS, layer), a->d_normed, middle, a->mean_2 + rows,
-                       a->rstd_2 + rows, value_of(model, LN_2_WEIGHT, layer), accumulate, R, C);
+    if (t[FC_WEIGHT].gradient)
+        layernorm_rebuild(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
+                          R, C);
+    linear_backward(a->d_normed, t[FC_WEIGHT].gradient, t[FC_BIAS].gradient, a->wide, a->normed,
+                    t[FC_WEIGHT].value, accumulate, R, C, F);
+    layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
+                       b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
 
     // middle = x + dropout(attention(qkv) · c_proj + bias)
     if (dropout.probability > 0)
         dropout_add(d_branch, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
-    linear_backward(a->d_normed, gradient_of(model, ATTN_PROJ_WEIGHT, layer),
-                    gradient_of(model, ATTN_PROJ_BIAS, layer), d_branch, attention,
-                    value_of(model, ATTN_PROJ_WEIGHT, layer), accumulate, R, C, C);
-    attention_backward(a->wide, a->d_normed, qkv, attention, a->log_sum_exp + rows * NH, batch->sequences,
+    linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_branch,
+                    b.attention, t[ATTN_PROJ_WEIGHT].value, accumulate, R, C, C);
+    attention_backward(a->wide, a->d_normed, b.qkv, b.attention, b.log_sum_exp, batch->sequences,
                        batch->first_row, dropout_at(dropout, layer, DROP_ATTENTION), a->scratch,
                        a->scratch_size, NH, HS);
     // qkv = layernorm_1(x) · c_attn + bias
-    if (gradient_of(model, ATTN_WEIGHT, layer))
-        layernorm_rebuild(a->normed, a->mean_1 + rows, a->rstd_1 + rows, x,
-                          value_of(model, LN_1_WEIGHT, layer), value_of(model, LN_1_BIAS, layer), R, C);
-    linear_backward(a->d_normed, gradient_of(model, ATTN_WEIGHT, layer), gradient_of(model, ATTN_BIAS, layer),
-                    a->wide, a->normed, value_of(model, ATTN_WEIGHT, layer), accumulate, R, C, 3 * C);
-    layernorm_backward(a->d_residual, gradient_of(model, LN_1_WEIGHT, layer),
-                       gradient_of(model, LN_1_BIAS, layer), a->d_normed, x, a->mean_1 + rows,
-                       a->rstd_1 + rows, value_of(model, LN_1_WEIGHT, layer), accumulate, R, C);
+    if (t[ATTN_WEIGHT].gradient)
+        layernorm_rebuild(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, R, C);
+    linear_backward(a->d_normed, t[ATTN_WEIGHT].gradient, t[ATTN_BIAS].gradient, a->wide, a->normed,
+                    t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
+    layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
+                       b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
 }
 
 // Embeddings and all blocks: fills a->residual_at(L). With a cache the batch continues what is in it.
@@ -2675,9 +2610,9 @@ static void model_forward(const Model *model, Activations *a, const Batch *batch
                           Dropout dropout)
 {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
+    const Tensor *t = model->tensors;
     float *x = residual_at(a, model, 0);
-    embedding_forward(x, value_of(model, WTE, 0), value_of(model, WPE, 0), batch->token, batch->position, R,
-                      C);
+    embedding_forward(x, t[WTE].value, t[WPE].value, batch->token, batch->position, R, C);
     if (dropout.probability > 0)
         dropout_add(x, NULL, x, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
     for (int layer = 0; layer < L; layer++)
@@ -2692,27 +2627,26 @@ static void head_forward(const Model *model, Activations *a, const int *rows, in
 {
     const int C = model->config.n_embd, V = model->config.vocab_size;
     const float *residual = residual_at(a, model, model->config.n_layer);
+    const float *weight = model_tensor(model, LN_F_WEIGHT, 0)->value;
+    const float *bias = model_tensor(model, LN_F_BIAS, 0)->value;
     for (int i = 0; i < count; i++)
         memcpy(a->chosen + (size_t)i * C, residual + (size_t)rows[i] * C, (size_t)C * sizeof(float));
-    layernorm_forward(a->normed, a->mean_f, a->rstd_f, a->chosen, value_of(model, LN_F_WEIGHT, 0),
-                      value_of(model, LN_F_BIAS, 0), model->config.layer_norm_epsilon, count, C);
-    matmul(a->logits, V, a->normed, C, false, value_of(model, head_kind(model), 0), C, true, count, V, C,
-           false);
+    layernorm_forward(a->normed, a->mean_f, a->rstd_f, a->chosen, weight, bias,
+                      model->config.layer_norm_epsilon, count, C);
+    matmul(a->logits, V, a->normed, C, false, model_head(model)->value, C, true, count, V, C, false);
 }
 
-// The classifier: head, softmax and loss, and with weight > 0 the gradients of all three, one chunk of scored
-// rows after the other. Rows that are not scored (PAD never was here; prompts) cost nothing and get gradient
-// 0.
+// The classifier: head, softmax and loss, and when `backward` the gradients of all three, one chunk of scored rows
+// after the other. Rows that are not scored (prompts) cost nothing and get gradient 0.
 //   Fills a->scored, a->loss and a->hit for each scored row; when `backward`, also the gradient of
 //   weight · (sum of losses) in a->d_residual and in the head's tensors. Returns the sum of losses.
 static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward, float weight,
                          bool accumulate)
 {
     const int C = model->config.n_embd, V = model->config.vocab_size;
-    const int head = head_kind(model);
-    float *d_head = gradient_of(model, head, 0), *d_weight = gradient_of(model, LN_F_WEIGHT, 0);
-    float *d_bias = gradient_of(model, LN_F_BIAS, 0);
-    int *targets = xmalloc(LOGIT_ROWS * sizeof(int)), count = 0;
+    const Tensor *head = model_head(model), *ln_weight = model_tensor(model, LN_F_WEIGHT, 0);
+    const Tensor *ln_bias = model_tensor(model, LN_F_BIAS, 0);
+    int targets[LOGIT_ROWS], count = 0;
     for (int r = 0; r < batch->rows; r++)
         if (batch->target[r] >= 0)
             a->scored[count++] = r;
@@ -2731,17 +2665,16 @@ static double classifier(const Model *model, Activations *a, const Batch *batch,
         if (!backward)
             continue;
         // logits = normed · headᵀ: dhead = dlogitsᵀ · normed, dnormed = dlogits · head
-        if (d_head)
-            matmul(d_head, C, a->logits, V, true, a->normed, C, false, V, C, n, accumulate);
+        if (head->gradient)
+            matmul(head->gradient, C, a->logits, V, true, a->normed, C, false, V, C, n, accumulate);
         float *d_normed = a->d_normed, *d_chosen = a->wide;
-        matmul(d_normed, C, a->logits, V, false, value_of(model, head, 0), C, false, n, C, V, false);
+        matmul(d_normed, C, a->logits, V, false, head->value, C, false, n, C, V, false);
         memset(d_chosen, 0, (size_t)n * C * sizeof(float));
-        layernorm_backward(d_chosen, d_weight, d_bias, d_normed, a->chosen, a->mean_f, a->rstd_f,
-                           value_of(model, LN_F_WEIGHT, 0), accumulate, n, C);
+        layernorm_backward(d_chosen, ln_weight->gradient, ln_bias->gradient, d_normed, a->chosen, a->mean_f,
+                           a->rstd_f, ln_weight->value, accumulate, n, C);
         for (int i = 0; i < n; i++)
             memcpy(a->d_residual + (size_t)rows[i] * C, d_chosen + (size_t)i * C, (size_t)C * sizeof(float));
     }
-    free(targets);
     return total;
 }
 
@@ -2751,20 +2684,20 @@ static double model_forward_backward(const Model *model, Activations *a, const B
                                      bool accumulate, Dropout dropout)
 {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
-    if (!accumulate) // where sums begin at zero: embeddings add row by row; without targets the head adds nothing
-        for (int i = 0; i < model->tensor_count; i++) {
-            Tensor *tensor = &model->tensors[i];
-            bool head_writes =
-                tensor->kind >= LN_F_WEIGHT || (tensor->kind == WTE && head_kind(model) == WTE);
-            if (tensor->gradient && !kind_is_per_layer(tensor->kind) && !(head_writes && batch->targets > 0))
-                memset(tensor->gradient, 0, tensor->size * sizeof(float));
-        }
+    // Blocks write their gradients. Embeddings are added to row by row, and without targets the head adds nothing:
+    // their sums begin at zero.
+    for (int i = 0; i < model->tensor_count && !accumulate; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        bool head_writes = tensor->kind >= LN_F_WEIGHT || tensor == model_head(model);
+        if (tensor->gradient && !kind_is_per_layer(tensor->kind) && !(head_writes && batch->targets > 0))
+            memset(tensor->gradient, 0, tensor->size * sizeof(float));
+    }
     model_forward(model, a, batch, NULL, dropout);
     double loss = classifier(model, a, batch, true, weight, accumulate);
     for (int layer = L - 1; layer >= model->lowest && layer >= 0; layer--)
         block_backward(model, a, batch, layer, dropout, accumulate);
-    // x = wte[token] + wpe[position]
-    float *d_wte = gradient_of(model, WTE, 0), *d_wpe = gradient_of(model, WPE, 0);
+    // x = dropout(wte[token] + wpe[position])
+    float *d_wte = model->tensors[WTE].gradient, *d_wpe = model->tensors[WPE].gradient;
     if ((d_wte || d_wpe) && dropout.probability > 0)
         dropout_add(a->d_residual, NULL, a->d_residual, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
     if (d_wte)
@@ -3000,7 +2933,7 @@ static void generate(const Model *model, Tokenizer *tokenizer, const Ids *prompt
             batch_end_sequence(&batch);
             last_row[s] = batch.rows - 1;
         }
-        activations_reserve(&a, model, batch.rows, P, false, false, false, false);
+        activations_reserve(&a, model, batch.rows, false, false, false, false);
         model_forward(model, &a, &batch, &cache, (Dropout){0});
         seen = size;
         for (int s = 0; s < samples; s++) {
@@ -3834,18 +3767,16 @@ static Evaluation evaluate(Run *run)
         end = (size_t)options->val_batches * B;
     for (size_t begin = 0; begin < end && !stop_signal; begin += B) {
         dataset_batch(run->val, NULL, begin, smaller(B, end - begin), &batch);
-        activations_reserve(&run->activations, run->model, batch.rows, longest_sequence(&batch),
-                            run->activations.training, options->recompute, options->dropout > 0, false);
-        Activations view = run->activations; // the same memory, but nothing is kept for a backward pass
-        view.training = false;
-        model_forward(run->model, &view, &batch, NULL, (Dropout){0});
-        loss += classifier(run->model, &view, &batch, false, 0, false);
+        Activations *a = &run->activations;
+        activations_reserve(a, run->model, batch.rows, false, false, false, false);
+        model_forward(run->model, a, &batch, NULL, (Dropout){0});
+        loss += classifier(run->model, a, &batch, false, 0, false);
         result.targets += (size_t)batch.targets;
         for (int s = 0, i = 0; s < batch.sequences; s++) {
             bool all = true;
-            for (; i < batch.targets && view.scored[i] < batch.first_row[s + 1]; i++) {
-                hits += view.hit[i];
-                all = all && view.hit[i];
+            for (; i < batch.targets && a->scored[i] < batch.first_row[s + 1]; i++) {
+                hits += a->hit[i];
+                all = all && a->hit[i];
             }
             exact += all;
             result.examples++;
@@ -4009,8 +3940,7 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
     uint64_t stream = random_stream((uint64_t)options->seed, 0x64726f70u + (uint64_t)step);
     for (long i = 0; i < count; i++) {
         Dropout dropout = {(float)options->dropout, random_stream(stream, (uint64_t)i)};
-        activations_reserve(a, model, batches[i].rows, longest_sequence(&batches[i]), true,
-                            options->recompute, options->dropout > 0, false);
+        activations_reserve(a, model, batches[i].rows, true, options->recompute, options->dropout > 0, false);
         loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
         for (int j = 0; j < batches[i].targets; j++)
             hits += a->hit[j];
@@ -4664,7 +4594,7 @@ static double skipped_work(const Model *model, double keys, double scored)
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *t = &model->tensors[i];
         bool in_block = kind_is_per_layer(t->kind);
-        if (t->dims < 2 || !(in_block || t->kind == head_kind(model)))
+        if (t->dims < 2 || !(in_block || t == model_head(model)))
             continue;
         double product = (double)t->size * (in_block ? 1 : scored); // y = xW, dx = dyWᵀ, dW = xᵀdy
         all += 3 * product;
@@ -4757,9 +4687,9 @@ static int run_training(Options *options, int argc, char **argv)
     run.warmup = warmup_of(options, run.steps, run.steps_per_epoch);
     run.val_every = options->val_every ? options->val_every : run.steps >= 20 ? run.steps / 20 : 1;
     run.save_every = options->save_every ? options->save_every : run.val_every;
-    const int seq_len = (int)options->seq_len, rows = largest_batch(run.train, options->batch_size, seq_len);
-    activations_reserve(&run.activations, run.model, rows, seq_len, true, options->recompute,
-                        options->dropout > 0, options->plan);
+    const int rows = largest_batch(run.train, options->batch_size, (int)options->seq_len);
+    activations_reserve(&run.activations, run.model, rows, true, options->recompute, options->dropout > 0,
+                        options->plan);
     if (options->plan) {
         print_plan(&run);
         end_run(&run);
