@@ -2276,28 +2276,32 @@ static void test_generation(void)
         {16, 3}, {16, 16}, {17, 40}, {1, 2}, {64, 5}}; // context, length of the prompt
     for (int n = 0; n < 5; n++) {
         Model *model = tiny_model(tiny_config(V, cases[n][0], 2, 2, 8, 32, n % 2), 10 + n, NULL);
-        Ids prompt = {0}, slow = {0}, fast[3] = {{0}}, ended = {0}, drawn[4] = {{0}};
+        Ids prompt = {0}, slow = {0};
+        Sample fast[3] = {0}, ended = {0}, drawn[4] = {0};
         for (int i = 0; i < cases[n][1]; i++)
             ids_push(&prompt, (int)(random_bits(n, i) % V));
         generate_slowly(model, &prompt, COUNT, &slow);
-        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){0, 0, 1, 1}, fast);
+        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){0, 0, 1, 1, NULL}, fast);
         for (int s = 0; s < 3; s++)
-            check(begin_alike(&fast[s], &slow, COUNT), "case %d: sample %d differs from the slow way", n, s);
+            check(begin_alike(&fast[s].ids, &slow, COUNT), "case %d: sample %d differs from the slow way", n,
+                  s);
         int end = slow.data[COUNT / 2];
         size_t length = 0;
         while (slow.data[length] != end)
             length++;
-        generate(model, NULL, &prompt, COUNT, 1, end, &(Sampling){0, 0, 1, 1}, &ended);
-        check(begin_alike(&ended, &slow, length), "case %d: %zu tokens before the end, not %zu", n,
-              ended.size, length);
-        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){1, 0, 1, 1}, drawn);
-        generate(model, NULL, &prompt, COUNT, 1, -1, &(Sampling){1, 0, 1, 1}, &drawn[3]);
-        check(begin_alike(&drawn[3], &drawn[0], COUNT), "case %d: a sample depends on how many there are", n);
-        check(!begin_alike(&drawn[0], &drawn[1], COUNT) && !begin_alike(&drawn[1], &drawn[2], COUNT),
+        generate(model, NULL, &prompt, COUNT, 1, end, &(Sampling){0, 0, 1, 1, NULL}, &ended);
+        check(begin_alike(&ended.ids, &slow, length), "case %d: %zu tokens before the end, not %zu", n,
+              ended.ids.size, length);
+        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){1, 0, 1, 1, NULL}, drawn);
+        generate(model, NULL, &prompt, COUNT, 1, -1, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
+        check(begin_alike(&drawn[3].ids, &drawn[0].ids, COUNT),
+              "case %d: a sample depends on how many there are", n);
+        check(!begin_alike(&drawn[0].ids, &drawn[1].ids, COUNT) &&
+                  !begin_alike(&drawn[1].ids, &drawn[2].ids, COUNT),
               "case %d: samples are the same", n);
-        free(prompt.data), free(slow.data), free(ended.data);
+        free(prompt.data), free(slow.data), sample_free(&ended);
         for (int s = 0; s < 4; s++)
-            free(drawn[s].data), free(s < 3 ? fast[s].data : NULL);
+            sample_free(&drawn[s]), s < 3 ? sample_free(&fast[s]) : (void)0;
         model_free(model);
     }
 }
@@ -2336,10 +2340,11 @@ static void wanted_probabilities(double *p, const float *logits, int V, const Sa
 static void test_sampling(void)
 {
     enum { N = 20000, V = 10 };
-    static const Sampling cases[] = {{1, 0, 1, 0},   {0.7, 0, 1, 0},   {1.5, 5, 1, 0},   {1, 0, 0.9, 0},
-                                     {1, 0, 0.5, 0}, {0.8, 6, 0.7, 0}, {1, 99, 1, 0},    {1, 1, 1, 0},
-                                     {0, 0, 1, 0},   {1, 0, 1e-9, 0},  {2, 3, 0.999, 0}, {1e-6, 0, 1, 0},
-                                     {1, 9, 0.5, 0}, {0, 5, 0.5, 0}};
+    static const Sampling cases[] = {{1, 0, 1, 0, NULL},    {0.7, 0, 1, 0, NULL},   {1.5, 5, 1, 0, NULL},
+                                     {1, 0, 0.9, 0, NULL},  {1, 0, 0.5, 0, NULL},   {0.8, 6, 0.7, 0, NULL},
+                                     {1, 99, 1, 0, NULL},   {1, 1, 1, 0, NULL},     {0, 0, 1, 0, NULL},
+                                     {1, 0, 1e-9, 0, NULL}, {2, 3, 0.999, 0, NULL}, {1e-6, 0, 1, 0, NULL},
+                                     {1, 9, 0.5, 0, NULL},  {0, 5, 0.5, 0, NULL}};
     Candidate candidates[V];
     for (int set = 0; set < 4; set++) {
         float logits[V];
@@ -3710,6 +3715,52 @@ static void test_other_formats(void)
     expect_run(0, NULL, "--init $D/both --generate 1 --matmul builtin");
 }
 
+// Any piece of a sample's text as --stop: each sample ends before the first place where its own text has it, and
+// what the prompt says does not count. Pieces begin and end inside tokens, and span several.
+static void test_stop(void)
+{
+    enum { S = 3, COUNT = 60 };
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = tiny_model(tiny_config(tokenizer->vocab_size, 100, 2, 2, 8, 32, true), 3, NULL);
+    for (size_t i = 0; i < 8; i++) // 259 tokens: the first ones are plain characters, make others rare
+        for (int v = 110; v < tokenizer->vocab_size - 4; v++)
+            model_tensor(model, WTE, 0)->value[v * 8 + i] = 0;
+    Ids prompt = {0};
+    Sample whole[S] = {0};
+    tokenizer_encode(tokenizer, &prompt, "the cat", 7, false);
+    generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, NULL}, whole);
+    int shortened = 0;
+    for (int n = 0; n < 24; n++) {
+        char stop[8] = "the cat";
+        int length = 1 + n % 5;
+        const Text *from = &whole[n % S].text;
+        if (n > 0)
+            snprintf(stop, sizeof stop, "%.*s", length, from->data + from->size / 2 + (size_t)n / 3);
+        if (stop[0] == 0)
+            continue;
+        Sample ended[S] = {0};
+        generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, stop}, ended);
+        for (int s = 0; s < S; s++) {
+            size_t wanted = 0, size = whole[s].text.size, stop_size = strlen(stop);
+            while (wanted + stop_size <= size && memcmp(whole[s].text.data + wanted, stop, stop_size) != 0)
+                wanted++;
+            bool found = wanted + stop_size <= size;
+            wanted = found ? wanted : size;
+            shortened += found;
+            check(ended[s].text.size == wanted && memcmp(ended[s].text.data, whole[s].text.data, wanted) == 0,
+                  "'%s': sample %d has %zu bytes, not %zu", stop, s, ended[s].text.size, wanted);
+            sample_free(&ended[s]);
+        }
+    }
+    check(shortened > 24 && shortened < 24 * S, "%d samples ended early", shortened);
+    for (int s = 0; s < S; s++)
+        sample_free(&whole[s]);
+    free(prompt.data);
+    tokenizer_free(tokenizer);
+    model_free(model);
+}
+
 static void test_run(void)
 {
     LogLine lines[500];
@@ -3795,6 +3846,28 @@ static void test_run(void)
           "another seed");
     for (int i = 4; i < 7; i++)
         check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
+    // --stop, streamed: pieces of the text; at last its end with more behind, which is held back to the end.
+    const Text *all = &texts[0];
+    int stops = 0;
+    for (size_t n = 0; n <= 40; n += 4) {
+        char stop[5] = "";
+        const char *from = all->data + (n < 40 ? 7 + n : all->size - 3);
+        for (int i = 0; i < (n < 40 ? 4 : 2) && isprint((unsigned char)from[i]) && from[i] != '\''; i++)
+            stop[i] = from[i];
+        if (n == 40)
+            strcat(stop, "~~");
+        const char *found = strstr(all->data + 7, stop);
+        Text stopped;
+        char *line = xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s --stop '%s'",
+                             variants[0], stop);
+        expect_run(0, &stopped, line);
+        char *wanted =
+            found && stop[0] ? xprintf("%.*s\n", (int)(found - all->data), all->data) : xstrdup(all->data);
+        check(strcmp(stopped.data, wanted) == 0, "--stop '%s': %s, not %s", stop, stopped.data, wanted);
+        stops += strcmp(wanted, all->data) != 0;
+        free(line), free(wanted), free(stopped.data);
+    }
+    check(stops >= 5, "--stop ended %d of 11 texts", stops);
     for (int i = 0; i < 7; i++)
         free(texts[i].data);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
@@ -4081,6 +4154,7 @@ static const struct {
     {"model: same bits in each run, on any number of threads", test_determinism},
     {"generation: cache", test_cache},
     {"generation: greedy, past the context, several samples", test_generation},
+    {"generation: --stop, in tokens and across them", test_stop},
     {"generation: sampling", test_sampling},
     {"tensors: names, shapes, initial values, counts, patterns", test_tensor_table},
     {"JSON: strings, numbers, nesting, errors with their place", test_json},

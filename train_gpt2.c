@@ -668,9 +668,10 @@ static const int letter_and_number_runs[] = {
 // Unfolds the table into one byte per code point. Pages that are never looked at cost no memory.
 static unsigned char *classes_make(void)
 {
-    static const unsigned short spaces[] = {
-        0x09,   0x0a,   0x0b,   0x0c,   0x0d,   0x20,   0x85,   0xa0,   0x1680, 0x2000, 0x2001, 0x2002, 0x2003,
-        0x2004, 0x2005, 0x2006, 0x2007, 0x2008, 0x2009, 0x200a, 0x2028, 0x2029, 0x202f, 0x205f, 0x3000};
+    static const unsigned short spaces[] = {0x09,   0x0a,   0x0b,   0x0c,   0x0d,   0x20,   0x85,
+                                            0xa0,   0x1680, 0x2000, 0x2001, 0x2002, 0x2003, 0x2004,
+                                            0x2005, 0x2006, 0x2007, 0x2008, 0x2009, 0x200a, 0x2028,
+                                            0x2029, 0x202f, 0x205f, 0x3000};
     unsigned char *classes = xcalloc(CODE_POINTS, 1), *at = classes;
     for (size_t i = 0; i < sizeof letter_and_number_runs / sizeof(int); i += 2) {
         int run = letter_and_number_runs[i + 1];
@@ -732,9 +733,9 @@ typedef struct Encoder Encoder;
 
 typedef struct {
     int vocab_size, merge_count;
-    int end_of_text; // id of <|endoftext|>, or -1
-    char **names;    // [vocab_size] each token as vocab.json spells it
-    Merge *merges;   // [merge_count] in order of rank
+    int end_of_text;               // id of <|endoftext|>, or -1
+    char **names;                  // [vocab_size] each token as vocab.json spells it
+    Merge *merges;                 // [merge_count] in order of rank
     int *name_slots, *merge_slots; // hash tables: name -> id, left and right -> rank; -1 in empty slots
     size_t name_mask, merge_mask;  // slots in each table, less 1
     short spelled[SPELLING_CODES]; // the byte that each character of a name spells, or -1
@@ -2807,15 +2808,24 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
 // =====================================================================================================
 // 8. Generation
 // =====================================================================================================
-// The model is run on the prompt once; then each new token is a batch of one row per sample that attends to
-// the keys and values in the cache.
+// A model gives the probabilities of the next token; text comes from drawing one, appending it and asking again.
+// The model is run on the prompt once; then each new token is a batch of one row per sample that attends to the
+// keys and values of all earlier rows, which the cache keeps. Such a batch reads every weight for hardly any
+// arithmetic, so a token takes the time of one pass over the weights, and a few samples cost little more than one.
 
 typedef struct {
     double temperature; // logits are divided by it; 0: always the most likely token
     int top_k;          // only the k most likely tokens; 0: all
     double top_p;       // only the most likely tokens that together reach this probability; 1: all
     uint64_t seed;
+    const char *stop; // a sample ends before this text; NULL: no such text
 } Sampling;
+
+// What follows the prompt in one sample: its tokens, and their text up to where it ends.
+typedef struct {
+    Ids ids;
+    Text text;
+} Sample;
 
 typedef struct {
     float probability; // not normalised
@@ -2886,20 +2896,38 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
     return candidates[count - 1].token;
 }
 
-// Prints what `bytes` adds to the whole characters of `text`; the rest waits for the bytes that complete it.
-static void stream_text(Text *text, size_t *printed, bool last)
+// Appends a token; false: its text completed `stop`, and the sample's text ends before that.
+static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer, const char *stop)
 {
-    size_t whole = last ? text->size : *printed + utf8_whole(text->data + *printed, text->size - *printed);
-    fwrite(text->data + *printed, 1, whole - *printed, stdout);
-    fflush(stdout);
-    *printed = whole;
+    Text *text = &sample->text;
+    size_t length = stop ? strlen(stop) : 0, from = text->size > length ? text->size - length : 0;
+    ids_push(&sample->ids, token);
+    if (tokenizer)
+        tokenizer_decode(tokenizer, text, token);
+    const char *found = length ? memmem(text->data + from, text->size - from, stop, length) : NULL;
+    if (found)
+        text->size = (size_t)(found - text->data);
+    return !found;
 }
 
-// Continues the prompt by up to `count` tokens, `samples` times at once, and appends them to outputs[0 ..
-// samples - 1]. A sample ends at end_of_text (-1: never). With `tokenizer` the first sample is printed as it
-// comes. Text longer than the context goes on from its last half.
-static void generate(const Model *model, Tokenizer *tokenizer, const Ids *prompt, int count, int samples,
-                     int end_of_text, const Sampling *sampling, Ids *outputs)
+// Prints what is new in text, except for an end that only later tokens decide: a part of a character, or what may
+// be the beginning of `stop`. All of it when `last`.
+static void stream_text(const Text *text, size_t *printed, const char *stop, bool last)
+{
+    size_t size = text->size, part = stop && !last ? strlen(stop) : 0;
+    while (part > 0 && (part > size || memcmp(text->data + size - part, stop, part) != 0))
+        part--;
+    size = last ? size : utf8_whole(text->data, size - part);
+    fwrite(text->data + *printed, 1, size - *printed, stdout);
+    fflush(stdout);
+    *printed = size;
+}
+
+// Continues the prompt by up to `count` tokens, `samples` times at once, in outputs[0 .. samples - 1], which are
+// empty. A sample ends at end_of_text (-1: never) or at sampling->stop. Text longer than the context goes on from
+// its last half. Without a tokenizer there is no text, only ids; with one, a single sample is printed as it comes.
+static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
+                     int samples, int end_of_text, const Sampling *sampling, Sample *outputs)
 {
     const Config *config = &model->config;
     const int V = config->vocab_size, P = config->n_positions;
@@ -2909,66 +2937,61 @@ static void generate(const Model *model, Tokenizer *tokenizer, const Ids *prompt
     cache.first_key = xmalloc((size_t)samples * sizeof(int));
     cache.memory = xfloats((size_t)config->n_layer * samples * P * 2 * config->n_embd);
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
-    Ids *all = xcalloc((size_t)samples, sizeof *all); // prompt and continuation of each sample
-    bool *ended = xcalloc((size_t)samples, sizeof *ended);
+    int *running = xmalloc((size_t)samples * sizeof(int)); // the samples that have not ended
     int *last_row = xmalloc((size_t)samples * sizeof(int));
     for (int s = 0; s < samples; s++) {
-        cache.first_key[s] = s * P;
-        for (size_t i = 0; i < prompt->size; i++)
-            ids_push(&all[s], prompt->data[i]);
+        running[s] = s;
+        text_append(&outputs[s].text, "", 0);
     }
-    Text text = {0};
-    size_t printed = 0, seen = 0; // tokens that the cache knows
-    text_append(&text, "", 0);
+    size_t printed = 0, seen = 0; // tokens of each sample that the model has seen
     for (int made = 0, alive = samples; made < count && alive > 0; made++) {
-        size_t size = all[0].size;
+        size_t size = prompt->size + (size_t)made;
         if (cache.past + (int)(size - seen) > P) { // full, or a prompt that is longer than the context
             cache.past = 0;
             seen = size - (size_t)(P > 1 ? P / 2 : 1);
         }
         batch_clear(&batch);
-        for (int s = 0; s < samples; s++) {
+        for (int n = 0; n < alive; n++) {
+            const int *own = outputs[running[n]].ids.data;
             for (size_t i = seen; i < size; i++)
-                batch_add_row(&batch, all[s].data[i], cache.past + (int)(i - seen), -1);
+                batch_add_row(&batch, i < prompt->size ? prompt->data[i] : own[i - prompt->size],
+                              cache.past + (int)(i - seen), -1);
             batch_end_sequence(&batch);
-            last_row[s] = batch.rows - 1;
+            last_row[n] = batch.rows - 1;
+            cache.first_key[n] = running[n] * P;
         }
         activations_reserve(&a, model, batch.rows, false, false, false, false);
         model_forward(model, &a, &batch, &cache, (Dropout){0});
         seen = size;
-        for (int s = 0; s < samples; s++) {
-            if (s % LOGIT_ROWS == 0)
-                head_forward(model, &a, last_row + s, samples - s < LOGIT_ROWS ? samples - s : LOGIT_ROWS);
+        int still = 0;
+        for (int n = 0; n < alive; n++) {
+            const int s = running[n], row = n % LOGIT_ROWS;
+            if (row == 0)
+                head_forward(model, &a, last_row + n, alive - n < LOGIT_ROWS ? alive - n : LOGIT_ROWS);
             float draw = random_uniform(random_stream(sampling->seed, (uint64_t)s), (uint64_t)made);
-            int token = sample_token(a.logits + (size_t)(s % LOGIT_ROWS) * V, V, sampling, draw, candidates);
-            ids_push(&all[s], token);
-            if (ended[s])
-                continue;
-            if (token == end_of_text) {
-                ended[s] = true;
-                alive--;
-                continue;
-            }
-            ids_push(&outputs[s], token);
-            if (s == 0 && tokenizer) {
-                tokenizer_decode(tokenizer, &text, token);
-                stream_text(&text, &printed, false);
-            }
+            int token = sample_token(a.logits + (size_t)row * V, V, sampling, draw, candidates);
+            if (token != end_of_text && sample_append(&outputs[s], token, tokenizer, sampling->stop))
+                running[still++] = s;
         }
+        alive = still;
+        if (samples == 1)
+            stream_text(&outputs[0].text, &printed, sampling->stop, alive == 0 || made == count - 1);
     }
-    stream_text(&text, &printed, true);
-    for (int s = 0; s < samples; s++)
-        free(all[s].data);
-    free(all);
-    free(ended);
+    free(running);
     free(last_row);
     free(candidates);
     free(cache.first_key);
     free(cache.memory);
-    free(text.data);
     batch_free(&batch);
     activations_free(&a);
 }
+
+static void sample_free(Sample *sample)
+{
+    free(sample->ids.data);
+    free(sample->text.data);
+}
+
 // =====================================================================================================
 // 9. Files
 // =====================================================================================================
@@ -3715,7 +3738,7 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
 
 // The settings of a run, as section 12 reads them from the command line.
 typedef struct {
-    const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt;
+    const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *stop;
     double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm,
         dropout;
     double temperature, top_p;
@@ -3963,8 +3986,9 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 // Shows what the model writes after <|endoftext|>.
 static void print_sample(const Run *run)
 {
-    Ids prompt = {0}, output = {0};
-    Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step};
+    Ids prompt = {0};
+    Sample output = {0};
+    Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
     if (!run->tokenizer)
         return;
     ids_push(&prompt, run->tokenizer->end_of_text >= 0 ? run->tokenizer->end_of_text : 0);
@@ -3974,7 +3998,7 @@ static void print_sample(const Run *run)
              run->tokenizer->end_of_text, &sampling, &output);
     printf("\n---\n");
     free(prompt.data);
-    free(output.data);
+    sample_free(&output);
 }
 
 // Evaluates, reports, and judges: is this the best model so far? One that a signal cut short counts for
@@ -4197,6 +4221,7 @@ static const Option option_table[] = {
     {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw from the K most likely tokens only"},
     {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "or from the likeliest that reach probability P"},
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
+    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | NOT_SAVED, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
@@ -4631,8 +4656,8 @@ static void print_plan(const Run *run)
         Model unfrozen = *model;
         unfrozen.lowest = -1;
         Activations full = {0};
-        activations_reserve(&full, &unfrozen, run->activations.rows, run->activations.longest, true,
-                            options->recompute, options->dropout > 0, true);
+        activations_reserve(&full, &unfrozen, run->activations.rows, true, options->recompute,
+                            options->dropout > 0, true);
         double keys = ((double)rows / (double)run->train->count + 1) / 2;
         printf(
             "freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, and %.0f %% of the "
@@ -4758,30 +4783,34 @@ static int run_generation(Options *options)
         text = read_file("-");
     else
         text_append(&text, options->prompt, strlen(options->prompt));
-    Ids prompt = {0}, *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
+    Ids prompt = {0};
+    Sample *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
     tokenizer_encode(run.tokenizer, &prompt, text.data, text.size, false);
     if (prompt.size == 0)
         ids_push(&prompt, tokenizer->end_of_text >= 0 ? tokenizer->end_of_text : 0);
-    Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed};
+    Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed,
+                         options->stop[0] ? options->stop : NULL};
     bool stream = options->samples == 1;
     if (stream) {
         fwrite(text.data, 1, text.size, stdout);
         fflush(stdout);
     }
-    generate(run.model, stream ? run.tokenizer : NULL, &prompt, (int)options->generate, (int)options->samples,
+    generate(run.model, tokenizer, &prompt, (int)options->generate, (int)options->samples,
              tokenizer->end_of_text, &sampling, outputs);
-    if (stream)
-        printf("\n");
-    for (long s = 0; s < options->samples && !stream; s++) { // separated as the documents of a text file
-        Text sample = {0};
-        text_append(&sample, text.data, text.size);
-        for (size_t i = 0; i < outputs[s].size; i++)
-            tokenizer_decode(tokenizer, &sample, outputs[s].data[i]);
-        printf("%s", s ? "<|endoftext|>\n" : "");
-        fwrite(sample.data, 1, sample.size, stdout);
-        printf("%s", sample.size && sample.data[sample.size - 1] == '\n' ? "" : "\n");
-        free(sample.data);
+    for (long s = 0; s < options->samples; s++) {
+        const Text *sample = &outputs[s].text;
+        char end = sample->size ? sample->data[sample->size - 1] : text.size ? text.data[text.size - 1] : 0;
+        if (!stream) { // separated as the documents of a text file
+            printf("%s", s ? "<|endoftext|>\n" : "");
+            fwrite(text.data, 1, text.size, stdout);
+            fwrite(sample->data, 1, sample->size, stdout);
+        }
+        printf("%s", stream || end != '\n' ? "\n" : "");
+        sample_free(&outputs[s]);
     }
+    free(outputs);
+    free(prompt.data);
+    free(text.data);
     end_run(&run);
     return 0;
 }

@@ -125,6 +125,10 @@ static double time_kernel(void (*kernel)(const Model *, Activations *, const Bat
 #define SIZES                                                                                                \
     const int R = batch->rows, C = model->config.n_embd, F = model->config.n_inner,                          \
               NH = model->config.n_head;                                                                     \
+    const Block b = block_at(a, model, 0);                                                                   \
+    const Tensor *t = model->tensors;                                                                        \
+    (void)b;                                                                                                 \
+    (void)t;                                                                                                 \
     (void)R;                                                                                                 \
     (void)C;                                                                                                 \
     (void)F;                                                                                                 \
@@ -132,64 +136,63 @@ static double time_kernel(void (*kernel)(const Model *, Activations *, const Bat
 
 KERNEL(run_embedding_forward)
 {
-    embedding_forward(a->residual, value_of(model, WTE, 0), value_of(model, WPE, 0), batch->token,
-                      batch->position, batch->rows, model->config.n_embd);
+    SIZES;
+    embedding_forward(a->residual, t[WTE].value, t[WPE].value, batch->token, batch->position, R, C);
 }
 KERNEL(run_embedding_backward)
 {
     SIZES;
-    embedding_backward(gradient_of(model, WTE, 0), a->d_residual, batch->token, R, C);
-    embedding_backward(gradient_of(model, WPE, 0), a->d_residual, batch->position, R, C);
+    embedding_backward(t[WTE].gradient, a->d_residual, batch->token, R, C);
+    embedding_backward(t[WPE].gradient, a->d_residual, batch->position, R, C);
 }
 KERNEL(run_layernorm_forward)
 {
     SIZES;
-    layernorm_forward(a->normed, a->mean_1, a->rstd_1, a->residual, value_of(model, LN_1_WEIGHT, 0),
-                      value_of(model, LN_1_BIAS, 0), 1e-5f, R, C);
+    layernorm_forward(a->normed, b.mean_1, b.rstd_1, a->residual, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
+                      1e-5f, R, C);
 }
 KERNEL(run_layernorm_rebuild)
 {
     SIZES;
-    layernorm_rebuild(a->normed, a->mean_1, a->rstd_1, a->residual, value_of(model, LN_1_WEIGHT, 0),
-                      value_of(model, LN_1_BIAS, 0), R, C);
+    layernorm_rebuild(a->normed, b.mean_1, b.rstd_1, a->residual, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, R,
+                      C);
 }
 KERNEL(run_layernorm_backward)
 {
     SIZES;
-    layernorm_backward(a->d_residual, gradient_of(model, LN_1_WEIGHT, 0), gradient_of(model, LN_1_BIAS, 0),
-                       a->d_normed, a->residual, a->mean_1, a->rstd_1, value_of(model, LN_1_WEIGHT, 0), false,
-                       R, C);
+    layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed,
+                       a->residual, b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, false, R, C);
 }
 KERNEL(run_attention_forward)
 {
     SIZES;
-    attention_forward(a->attention, a->log_sum_exp, a->qkv, 3 * (size_t)C, a->qkv + C, a->qkv + 2 * C,
+    attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * (size_t)C, b.qkv + C, b.qkv + 2 * C,
                       3 * (size_t)C, batch->sequences, batch->first_row, batch->first_row, 0, (Dropout){0},
                       a->scratch, a->scratch_size, NH, C / NH);
 }
 KERNEL(run_attention_backward)
 {
     SIZES;
-    attention_backward(a->wide, a->d_normed, a->qkv, a->attention, a->log_sum_exp, batch->sequences,
+    attention_backward(a->wide, a->d_normed, b.qkv, b.attention, b.log_sum_exp, batch->sequences,
                        batch->first_row, (Dropout){0}, a->scratch, a->scratch_size, NH, C / NH);
 }
 KERNEL(run_gelu_forward)
 {
     SIZES;
-    gelu_forward(a->wide, a->hidden, (size_t)R * F);
+    gelu_forward(a->wide, b.hidden, (size_t)R * F);
 }
 KERNEL(run_gelu_backward)
 {
     SIZES;
-    gelu_backward(a->wide, a->hidden, (size_t)R * F);
+    gelu_backward(a->wide, b.hidden, (size_t)R * F);
 }
 KERNEL(run_bias_backward)
 {
     SIZES;
-    bias_backward(gradient_of(model, FC_BIAS, 0), a->hidden, R, F, false);
-    bias_backward(gradient_of(model, ATTN_BIAS, 0), a->qkv, R, 3 * C, false);
-    bias_backward(gradient_of(model, ATTN_PROJ_BIAS, 0), a->attention, R, C, false);
-    bias_backward(gradient_of(model, FC_PROJ_BIAS, 0), a->attention, R, C, false);
+    bias_backward(t[FC_BIAS].gradient, b.hidden, R, F, false);
+    bias_backward(t[ATTN_BIAS].gradient, b.qkv, R, 3 * C, false);
+    bias_backward(t[ATTN_PROJ_BIAS].gradient, b.attention, R, C, false);
+    bias_backward(t[FC_PROJ_BIAS].gradient, b.attention, R, C, false);
 }
 KERNEL(run_cross_entropy)
 {
@@ -277,8 +280,7 @@ int main(int argc, char **argv)
         at = end;
     }
     Activations a = {0};
-    activations_reserve(&a, model, batch.rows, longest_sequence(&batch), true, options.recompute, false,
-                        false);
+    activations_reserve(&a, model, batch.rows, true, options.recompute, false, false);
     const size_t R = (size_t)batch.rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
     const size_t V = (size_t)config->vocab_size, HS = C / (size_t)config->n_head;
     const double L = config->n_layer, parameters = (double)count_parameters(model, true);
@@ -304,7 +306,12 @@ int main(int argc, char **argv)
     // Products, their rates and their floor.
     size_t chunk = R < LOGIT_ROWS ? R : LOGIT_ROWS;
     double chunks = (double)R / (double)chunk, pairs = 0; // pairs of query tile and key block, visible share
-    size_t longest = (size_t)longest_sequence(&batch), tile = longest < QUERY_TILE ? longest : QUERY_TILE;
+    size_t longest = 0;
+    for (int s = 0; s < batch.sequences; s++)
+        longest = longest > (size_t)(batch.first_row[s + 1] - batch.first_row[s])
+                      ? longest
+                      : (size_t)(batch.first_row[s + 1] - batch.first_row[s]);
+    size_t tile = longest < QUERY_TILE ? longest : QUERY_TILE;
     size_t keys = longest < KEY_BLOCK ? longest : KEY_BLOCK;
     for (int s = 0; s < batch.sequences; s++) {
         double T = batch.first_row[s + 1] - batch.first_row[s];
