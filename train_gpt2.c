@@ -1813,13 +1813,19 @@ static void matmul_block(const Product *p, size_t block)
     }
 }
 
-// Few rows, as when single tokens are generated: nothing of B is used again, so it is read once, in place.
+// At most FEW rows, as when tokens are generated: nothing of B is used again, so it is read once, in place. What is
+// prefetched is what comes next: the processor's own guesses end at each page, and rows may be pages apart.
+enum { FEW = 8 };
+
 static void matmul_few_rows(const Product *p, size_t block)
 {
     size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
-    for (size_t j = column; p->transpose_b && j < end; j++) // dot products with the rows of B
+    for (size_t j = column; p->transpose_b && j < end; j++) { // dot products with the rows of B
+        const float *B = p->B + j * p->ldb;
+        for (size_t k = 0; k < p->K; k += 16)
+            __builtin_prefetch(B + (1 + 2048 / p->K) * p->ldb + k);
         for (size_t i = 0; i < p->M; i++) {
-            const float *A = p->A + i * p->lda, *B = p->B + j * p->ldb;
+            const float *A = p->A + i * p->lda;
             Vector sum[4] = {0};
             float total = p->accumulate ? p->C[i * p->ldc + j] : 0;
             size_t k = 0;
@@ -1833,25 +1839,35 @@ static void matmul_few_rows(const Product *p, size_t block)
                 total += A[k] * B[k];
             p->C[i * p->ldc + j] = total;
         }
+    }
     for (size_t i = 0; !p->transpose_b && !p->accumulate && i < p->M; i++)
         memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
-    for (size_t k = 0, n; !p->transpose_b && k < p->K; k += n) { // rows of B, each times its element of A
+    size_t ahead = 8 + 2048 / (end - column); // rows
+    for (size_t k = 0, n; !p->transpose_b && k < p->K;
+         k += n) { // eight rows of B, each times its elements of A
+        const float *B = p->B + k * p->ldb;
+        float a[FEW][8] = {0};
         n = smaller(8, p->K - k);
-        for (size_t i = 0; i < p->M; i++) {
-            const float *B = p->B + k * p->ldb;
-            float *C = p->C + i * p->ldc, a[8];
-            memcpy(a, p->A + i * p->lda + k, n * sizeof(float));
-            size_t j = column;
-            for (; j + LANES <= end; j += LANES) {
-                Vector sum = *(Vector *)(C + j);
-                for (size_t x = 0; x < n; x++)
-                    sum += a[x] * *(const Vector *)(B + x * p->ldb + j);
-                *(Vector *)(C + j) = sum;
+        for (size_t i = 0; i < p->M; i++)
+            memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
+        size_t j = column;
+        for (; n == 8 && j + LANES <= end; j += LANES) {
+            Vector b[8];
+            for (size_t x = 0; x < 8; x++) {
+                b[x] = *(const Vector *)(B + x * p->ldb + j);
+                __builtin_prefetch(B + (x + ahead) * p->ldb + j);
             }
-            for (; j < end; j++)
-                for (size_t x = 0; x < n; x++)
-                    C[j] += a[x] * B[x * p->ldb + j];
+            for (size_t i = 0; i < p->M; i++) {
+                Vector sum = *(Vector *)(p->C + i * p->ldc + j);
+                for (size_t x = 0; x < 8; x++)
+                    sum += a[i][x] * b[x];
+                *(Vector *)(p->C + i * p->ldc + j) = sum;
+            }
         }
+        for (; j < end; j++)
+            for (size_t i = 0; i < p->M; i++)
+                for (size_t x = 0; x < n; x++)
+                    p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
     }
 }
 
@@ -1862,7 +1878,7 @@ static void matmul_builtin(float *C, size_t ldc, const float *A, size_t lda, boo
 {
     if (M == 0 || N == 0)
         return;
-    bool few = (M <= 8 && !transpose_a) || K == 0;
+    bool few = (M <= FEW && !transpose_a) || K == 0;
     size_t threads = omp_in_parallel() || (double)M * N * K < 1e5 ? 1 : (size_t)omp_get_max_threads();
     // Blocks of C: panels shared out evenly, a multiple of threads, none wider than packed_b can hold.
     size_t panels = (N + TILE_COLUMNS - 1) / TILE_COLUMNS;
