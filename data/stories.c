@@ -133,15 +133,15 @@ static char *write_sentence(char *out, const char *pattern, struct random *rando
     return out;
 }
 
-// Prints a story of two people. A pronoun means whom the sentence before was about.
+// Prints a story of one person, who meets another. A pronoun means whom the sentence before was about.
 static size_t write_story(struct random *random) {
     char text[4096], *end = text;
     int cast[2] = {draw(random, PEOPLE), 0}, topic = -1;
     cast[1] = (cast[0] + 1 + draw(random, PEOPLE - 1)) % PEOPLE;
     end = write_sentence(end, openings[draw(random, OPENINGS)], random, cast[0], cast[1]);
-    for (int more = 6 + draw(random, 5); more > 0;) {
+    for (int more = 3 + draw(random, 4); more > 0;) {
         const char *pattern = sentences[draw(random, SENTENCES)];
-        int about = draw(random, 2);
+        int about = draw(random, 6) == 0; // mostly the first one
         if (strncmp(pattern, "{he}", 4) == 0) {
             if (topic < 0)
                 continue;
