@@ -1462,7 +1462,7 @@ static const struct {
     [FC_PROJ_BIAS]     = {"transformer.h.*.mlp.c_proj.bias",      "C",  ZEROS},
     [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},
     [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
-    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL}, // only when it is not tied to wte
+    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL}, // unless tied to wte
 };
 // clang-format on
 enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT }; // per layer
@@ -1813,8 +1813,9 @@ static void matmul_block(const Product *p, size_t block)
     }
 }
 
-// At most FEW rows, as when tokens are generated: nothing of B is used again, so it is read once, in place. What is
-// prefetched is what comes next: the processor's own guesses end at each page, and rows may be pages apart.
+// At most FEW rows, as when tokens are generated: nothing of B is used again, so it is read once, in place.
+// What is prefetched is what comes next: the processor's own guesses end at each page, and rows may be pages
+// apart.
 enum { FEW = 8 };
 
 static void matmul_few_rows(const Product *p, size_t block)
@@ -2374,17 +2375,17 @@ static void cross_entropy(float *logits, float *loss, bool *hit, const int *targ
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
-// The layers in the order that makes them GPT-2 (Radford et al. 2019). The residual stream x (R, C) runs through
-// everything; each block reads it twice, normalised, and adds what it found:
+// The layers in the order that makes them GPT-2 (Radford et al. 2019). The residual stream x (R, C) runs
+// through everything; each block reads it twice, normalised, and adds what it found:
 //
 //     x = wte[token] + wpe[position]
 //     L times:  x = x + attention(layernorm_1(x));   x = x + mlp(layernorm_2(x))
 //     logits = layernorm_f(x) · headᵀ
 //
 // The backward pass goes the same way back and needs most of what the forward pass computed. What is cheap is
-// computed again instead of being kept: outputs of layernorms and of gelu, attention's probabilities, and logits
-// never exist for more than a chunk of rows. Per row and block 10 C floats are kept; with --recompute only the
-// block's input, C floats, and the rest is computed again just before it is needed.
+// computed again instead of being kept: outputs of layernorms and of gelu, attention's probabilities, and
+// logits never exist for more than a chunk of rows. Per row and block 10 C floats are kept; with --recompute
+// only the block's input, C floats, and the rest is computed again just before it is needed.
 
 enum { LOGIT_ROWS = 256 }; // rows of logits that exist at a time
 
@@ -2414,8 +2415,9 @@ typedef struct {
     bool *hit; // the target had the highest logit
 } Activations;
 
-// Lays everything out in one piece of memory, for `rows` rows of a model whose training is set; not `training`:
-// nothing is kept for a backward pass. With measure_only nothing is allocated: memory_size tells what would be.
+// Lays everything out in one piece of memory, for `rows` rows of a model whose training is set; not
+// `training`: nothing is kept for a backward pass. With measure_only nothing is allocated: memory_size tells
+// what would be.
 static void activations_reserve(Activations *a, const Model *model, int rows, bool training, bool recompute,
                                 bool dropout, bool measure_only)
 {
@@ -2522,7 +2524,8 @@ static Dropout dropout_at(Dropout dropout, int layer, int place)
     return dropout;
 }
 
-// y = residual + dropout(x · weight + bias): how a branch joins the stream. y, residual, branch (R, C); x (R, K)
+// y = residual + dropout(x · weight + bias): how a branch joins the stream.
+//   y, residual, branch (R, C); x (R, K)
 static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
                         const Tensor *bias, float *branch, Dropout dropout, int R, int K, int C)
 {
@@ -2653,8 +2656,8 @@ static void head_forward(const Model *model, Activations *a, const int *rows, in
     matmul(a->logits, V, a->normed, C, false, model_head(model)->value, C, true, count, V, C, false);
 }
 
-// The classifier: head, softmax and loss, and when `backward` the gradients of all three, one chunk of scored rows
-// after the other. Rows that are not scored (prompts) cost nothing and get gradient 0.
+// The classifier: head, softmax and loss, and when `backward` the gradients of all three, one chunk of scored
+// rows after the other. Rows that are not scored (prompts) cost nothing and get gradient 0.
 //   Fills a->scored, a->loss and a->hit for each scored row; when `backward`, also the gradient of
 //   weight · (sum of losses) in a->d_residual and in the head's tensors. Returns the sum of losses.
 static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward, float weight,
@@ -2701,8 +2704,8 @@ static double model_forward_backward(const Model *model, Activations *a, const B
                                      bool accumulate, Dropout dropout)
 {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
-    // Blocks write their gradients. Embeddings are added to row by row, and without targets the head adds nothing:
-    // their sums begin at zero.
+    // Blocks write their gradients. Embeddings are added to row by row, and without targets the head adds
+    // nothing: their sums begin at zero.
     for (int i = 0; i < model->tensor_count && !accumulate; i++) {
         const Tensor *tensor = &model->tensors[i];
         bool head_writes = tensor->kind >= LN_F_WEIGHT || tensor == model_head(model);
@@ -2726,8 +2729,8 @@ static double model_forward_backward(const Model *model, Activations *a, const B
 // =====================================================================================================
 // 7. Optimizer
 // =====================================================================================================
-// One update: the gradients' norm, clipping, then AdamW on every tensor that is not frozen, at the learning
-// rate that the schedule gives for this update.
+// Gradients say which way the loss falls, not how far to go. One update: gradients whose norm is too large
+// are scaled down, then AdamW moves every tensor that is not frozen, at the learning rate of the schedule.
 
 typedef struct {
     double beta1, beta2, epsilon, weight_decay;
@@ -2776,9 +2779,9 @@ static float clip_factor(double norm, double largest)
 }
 
 // AdamW (Loshchilov, Hutter 2019), update number t = 1, 2, ..., in torch.optim.AdamW's order of operations:
-//   p = p - lr · decay · p                           decay acts on the weight itself, not through the gradient
-//   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²     running averages of gradient and square (exp_avg, exp_avg_sq)
-//   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)       both averages started at 0: corrected
+//   p = p - lr · decay · p          decay acts on the weight itself, not through the gradient
+//   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²          averages (exp_avg, exp_avg_sq)
+//   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)    averages started at 0: corrected
 // g is the gradient times `clip`.
 static void adamw_update(const Model *model, const Adam *adam, double learning_rate, long t, float clip)
 {
@@ -2824,10 +2827,11 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
 // =====================================================================================================
 // 8. Generation
 // =====================================================================================================
-// A model gives the probabilities of the next token; text comes from drawing one, appending it and asking again.
-// The model is run on the prompt once; then each new token is a batch of one row per sample that attends to the
-// keys and values of all earlier rows, which the cache keeps. Such a batch reads every weight for hardly any
-// arithmetic, so a token takes the time of one pass over the weights, and a few samples cost little more than one.
+// A model gives the probabilities of the next token; text comes from drawing one, appending it and asking
+// again. The model is run on the prompt once; then each new token is a batch of one row per sample that
+// attends to the keys and values of all earlier rows, which the cache keeps. Such a batch reads every weight
+// for hardly any arithmetic, so a token takes the time of one pass over the weights, and a few samples cost
+// little more than one.
 
 typedef struct {
     double temperature; // logits are divided by it; 0: always the most likely token
@@ -2873,8 +2877,8 @@ static float kth_largest(const float *x, int n, int k)
     return result;
 }
 
-// Draws a token from softmax(logits / temperature), cut to the top k (with those that equal the k-th) and then to
-// the top p, as transformers does.
+// Draws a token from softmax(logits / temperature), cut to the top k (with those that equal the k-th) and
+// then to the top p, as transformers does.
 //   logits (V); draw: uniform in [0, 1); candidates: room for V
 static int sample_token(const float *logits, int V, const Sampling *sampling, float draw,
                         Candidate *candidates)
@@ -2926,8 +2930,8 @@ static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer,
     return !found;
 }
 
-// Prints what is new in text, except for an end that only later tokens decide: a part of a character, or what may
-// be the beginning of `stop`. All of it when `last`.
+// Prints what is new in text, except for an end that only later tokens decide: a part of a character, or what
+// may be the beginning of `stop`. All of it when `last`.
 static void stream_text(const Text *text, size_t *printed, const char *stop, bool last)
 {
     size_t size = text->size, part = stop && !last ? strlen(stop) : 0;
@@ -2939,9 +2943,10 @@ static void stream_text(const Text *text, size_t *printed, const char *stop, boo
     *printed = size;
 }
 
-// Continues the prompt by up to `count` tokens, `samples` times at once, in outputs[0 .. samples - 1], which are
-// empty. A sample ends at end_of_text (-1: never) or at sampling->stop. Text longer than the context goes on from
-// its last half. Without a tokenizer there is no text, only ids; with one, a single sample is printed as it comes.
+// Continues the prompt by up to `count` tokens, `samples` times at once, in outputs[0 .. samples - 1], which
+// are empty. A sample ends at end_of_text (-1: never) or at sampling->stop. Text longer than the context goes
+// on from its last half. Without a tokenizer there is no text, only ids; with one, a single sample is printed
+// as it comes.
 static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
                      int samples, int end_of_text, const Sampling *sampling, Sample *outputs)
 {
