@@ -224,7 +224,13 @@ static void print_machine(void)
             break;
     if (file)
         fclose(file);
-    printf("machine: %s, %d threads, %s, %d lanes\n", cpu, omp_get_max_threads(), matmul_name(), LANES);
+    const char *matmul = "built-in matmul";
+#ifdef USE_OPENBLAS
+    matmul = matmul_kind == MATMUL_CBLAS ? openblas_get_config() : matmul;
+#elif defined(USE_CBLAS)
+    matmul = matmul_kind == MATMUL_CBLAS ? "CBLAS" : matmul;
+#endif
+    printf("machine: %s, %d threads, %s, %d lanes\n", cpu, omp_get_max_threads(), matmul, LANES);
 #ifdef USE_OPENBLAS
     if (openblas_get_parallel() == 1)
         printf("warning: a pthread build of OpenBLAS: products are cut up over OpenMP threads; the OpenMP "
@@ -251,16 +257,16 @@ int main(int argc, char **argv)
         argc--, argv++;
     }
     Options options;
-    parse_options(&options, argc > 1 ? argc : 1, argc > 1 ? argv : no_options);
+    parse_options(&options, NULL, argc > 1 ? argc : 1, argc > 1 ? argv : no_options);
     if (argc == 1)
         options.init = "d12";
     if (options.threads)
         omp_set_num_threads((int)options.threads);
     pin_threads();
-    choose_matmul(&options);
+    Run run = start_run(&options, NULL);
     print_machine();
 
-    Model *model = start_model(&options, NULL, NULL);
+    Model *model = run.model;
     const Config *config = &model->config;
     model_set_training(model, &options.freeze, &options.no_decay);
     model_allocate_training(model, true);
