@@ -19,18 +19,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct Block {
-    struct Block *previous, *next;
-} Block;
+typedef struct HeapBlock {
+    struct HeapBlock *previous, *next;
+} HeapBlock;
 
-static Block blocks = {&blocks, &blocks};
+static HeapBlock blocks = {&blocks, &blocks};
 static jmp_buf refused;
 
 static void fuzz_free(void *pointer)
 {
     if (!pointer)
         return;
-    Block *block = (Block *)pointer - 1;
+    HeapBlock *block = (HeapBlock *)pointer - 1;
     block->previous->next = block->next;
     block->next->previous = block->previous;
     free(block);
@@ -38,7 +38,7 @@ static void fuzz_free(void *pointer)
 
 static void *fuzz_realloc(void *pointer, size_t size)
 {
-    Block *block = pointer ? (Block *)pointer - 1 : NULL;
+    HeapBlock *block = pointer ? (HeapBlock *)pointer - 1 : NULL;
     if (block) {
         block->previous->next = block->next;
         block->next->previous = block->previous;
@@ -46,7 +46,7 @@ static void *fuzz_realloc(void *pointer, size_t size)
     block = realloc(block, size + sizeof *block);
     if (!block)
         abort();
-    *block = (Block){&blocks, blocks.next};
+    *block = (HeapBlock){&blocks, blocks.next};
     block->next->previous = block->previous->next = block;
     return block + 1;
 }
