@@ -1914,21 +1914,29 @@ static MatmulKind matmul_kind = MATMUL_BUILTIN;
 #ifdef USE_CBLAS
 static bool blas_runs_alone = false; // it has no use for OpenMP's threads: products are cut up for it
 
-static void matmul_cblas(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
-                         size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate)
+// The part of the product that makes `size` rows of C from `begin` on, or with `by_columns` as many columns.
+static void cblas_part(const Product *p, bool by_columns, size_t begin, size_t size)
 {
-    size_t threads = blas_runs_alone && !omp_in_parallel() ? (size_t)omp_get_max_threads() : 1;
-    size_t whole = M > N ? M : N, part = ((whole + threads - 1) / threads + 15) / 16 * 16;
-#pragma omp parallel for if (threads > 1)
-    for (size_t begin = 0; begin < whole; begin += part) { // a part of the rows of C, or of its columns
-        size_t row = M > N ? begin : 0, column = M > N ? 0 : begin,
-               size = whole - begin < part ? whole - begin : part;
-        cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
-                    transpose_b ? CblasTrans : CblasNoTrans, (int)(M > N ? size : M), (int)(M > N ? N : size),
-                    (int)K, 1.0f, A + row * (transpose_a ? 1 : lda), (int)lda,
-                    B + column * (transpose_b ? ldb : 1), (int)ldb, accumulate ? 1.0f : 0.0f,
-                    C + row * ldc + column, (int)ldc);
+    size_t row = by_columns ? 0 : begin, column = by_columns ? begin : 0;
+    cblas_sgemm(CblasRowMajor, p->transpose_a ? CblasTrans : CblasNoTrans,
+                p->transpose_b ? CblasTrans : CblasNoTrans, (int)(by_columns ? p->M : size),
+                (int)(by_columns ? size : p->N), (int)p->K, 1.0f, p->A + row * (p->transpose_a ? 1 : p->lda),
+                (int)p->lda, p->B + column * (p->transpose_b ? p->ldb : 1), (int)p->ldb,
+                p->accumulate ? 1.0f : 0.0f, p->C + row * p->ldc + column, (int)p->ldc);
+}
+
+static void matmul_cblas(const Product *p)
+{
+    bool by_columns = p->N >= p->M;
+    size_t whole = by_columns ? p->N : p->M;
+    if (!blas_runs_alone || omp_in_parallel()) { // not in a region of one thread: OpenMP would take BLAS's
+        cblas_part(p, by_columns, 0, whole);     // threads for nested ones, and make new ones for each call
+        return;
     }
+    size_t threads = (size_t)omp_get_max_threads(), part = ((whole + threads - 1) / threads + 15) / 16 * 16;
+#pragma omp parallel for
+    for (size_t begin = 0; begin < whole; begin += part)
+        cblas_part(p, by_columns, begin, smaller(part, whole - begin));
 }
 #endif
 
@@ -1942,7 +1950,7 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
 #ifdef USE_CBLAS
     bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
     if (matmul_kind == MATMUL_CBLAS && !few_rows && K > 0) {
-        matmul_cblas(C, ldc, A, lda, transpose_a, B, ldb, transpose_b, M, N, K, accumulate);
+        matmul_cblas(&(Product){C, A, B, ldc, lda, ldb, M, N, K, 0, 0, 0, transpose_a, transpose_b, accumulate});
         return;
     }
 #endif
@@ -2750,6 +2758,7 @@ static double gradient_norm(const Model *model, const Tensor **worst)
         const Tensor *tensor = &model->tensors[i];
         if (!tensor->gradient)
             continue;
+        const float *g = tensor->gradient; // a variable of its own: compilers fetch a struct's member each time
         size_t blocks = (tensor->size + NORM_BLOCK - 1) / NORM_BLOCK;
         double *partial = xmalloc(blocks * sizeof(double)), squares = 0;
 #pragma omp parallel for
@@ -2758,7 +2767,7 @@ static double gradient_norm(const Model *model, const Tensor **worst)
             double sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (size_t j = b * NORM_BLOCK; j < end; j++)
-                sum += (double)tensor->gradient[j] * tensor->gradient[j];
+                sum += (double)g[j] * g[j];
             partial[b] = sum;
         }
         for (size_t b = 0; b < blocks; b++)
