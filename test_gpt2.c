@@ -410,8 +410,8 @@ static MatmulCase matmul_case(uint64_t seed, size_t M, size_t N, size_t K, unsig
 
 static void matmul_case_run(MatmulCase *c)
 {
-    matmul_builtin(c->C, c->ldc, c->A, c->lda, c->transpose_a, c->B, c->ldb, c->transpose_b, c->M, c->N, c->K,
-                   c->accumulate);
+    matmul_builtin((Product){c->C, c->A, c->B, c->ldc, c->lda, c->ldb, c->M, c->N, c->K, c->transpose_a,
+                             c->transpose_b, c->accumulate, 0, 0, 0});
 }
 
 static void matmul_case_free(MatmulCase *c)

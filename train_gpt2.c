@@ -1708,11 +1708,14 @@ enum { TILE_COLUMNS = LANES * TILE_VECTORS, DEPTH = 384, A_LD = DEPTH + 16, GROU
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // at any address
 
-typedef struct { // the arguments of matmul_builtin; a block's rows and columns, and how many lie side by side
+// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += with accumulate. op transposes when told; all is row-major;
+// ldc, lda, ldb are the distances between rows as stored.
+typedef struct {
     float *C;
     const float *A, *B;
-    size_t ldc, lda, ldb, M, N, K, rows, columns, across;
+    size_t ldc, lda, ldb, M, N, K;
     bool transpose_a, transpose_b, accumulate;
+    size_t rows, columns, across; // of a block of C, and how many blocks lie side by side
 } Product;
 
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
@@ -1818,10 +1821,10 @@ static void matmul_block(const Product *p, size_t block)
 // apart.
 enum { FEW = 8 };
 
-static void matmul_few_rows(const Product *p, size_t block)
+// Columns column .. end - 1 of A · Bᵀ: dot products with the rows of B.
+static void few_rows_transposed(const Product *p, size_t column, size_t end)
 {
-    size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
-    for (size_t j = column; p->transpose_b && j < end; j++) { // dot products with the rows of B
+    for (size_t j = column; j < end; j++) {
         const float *B = p->B + j * p->ldb;
         for (size_t k = 0; k < p->K; k += 16)
             __builtin_prefetch(B + (1 + 2048 / p->K) * p->ldb + k);
@@ -1841,11 +1844,15 @@ static void matmul_few_rows(const Product *p, size_t block)
             p->C[i * p->ldc + j] = total;
         }
     }
-    for (size_t i = 0; !p->transpose_b && !p->accumulate && i < p->M; i++)
+}
+
+// Columns column .. end - 1 of A · B: eight rows of B at a time, each times its elements of A.
+static void few_rows_plain(const Product *p, size_t column, size_t end)
+{
+    const size_t ahead = 8 + 2048 / (end - column); // rows to prefetch
+    for (size_t i = 0; !p->accumulate && i < p->M; i++)
         memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
-    size_t ahead = 8 + 2048 / (end - column); // rows
-    for (size_t k = 0, n; !p->transpose_b && k < p->K;
-         k += n) { // eight rows of B, each times its elements of A
+    for (size_t k = 0, n; k < p->K; k += n) {
         const float *B = p->B + k * p->ldb;
         float a[FEW][8] = {0};
         n = smaller(8, p->K - k);
@@ -1872,25 +1879,28 @@ static void matmul_few_rows(const Product *p, size_t block)
     }
 }
 
-// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += with accumulate; op transposes when told; row-major; ldc,
-// lda, ldb are the distances between rows as stored. Inside a parallel region the calling thread works alone.
-static void matmul_builtin(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
-                           size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate)
+static void matmul_few_rows(const Product *p, size_t block)
 {
-    if (M == 0 || N == 0)
+    size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
+    (p->transpose_b ? few_rows_transposed : few_rows_plain)(p, column, end);
+}
+
+// Cuts C into blocks and shares them out. Inside a parallel region the calling thread works alone.
+static void matmul_builtin(Product p)
+{
+    if (p.M == 0 || p.N == 0)
         return;
-    bool few = (M <= FEW && !transpose_a) || K == 0;
-    size_t threads = omp_in_parallel() || (double)M * N * K < 1e5 ? 1 : (size_t)omp_get_max_threads();
-    // Blocks of C: panels shared out evenly, a multiple of threads, none wider than packed_b can hold.
-    size_t panels = (N + TILE_COLUMNS - 1) / TILE_COLUMNS;
-    size_t most = few ? panels : PACKED_B / (smaller(K, DEPTH) * TILE_COLUMNS + 16);
-    size_t across = ((panels + most - 1) / most + threads - 1) / threads * threads;
-    size_t columns = (panels + across - 1) / across * TILE_COLUMNS;
-    size_t rows = few || threads == 1 ? M : smaller(M, 10 * GROUP);
-    across = (N + columns - 1) / columns;
-    size_t blocks = across * ((M + rows - 1) / rows);
-    Product p = {C, A,    B,       ldc,    lda,         ldb,         M,         N,
-                 K, rows, columns, across, transpose_a, transpose_b, accumulate};
+    bool few = (p.M <= FEW && !p.transpose_a) || p.K == 0;
+    bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
+    size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
+    // A block's panels: none wider than packed_b can hold, as many blocks as threads or a multiple of them.
+    size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    size_t most = few ? panels : PACKED_B / (smaller(p.K, DEPTH) * TILE_COLUMNS + 16);
+    p.across = ((panels + most - 1) / most + threads - 1) / threads * threads;
+    p.columns = (panels + p.across - 1) / p.across * TILE_COLUMNS;
+    p.across = (p.N + p.columns - 1) / p.columns;
+    p.rows = few || threads == 1 ? p.M : smaller(p.M, 10 * GROUP);
+    size_t blocks = p.across * ((p.M + p.rows - 1) / p.rows);
     void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
     if (threads == 1) // even an idle parallel region takes time
         for (size_t block = 0; block < blocks; block++)
@@ -1900,6 +1910,7 @@ static void matmul_builtin(float *C, size_t ldc, const float *A, size_t lda, boo
         for (size_t block = 0; block < blocks; block++)
             work(&p, block);
 }
+
 // ---- the one matmul ----
 // Every product of the program goes through matmul(): a CBLAS where there is one, or the built-in one.
 
@@ -1940,21 +1951,21 @@ static void matmul_cblas(const Product *p)
 }
 #endif
 
-// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += ... when accumulate; row-major; lda, ldb, ldc are the
-// distances between rows as stored. Uses all threads, or only the calling one inside a parallel region.
+// C (M, N) = op(A) (M, K) · op(B) (K, N), or C +=, as Product says. Uses all threads, or only the calling one
+// inside a parallel region.
 static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
                    size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate)
 {
-    if (M == 0 || N == 0)
-        return;
+    const Product p = {C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0};
 #ifdef USE_CBLAS
+    bool empty = M == 0 || N == 0 || K == 0;
     bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
-    if (matmul_kind == MATMUL_CBLAS && !few_rows && K > 0) {
-        matmul_cblas(&(Product){C, A, B, ldc, lda, ldb, M, N, K, 0, 0, 0, transpose_a, transpose_b, accumulate});
+    if (matmul_kind == MATMUL_CBLAS && !few_rows && !empty) {
+        matmul_cblas(&p);
         return;
     }
 #endif
-    matmul_builtin(C, ldc, A, lda, transpose_a, B, ldb, transpose_b, M, N, K, accumulate);
+    matmul_builtin(p);
 }
 
 // ---- exp ----
@@ -2758,7 +2769,8 @@ static double gradient_norm(const Model *model, const Tensor **worst)
         const Tensor *tensor = &model->tensors[i];
         if (!tensor->gradient)
             continue;
-        const float *g = tensor->gradient; // a variable of its own: compilers fetch a struct's member each time
+        const float *g =
+            tensor->gradient; // a variable of its own: compilers fetch a struct's member each time
         size_t blocks = (tensor->size + NORM_BLOCK - 1) / NORM_BLOCK;
         double *partial = xmalloc(blocks * sizeof(double)), squares = 0;
 #pragma omp parallel for
@@ -4387,7 +4399,8 @@ static void take_words(Options *options, bool given[OPTION_COUNT], int count, ch
         taken[i] = given[i] = true;
     }
     if (optind < count)
-        die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", words[optind]);
+        die_usage("'%s' is not an option; files are named by --train, --val, --init and --out",
+                  words[optind]);
 }
 
 // Reads the command line, on top of the options that the checkpoint `state` (or NULL) remembers: what is said
