@@ -1521,8 +1521,8 @@ static void test_attention(void)
                        .first_row = batch.first_row,
                        .sequences = batch.sequences,
                        .dropout = dropout};
-        attention_forward(out, lse, qkv, 3 * C, qkv + C, qkv + 2 * C, 3 * C, batch.sequences, batch.first_row,
-                          batch.first_row, 0, dropout, scratch, size, NH, HS);
+        attention_forward(out, lse, qkv, 3 * C, qkv + C, qkv + 2 * C, 3 * C, HS, batch.sequences,
+                          batch.first_row, batch.first_row, 0, dropout, scratch, size, NH, HS);
         layer_loss(&layer);
         // exp() turns the rounding of a score into a relative error: as large a score as |q| |k| allows, half an ulp
         double error = deviation(out, layer.y, (size_t)R * C), longest_q = 0, longest_k = 0;
@@ -2199,12 +2199,12 @@ static void test_determinism(void)
 // position are those of the full forward pass.
 static void test_cache(void)
 {
-    enum { S = 3, T = 110, P = 120, V = 23, C = 8 };
+    enum { S = 3, T = 110, P = 120, V = 23, C = 8, NH = 2 };
     static const int chunks[] = {70, 1, 1, 1, 25, 1, 11};
-    Model *model = tiny_model(tiny_config(V, P, 2, 2, C, 32, true), 7, NULL);
+    Model *model = tiny_model(tiny_config(V, P, 2, NH, C, 32, true), 7, NULL);
     Batch full = ragged_batch(3, V, S, (int[]){T, T, T}), batch = {0};
     Activations a = {0};
-    int first_key[S] = {0, P, 2 * P}, rows[S * 70];
+    int first_key[S] = {0, 2 * NH * P, 4 * NH * P}, rows[S * 70];
     Cache cache = {
         .sequences = S, .positions = P, .first_key = first_key, .memory = xfloats(2 * S * P * 2 * C)};
     float *wanted = logits_of(model, &full);

@@ -1836,9 +1836,11 @@ static void few_rows_transposed(const Product *p, size_t column, size_t end)
             for (; k + 4 * LANES <= p->K; k += 4 * LANES)
                 for (int v = 0; v < 4; v++)
                     sum[v] += ((const Vector *)(A + k))[v] * ((const Vector *)(B + k))[v];
-            sum[0] += sum[1] + (sum[2] + sum[3]);
+            const Vector all = sum[0] + sum[1] + (sum[2] + sum[3]);
+            const float *lanes = (const float *)&all;
+#pragma omp simd reduction(+ : total)
             for (int lane = 0; lane < LANES; lane++)
-                total += sum[0][lane];
+                total += lanes[lane];
             for (; k < p->K; k++)
                 total += A[k] * B[k];
             p->C[i * p->ldc + j] = total;
@@ -2216,11 +2218,12 @@ static size_t attention_scratch(int longest)
 // Sequence s has its queries in rows first_row[s] .. first_row[s + 1] - 1 and its keys and values in rows
 // from first_key[s] on: `past` ones from before (generation with a cache; 0 in training), then one for each
 // query.
-//   out (R, C); log_sum_exp (R, NH); query: rows ldq apart; key, value: rows ldk apart; each head takes HS columns
+//   out (R, C); log_sum_exp (R, NH); query: rows ldq apart, a head takes HS columns; key, value: rows ldk and
+//   heads key_head floats apart
 static void attention_forward(float *out, float *log_sum_exp, const float *query, size_t ldq,
-                              const float *key, const float *value, size_t ldk, int sequences,
-                              const int *first_row, const int *first_key, int past, Dropout dropout,
-                              float *scratch, size_t scratch_size, int NH, int HS)
+                              const float *key, const float *value, size_t ldk, size_t key_head,
+                              int sequences, const int *first_row, const int *first_key, int past,
+                              Dropout dropout, float *scratch, size_t scratch_size, int NH, int HS)
 {
     const float scale = 1 / sqrtf((float)HS);
     const int C = NH * HS;
@@ -2232,8 +2235,7 @@ static void attention_forward(float *out, float *log_sum_exp, const float *query
             int head = task % NH, begin = (tiles - 1 - task / NH) * QUERY_TILE; // the longest tiles first
             int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys = past + begin + queries;
             const float *q = query + (size_t)(first + begin) * ldq + head * HS;
-            const float *k = key + (size_t)first_key[s] * ldk + head * HS;
-            const float *v = value + (size_t)first_key[s] * ldk + head * HS;
+            const float *k = key + first_key[s] * ldk + head * key_head, *v = value + (k - key);
             float *p = scratch + omp_get_thread_num() * scratch_size; // (queries, keys)
             float inverse_sum[QUERY_TILE];
             matmul(p, keys, q, ldq, false, k, ldk, true, queries, keys, HS, false);
@@ -2526,12 +2528,12 @@ static Block block_at(const Activations *a, const Model *model, int layer)
     return b;
 }
 
-// Keys and values of the tokens so far, for generation: (L, sequences, positions, 2C), key and value side by
-// side. A batch need not have all the sequences: its s-th one is where first_key[s] says.
+// Keys and values of the tokens so far, for generation: (L, sequences, key and value, NH, positions, HS), so
+// that a head reads its own in one stream. A batch need not have all the sequences: first_key says which.
 typedef struct {
     int sequences, positions, past; // `past` positions are filled
     float *memory;
-    int *first_key; // (sequences of the batch) where each begins, in rows of 2C
+    int *first_key; // (sequences of the batch) where each begins in a layer's part, in rows of HS
 } Cache;
 
 // Where dropout happens; each place in each block draws from a stream of its own.
@@ -2572,17 +2574,22 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
     linear_forward(b.qkv, NULL, a->normed, t[ATTN_WEIGHT].value, t[ATTN_BIAS].value, R, C, 3 * C);
     const float *key = b.qkv + C;
     const int *first_key = batch->first_row;
-    size_t key_ld = 3 * C;
+    size_t key_ld = 3 * C, key_head = HS, to_value = C;
     if (cache) { // keys and values join those of the tokens before
         float *store = cache->memory + (size_t)layer * cache->sequences * cache->positions * 2 * C;
+        to_value = (size_t)cache->positions * C;
+        key_ld = HS, key_head = (size_t)cache->positions * HS, first_key = cache->first_key;
         for (int s = 0; s < batch->sequences; s++)
-            for (int r = batch->first_row[s]; r < batch->first_row[s + 1]; r++)
-                memcpy(store + (size_t)(cache->first_key[s] + cache->past + r - batch->first_row[s]) * 2 * C,
-                       key + r * key_ld, 2 * (size_t)C * sizeof(float));
-        key = store, key_ld = 2 * C, first_key = cache->first_key;
+            for (int r = batch->first_row[s], at = cache->past; r < batch->first_row[s + 1]; r++, at++)
+                for (int head = 0; head < NH; head++) {
+                    float *to = store + (first_key[s] + at) * key_ld + head * key_head;
+                    memcpy(to, key + r * 3 * C + head * HS, HS * sizeof(float));
+                    memcpy(to + to_value, key + (r * 3 + 1) * C + head * HS, HS * sizeof(float));
+                }
+        key = store;
     }
-    attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * C, key, key + C, key_ld, batch->sequences,
-                      batch->first_row, first_key, cache ? cache->past : 0,
+    attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * C, key, key + to_value, key_ld, key_head,
+                      batch->sequences, batch->first_row, first_key, cache ? cache->past : 0,
                       dropout_at(dropout, layer, DROP_ATTENTION), a->scratch, a->scratch_size, NH, HS);
     join_stream(b.middle, b.x, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS], a->branch,
                 dropout_at(dropout, layer, DROP_PROJECTION), R, C, C);
@@ -3000,7 +3007,7 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
                               cache.past + (int)(i - seen), -1);
             batch_end_sequence(&batch);
             last_row[n] = batch.rows - 1;
-            cache.first_key[n] = running[n] * P;
+            cache.first_key[n] = running[n] * 2 * config->n_head * P;
         }
         activations_reserve(&a, model, batch.rows, false, false, false, false);
         model_forward(model, &a, &batch, &cache, (Dropout){0});

@@ -167,8 +167,8 @@ KERNEL(run_attention_forward)
 {
     SIZES;
     attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * (size_t)C, b.qkv + C, b.qkv + 2 * C,
-                      3 * (size_t)C, batch->sequences, batch->first_row, batch->first_row, 0, (Dropout){0},
-                      a->scratch, a->scratch_size, NH, C / NH);
+                      3 * (size_t)C, C / NH, batch->sequences, batch->first_row, batch->first_row, 0,
+                      (Dropout){0}, a->scratch, a->scratch_size, NH, C / NH);
 }
 KERNEL(run_attention_backward)
 {
