@@ -212,16 +212,29 @@ static void text_append_line(Text *text, int number)
     text_append(text, at, (size_t)(digits + sizeof digits - at));
 }
 
-// Encodes one group of spans; with `marks`, each document starts with <|endoftext|>.
-static void encode_group(Tokenizer *t, const Reader *reader, int group, bool special, bool marks, Ids *ids)
+// Encodes one group of spans; with `marks`, each document starts with <|endoftext|>. The work is done on a copy
+// of *result: the results of groups lie side by side, and threads would fight for the cache line they share.
+static void encode_group(Tokenizer *t, const Reader *reader, int group, bool special, bool marks, Ids *result)
 {
-    ids->size = 0;
+    Ids ids = *result;
+    ids.size = 0;
     for (size_t i = reader->groups[group]; i < reader->groups[group + 1]; i++) {
         Span span = reader->spans[i];
         if (span.starts_document && marks)
-            ids_push(ids, t->end_of_text);
-        tokenizer_encode(t, ids, reader->buffer.data + span.start, span.size, special);
+            ids_push(&ids, t->end_of_text);
+        tokenizer_encode(t, &ids, reader->buffer.data + span.start, span.size, special);
     }
+    *result = ids;
+}
+
+// One id per line.
+static void format_ids(const Ids *ids, Text *result)
+{
+    Text lines = *result; // a copy, for the same reason
+    lines.size = 0;
+    for (size_t i = 0; i < ids->size; i++)
+        text_append_line(&lines, ids->data[i]);
+    *result = lines;
 }
 
 // encode: one id per line. The threads also write the digits, which takes as long as finding the ids.
@@ -234,9 +247,7 @@ static void command_encode(Tokenizer *t, const Settings *settings, char **files)
 #pragma omp parallel for schedule(dynamic, 1)
         for (int g = 0; g < GROUPS; g++) {
             encode_group(t, &reader, g, settings->special, false, &ids[g]);
-            lines[g].size = 0;
-            for (size_t i = 0; i < ids[g].size; i++)
-                text_append_line(&lines[g], ids[g].data[i]);
+            format_ids(&ids[g], &lines[g]);
         }
         for (int g = 0; g < GROUPS; g++)
             write_text(&lines[g]);
@@ -257,17 +268,18 @@ static void command_count(Tokenizer *t, const Settings *settings, char **files)
     for (char **path = files; *path; path++) {
         char *one[] = {*path, NULL};
         Reader reader = {.t = t, .paths = one};
+        Ids ids[GROUPS] = {{0}};
         size_t tokens = 0, bytes = 0;
         while (reader_next(&reader)) {
             bytes += reader.done;
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : tokens)
             for (int g = 0; g < GROUPS; g++) {
-                Ids ids = {0};
-                encode_group(t, &reader, g, settings->special, false, &ids);
-                tokens += ids.size;
-                free(ids.data);
+                encode_group(t, &reader, g, settings->special, false, &ids[g]);
+                tokens += ids[g].size;
             }
         }
+        for (int g = 0; g < GROUPS; g++)
+            free(ids[g].data);
         reader_free(&reader);
         printf("%12zu %14zu %11.3f  %s\n", tokens, bytes, tokens ? (double)bytes / (double)tokens : 0, *path);
         all_tokens += tokens;
