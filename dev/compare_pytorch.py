@@ -220,6 +220,8 @@ def our_generation(context, count, piece):
     times = []
     _, peak = timed(["./train_gpt2", "--init", MODEL, "--generate", str(count + 1), "--prompt",
                      piece * context, "--temperature", "0", "--quiet"], times)
+    if len(times) < 3 or times[-1] == times[1]:
+        raise RuntimeError("the tokens came too quickly to be told apart")
     return count / (times[-1] - times[1]), peak  # times[0]: the prompt, times[1]: the first token
 
 
