@@ -4116,6 +4116,44 @@ static void test_checkpoints(void)
     check(found == 0, "saved in spite of a gradient that is not finite");
 }
 
+// ---- documents ----
+
+// Texts that explain the code name its functions (`like_this`) and tests ("like: this"): all of them exist.
+static void test_documents(void)
+{
+    static const char *const documents[] = {"dev/derivations.md"};
+    Text code = read_file("train_gpt2.c"), list = read_file("test_gpt2.c");
+    for (size_t i = 0; i < sizeof documents / sizeof *documents; i++) {
+        Text text = read_file(documents[i]);
+        int functions = 0, named_tests = 0;
+        for (char *at = text.data; (at = strpbrk(at, "`\"")) != NULL; at++) {
+            char *name = at + 1, quote = *at;
+            size_t length = strcspn(name, "`\"\n");
+            if (name[length] != quote)
+                continue;
+            name[length] = 0;
+            at = name + length;
+            if (quote == '"' && strstr(name, ": ")) {
+                named_tests++;
+                check(strstr(list.data, path_of("{\"%s\", test_", name)) != NULL,
+                      "%s: there is no test \"%s\"", documents[i], name);
+            } else if (quote == '`' && strchr(name, '_') &&
+                       name[strspn(name, "abcdefghijklmnopqrstuvwxyz_")] == 0) {
+                const char *found = code.data; // as a whole word: a function, or a member of a struct
+                while ((found = strstr(found, name)) && !strchr("(,; ", found[length]))
+                    found++;
+                functions++;
+                check(found != NULL, "%s: there is no `%s` in train_gpt2.c", documents[i], name);
+            }
+        }
+        check(functions > 20 && named_tests > 10, "%s: names only %d functions and %d tests", documents[i],
+              functions, named_tests);
+        free(text.data);
+    }
+    free(code.data);
+    free(list.data);
+}
+
 // ---- the list of tests ----
 
 static const struct {
@@ -4175,6 +4213,7 @@ static const struct {
     {"a run: log, loss, --eval, --freeze, --overfit, --generate", test_run},
     {"resume: the same run to the bit after any signal", test_resume},
     {"checkpoints: kept, best, --patience, full disk, not finite", test_checkpoints},
+    {"documents: the functions and tests that they name exist", test_documents},
 };
 
 int main(int argc, char **argv)
