@@ -47,11 +47,11 @@ $(if $(PROBLEM),$(error $(PROBLEM)))
 include $(CONFIG)
 endif
 
-$(PROGRAMS) $(O)dev/bench: $(O)%: %.c $(CONFIG)
+$(PROGRAMS) $(O)dev/bench $(O)dev/tour: $(O)%: %.c $(CONFIG)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -o $@ $< $(LIBS)
-$(O)tokenizer $(O)test_gpt2 $(O)dev/bench: train_gpt2.c
-$(O)tokenizer $(O)test_gpt2 $(O)dev/bench: WARNINGS += -Wno-unused-function
+$(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour: train_gpt2.c
+$(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour: WARNINGS += -Wno-unused-function
 $(O)data/stories: LIBS = $(LDFLAGS) -lm
 
 train: all build/data/stories_val.txt build/stories_tokenizer/merges.txt ## train a small model on made-up stories
@@ -84,12 +84,19 @@ build/data/questions_%.jsonl: data/stories.c | $(O)data/stories
 build/stories_tokenizer/merges.txt: build/data/stories_train.txt | $(O)tokenizer
 	./$(O)tokenizer train --vocab-size 1024 --out $(@D) $<
 
-test: all ## run every test; needs no Python and no network
+test: all $(O)dev/tour ## run every test; needs no Python and no network
+	./$(O)dev/tour --check dev/tour.md
 	@# passive: threads that wait do not take the processor from others
 	OMP_WAIT_POLICY=passive ./$(O)test_gpt2
 
 bench: all $(O)dev/bench ## how close a step comes to the machine's limit, kernel by kernel
 	./$(O)dev/bench $(LENGTHS) $(BENCH_OPTIONS)
+
+tour: $(O)dev/tour ## walk one batch through the program; dev/tour.md explains what it prints
+	./$(O)dev/tour
+
+recipe: all ## test each claim of the fine-tuning recipe: tables and pictures in build/recipe (needs gnuplot)
+	sh dev/recipe/run.sh
 
 plot: ## draw out/log.csv as out/log.png (needs gnuplot)
 	sh dev/plot.sh out
@@ -111,7 +118,7 @@ install: $(O)train_gpt2 $(O)tokenizer ## copy train_gpt2 and tokenizer to PREFIX
 	install -m 755 $^ $(DESTDIR)$(PREFIX)/bin
 
 clean: ## remove what was built; trained models in out/ stay
-	rm -rf build train_gpt2 tokenizer test_gpt2 data/stories dev/bench
+	rm -rf build train_gpt2 tokenizer test_gpt2 data/stories dev/bench dev/tour
 
 show-blas: ## say which BLAS the programs are built with
 	@echo $(BLAS_NAME)
@@ -119,4 +126,4 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train finetune test bench plot compare-test compare $(DOWNLOADS) install clean show-blas help
+.PHONY: all train finetune test bench tour recipe plot compare-test compare $(DOWNLOADS) install clean show-blas help

