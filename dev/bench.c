@@ -106,6 +106,29 @@ static double time_read_pass(const float *arena, size_t floats)
     return total == 0.5 ? 0 : median(times, 5);
 }
 
+// GFLOP/s of all threads with nothing but multiply-adds in registers: no product can be faster.
+static double peak_rate(void)
+{
+    enum { SUMS = 12, STEPS = 4000000 };
+    double best = 0;
+    for (int repeat = 0; repeat < 3; repeat++) {
+        double start = now();
+#pragma omp parallel
+        {
+            Vector sum[SUMS] = {0};
+            for (int i = 0; i < STEPS; i++)
+                for (int v = 0; v < SUMS; v++)
+                    sum[v] = sum[v] * 0.5f + 1.0f;
+            for (int v = 1; v < SUMS; v++)
+                sum[0] += sum[v];
+            if (sum[0][0] == 0.5f) // never: keeps the loop
+                printf("%g\n", sum[0][0]);
+        }
+        best = fmax(best, 2e-9 * SUMS * LANES * STEPS * omp_get_max_threads() / (now() - start));
+    }
+    return best;
+}
+
 // ---- kernels ----
 
 static double time_kernel(void (*kernel)(const Model *, Activations *, const Batch *), const Model *model,
@@ -369,6 +392,7 @@ int main(int argc, char **argv)
     }
     free(arena);
     printf("%-20s %31s %9.1f %10.2f\n", "together", "", 2e-9 * multiplies / products, 1e3 * products);
+    printf("%-20s %31s %9.1f\n", "multiply-add peak", "", peak_rate());
 
     // Kernels, each alone.
     const struct {
