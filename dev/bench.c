@@ -115,7 +115,9 @@ static double peak_rate(void)
         double start = now();
 #pragma omp parallel
         {
-            Vector sum[SUMS] = {0};
+            Vector sum[SUMS];
+            for (int v = 0; v < SUMS; v++)
+                sum[v] = (Vector){0} + (float)v; // else all would be one
             for (int i = 0; i < STEPS; i++)
                 for (int v = 0; v < SUMS; v++)
                     sum[v] = sum[v] * 0.5f + 1.0f;

@@ -9,10 +9,11 @@ if (letter eq 'f') {
     set xlabel 'update'
     set ylabel 'loss'
     set logscale y
-    set key top left
+    set key center right
     file = sprintf('%s/runs/f-overfit-1.csv', work)
-    plot file using 1:(strcol(3) eq 'train' ? $4 : NaN) with lines lw 2 lc rgb '#0b6e99' title 'the one batch', \
-         file using 1:(strcol(3) eq 'val' ? $4 : NaN) with linespoints lw 2 pt 7 ps 0.6 lc rgb '#c4442f' title 'held-out questions'
+    set format y '%g'
+    plot '< grep train '.file using 1:4 with lines lw 2 lc rgb '#0b6e99' title 'the one batch', \
+         '< grep val '.file using 1:4 with linespoints lw 2 pt 7 ps 0.6 lc rgb '#c4442f' title 'held-out questions'
 } else {
     data = sprintf('%s/%s.dat', work, letter)
     set ylabel 'exact match on held-out questions, %'

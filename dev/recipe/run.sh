@@ -9,10 +9,10 @@
 # a tiny base, one seed and few updates: it tests this script, its figures say nothing.
 set -eu
 cd "$(dirname "$0")/../.."
-work=build/recipe seeds="1 2 3" length="--epochs 2" vocabulary=1024 write= chosen=
+work=build/recipe seeds="1 2 3" length="--epochs 2" write= chosen=
 for word in "$@"; do
     case $word in
-    --quick) work=build/recipe_quick seeds=1 length="--steps 4" vocabulary=500 ;;
+    --quick) work=build/recipe_quick seeds=1 length="--steps 4" ;;
     --write) write=yes ;;
     --one) break ;;
     [a-g]) chosen="$chosen $word" ;;
@@ -105,11 +105,13 @@ prepare() {
         ./data/stories text --seed 1 --megabytes 0.05 >"$stories"
         ./data/stories questions --seed 1 --count 64 >"$train"
         ./data/stories questions --seed 2 --count 32 --held-out >"$held_out"
-        ./tokenizer train --vocab-size $vocabulary --out "$tokenizer" "$stories" 2>/dev/null
+        ./tokenizer train --vocab-size 500 --out "$tokenizer" "$stories" 2>/dev/null
         [ -f "$base/model.safetensors" ] || ./train_gpt2 --n-layer 2 --n-embd 128 --n-positions 64 --tokenizer "$tokenizer" \
             --train "$stories" --val-fraction 0 --steps 5 --batch-size 8 --quiet --out "$base" >/dev/null
     fi
-    ./tokenizer train --vocab-size $vocabulary --out "$work/c_tokenizer" train_gpt2.c test_gpt2.c 2>/dev/null
+    # of the base's size (a village has few words), learned from other text: C
+    vocabulary=$(sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' "$base/config.json")
+    ./tokenizer train --vocab-size "$vocabulary" --out "$work/c_tokenizer" train_gpt2.c test_gpt2.c 2>/dev/null
     for count in 32 128 512; do head -n $count "$train" >"$work/few_$count.jsonl"; done
     place='^        size_t size = ids->size - start;$'
     patched pad_scored "s/$place/while (ids->size - start < room) ids_push(ids, end_of_text); &/" 1
