@@ -98,8 +98,7 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...)
 static void *xrealloc(void *pointer, size_t size)
 {
     void *result = realloc(pointer, size ? size : 1);
-    if (!result)
-        die("out of memory: %zu bytes were asked for", size);
+    if (!result) die("out of memory: %zu bytes were asked for", size);
     return result;
 }
 
@@ -108,8 +107,7 @@ static void *xmalloc(size_t size) { return xrealloc(NULL, size); }
 static void *xcalloc(size_t count, size_t size)
 {
     void *result = calloc(count ? count : 1, size ? size : 1);
-    if (!result)
-        die("out of memory: %zu x %zu bytes were asked for", count, size);
+    if (!result) die("out of memory: %zu x %zu bytes were asked for", count, size);
     return result;
 }
 
@@ -128,23 +126,17 @@ static char *__attribute__((format(printf, 1, 2))) xprintf(const char *format, .
     va_list arguments;
     va_start(arguments, format);
     char *result = NULL;
-    if (vasprintf(&result, format, arguments) < 0)
-        die("out of memory while formatting a line");
+    if (vasprintf(&result, format, arguments) < 0) die("out of memory while formatting a line");
     va_end(arguments);
     return result;
 }
 
-static char *xstrdup(const char *string)
-{
-    size_t size = strlen(string) + 1;
-    return memcpy(xmalloc(size), string, size);
-}
+static char *xstrdup(const char *string) { return xprintf("%s", string); }
 
 // Makes room for `needed` elements in a growing array: capacity doubles, so appending is cheap.
 static void *grow(void *data, size_t needed, size_t *capacity, size_t element_size)
 {
-    if (needed <= *capacity)
-        return data;
+    if (needed <= *capacity) return data;
     size_t larger = *capacity ? *capacity * 2 : 64;
     *capacity = larger < needed ? needed : larger;
     if (*capacity > SIZE_MAX / element_size)
@@ -172,8 +164,7 @@ static void ids_push(Ids *ids, int id)
 static void text_append(Text *text, const char *bytes, size_t size)
 {
     text->data = grow(text->data, text->size + size + 1, &text->capacity, 1);
-    if (size)
-        memcpy(text->data + text->size, bytes, size);
+    if (size) memcpy(text->data + text->size, bytes, size);
     text->size += size;
     text->data[text->size] = 0;
 }
@@ -213,10 +204,8 @@ static bool ends_with(const char *string, const char *ending)
 static void read_stream(Text *text, FILE *file, const char *path)
 {
     char buffer[1 << 16];
-    for (size_t got = 1; got > 0; text_append(text, buffer, got))
-        got = fread(buffer, 1, sizeof buffer, file);
-    if (ferror(file))
-        die("%s: cannot be read: %s", path, strerror(errno));
+    for (size_t got = 1; got > 0; text_append(text, buffer, got)) got = fread(buffer, 1, sizeof buffer, file);
+    if (ferror(file)) die("%s: cannot be read: %s", path, strerror(errno));
 }
 
 // Reads a whole file, or standard input when path is "-". Free the result's data.
@@ -224,11 +213,9 @@ static Text read_file(const char *path)
 {
     Text text = {0};
     FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    if (!file)
-        die("%s: cannot be opened: %s", path, strerror(errno));
+    if (!file) die("%s: cannot be opened: %s", path, strerror(errno));
     read_stream(&text, file, path);
-    if (file != stdin)
-        fclose(file);
+    if (file != stdin) fclose(file);
     return text;
 }
 
@@ -248,16 +235,14 @@ static Mapping map_file(const char *path)
         die("%s: expected a regular file that is not empty", path);
     Mapping mapping = {NULL, (size_t)status.st_size};
     mapping.data = mmap(NULL, mapping.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
-    if (mapping.data == MAP_FAILED)
-        die("%s: cannot be mapped: %s", path, strerror(errno));
+    if (mapping.data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(descriptor);
     return mapping;
 }
 
 static void unmap_file(Mapping *mapping)
 {
-    if (mapping->data)
-        munmap(mapping->data, mapping->size);
+    if (mapping->data) munmap(mapping->data, mapping->size);
 }
 
 // Files are written under a temporary name, and get their own only when all bytes are on the disk: under a
@@ -265,8 +250,7 @@ static void unmap_file(Mapping *mapping)
 static FILE *create_file(const char *path)
 {
     FILE *file = fopen(path_of("%s.tmp", path), "wb");
-    if (!file)
-        die("%s.tmp: cannot be written: %s", path, strerror(errno));
+    if (!file) die("%s.tmp: cannot be written: %s", path, strerror(errno));
     return file;
 }
 
@@ -302,18 +286,12 @@ static void remove_folder(const char *path)
 {
     DIR *folder = opendir(path);
     for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
-            continue;
         char *inside = xprintf("%s/%s", path, entry->d_name);
-        struct stat status;
-        if (lstat(inside, &status) == 0 && S_ISDIR(status.st_mode))
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0 && unlink(inside) != 0)
             remove_folder(inside);
-        else
-            unlink(inside);
         free(inside);
     }
-    if (folder)
-        closedir(folder);
+    if (folder) closedir(folder);
     rmdir(path);
 }
 
@@ -394,8 +372,7 @@ static void __attribute__((noreturn)) json_die(const JsonReader *reader, const c
     size_t line = 1;
     const char *start = reader->text; // of the line
     for (const char *p = reader->text; p < reader->at; p++)
-        if (*p == '\n')
-            line++, start = p + 1;
+        if (*p == '\n') line++, start = p + 1;
     die("%s: not valid JSON at line %zu, column %td: expected %s", reader->where, line,
         reader->at - start + 1, expected);
 }
@@ -409,8 +386,7 @@ static char json_peek(JsonReader *reader)
 
 static bool json_accept(JsonReader *reader, char wanted)
 {
-    if (json_peek(reader) != wanted)
-        return false;
+    if (json_peek(reader) != wanted) return false;
     reader->at++;
     return true;
 }
@@ -419,8 +395,7 @@ static unsigned json_hex4(JsonReader *reader)
 {
     char digits[5];
     snprintf(digits, sizeof digits, "%.4s", reader->at);
-    if (strspn(digits, "0123456789abcdefABCDEF") != 4)
-        json_die(reader, "four hexadecimal digits");
+    if (strspn(digits, "0123456789abcdefABCDEF") != 4) json_die(reader, "four hexadecimal digits");
     reader->at += 4;
     return (unsigned)strtoul(digits, NULL, 16);
 }
@@ -433,8 +408,7 @@ static unsigned json_code_point(JsonReader *reader)
         const char *before = reader->at;
         reader->at += 2;
         unsigned low = json_hex4(reader);
-        if (low >= 0xdc00 && low < 0xe000)
-            return 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+        if (low >= 0xdc00 && low < 0xe000) return 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
         reader->at = before;
     }
     return code >= 0xd800 && code < 0xe000 ? 0xfffd : code;
@@ -445,8 +419,7 @@ static int utf8_write(char *out, unsigned code)
 {
     int extra = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
     static const unsigned char lead[4] = {0, 0xc0, 0xe0, 0xf0};
-    for (int i = extra; i > 0; i--, code >>= 6)
-        out[i] = (char)(0x80 | (code & 63));
+    for (int i = extra; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 63));
     out[0] = (char)(lead[extra] | code);
     return extra + 1;
 }
@@ -457,8 +430,7 @@ static Text json_string(JsonReader *reader)
     Text string = {0};
     for (;;) {
         const char *plain = reader->at;
-        while ((unsigned char)*reader->at >= 0x20 && *reader->at != '"' && *reader->at != '\\')
-            reader->at++;
+        while ((unsigned char)*reader->at >= 0x20 && *reader->at != '"' && *reader->at != '\\') reader->at++;
         text_append(&string, plain, (size_t)(reader->at - plain));
         if (*reader->at == '"') {
             reader->at++;
@@ -481,8 +453,7 @@ static Text json_string(JsonReader *reader)
 static Json *json_value(JsonReader *reader, int depth)
 {
     Json *node = xcalloc(1, sizeof *node);
-    if (depth > 200)
-        json_die(reader, "at most 200 levels of nesting");
+    if (depth > 200) json_die(reader, "at most 200 levels of nesting");
     char c = json_peek(reader);
     if (c == '{' || c == '[') {
         node->kind = c == '{' ? JSON_OBJECT : JSON_ARRAY;
@@ -492,11 +463,9 @@ static Json *json_value(JsonReader *reader, int depth)
                 json_die(reader, c == '{' ? "',' or '}'" : "',' or ']'");
             char *key = NULL;
             if (c == '{') {
-                if (!json_accept(reader, '"'))
-                    json_die(reader, "a name in double quotes");
+                if (!json_accept(reader, '"')) json_die(reader, "a name in double quotes");
                 key = json_string(reader).data;
-                if (!json_accept(reader, ':'))
-                    json_die(reader, "':'");
+                if (!json_accept(reader, ':')) json_die(reader, "':'");
             }
             *tail = json_value(reader, depth + 1);
             (*tail)->key = key;
@@ -519,8 +488,7 @@ static Json *json_value(JsonReader *reader, int depth)
     } else {
         static const char *const words[] = {"null", "false", "true"}; // as JsonKind begins
         while (strncmp(reader->at, words[node->kind], strlen(words[node->kind])) != 0)
-            if (++node->kind > JSON_TRUE)
-                json_die(reader, "a value");
+            if (++node->kind > JSON_TRUE) json_die(reader, "a value");
         reader->at += strlen(words[node->kind]);
     }
     return node;
@@ -534,8 +502,7 @@ static Json *json_parse(const char *text, size_t size, const char *where)
     JsonReader reader = {copy.data, copy.data, where};
     Json *node = json_value(&reader, 1);
     json_peek(&reader);
-    if (reader.at != copy.data + size)
-        json_die(&reader, "nothing more");
+    if (reader.at != copy.data + size) json_die(&reader, "nothing more");
     free(copy.data);
     return node;
 }
@@ -563,11 +530,9 @@ static void json_free(Json *node)
 // The member called `key`, or NULL (also when `object` is NULL or no object).
 static const Json *json_get(const Json *object, const char *key)
 {
-    if (!object || object->kind != JSON_OBJECT)
-        return NULL;
+    if (!object || object->kind != JSON_OBJECT) return NULL;
     for (const Json *member = object->child; member; member = member->next)
-        if (strcmp(member->key, key) == 0)
-            return member;
+        if (strcmp(member->key, key) == 0) return member;
     return NULL;
 }
 
@@ -580,10 +545,8 @@ static bool json_is_text(const Json *node, const char *text)
 static double json_number(const Json *object, const char *key, double otherwise, const char *where)
 {
     const Json *member = json_get(object, key);
-    if (!member || member->kind == JSON_NULL)
-        return otherwise;
-    if (member->kind != JSON_NUMBER)
-        die("%s: \"%s\" must be a number", where, key);
+    if (!member || member->kind == JSON_NULL) return otherwise;
+    if (member->kind != JSON_NUMBER) die("%s: \"%s\" must be a number", where, key);
     return member->number;
 }
 
@@ -679,8 +642,7 @@ static unsigned char *classes_make(void)
         memset(at, run > 0 ? CLASS_LETTER : CLASS_NUMBER, (size_t)abs(run));
         at += abs(run);
     }
-    for (size_t i = 0; i < sizeof spaces / sizeof *spaces; i++)
-        classes[spaces[i]] = CLASS_SPACE;
+    for (size_t i = 0; i < sizeof spaces / sizeof *spaces; i++) classes[spaces[i]] = CLASS_SPACE;
     return classes;
 }
 
@@ -688,16 +650,13 @@ static unsigned char *classes_make(void)
 static int utf8_read(const char *bytes, size_t size, unsigned *code)
 {
     static const unsigned smallest[5] = {0, 0, 0x80, 0x800, 0x10000}; // longer forms are not valid
-    if (size == 0)
-        return 0;
+    if (size == 0) return 0;
     unsigned char lead = (unsigned char)bytes[0];
     int length = lead < 0x80 ? 1 : lead < 0xc0 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf8 ? 4 : 0;
-    if (length == 0 || (size_t)length > size)
-        return 0;
+    if (length == 0 || (size_t)length > size) return 0;
     *code = length == 1 ? lead : lead & (0x7fu >> length);
     for (int i = 1; i < length; i++) {
-        if ((bytes[i] & 0xc0) != 0x80)
-            return 0;
+        if ((bytes[i] & 0xc0) != 0x80) return 0;
         *code = *code << 6 | (bytes[i] & 0x3f);
     }
     bool surrogate = *code >= 0xd800 && *code < 0xe000;
@@ -713,8 +672,7 @@ static size_t utf8_whole(const char *bytes, size_t size)
         memcpy(low, bytes + size - back, back);
         memcpy(high, bytes + size - back, back);
         unsigned code;
-        if (utf8_read(low, 4, &code) > (int)back || utf8_read(high, 4, &code) > (int)back)
-            return size - back;
+        if (utf8_read(low, 4, &code) > (int)back || utf8_read(high, 4, &code) > (int)back) return size - back;
     }
     return size;
 }
@@ -778,15 +736,12 @@ static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t
 {
     if (text[at] == '\'' && at + 1 < size) {
         char a = text[at + 1], b = at + 2 < size ? text[at + 2] : 0;
-        if (a == 's' || a == 'd' || a == 'm' || a == 't')
-            return at + 2;
-        if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e'))
-            return at + 3;
+        if (a == 's' || a == 'd' || a == 'm' || a == 't') return at + 2;
+        if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e')) return at + 3;
     }
     size_t start = at + (text[at] == ' ' && at + 1 < size), length;
     int class = class_at(t, text, start, size, &length);
-    if (class != CLASS_SPACE)
-        return run_end(t, text, start + length, size, class);
+    if (class != CLASS_SPACE) return run_end(t, text, start + length, size, class);
     size_t end = run_end(t, text, start + length, size, CLASS_SPACE), last = end - 1;
     while ((text[last] & 0xc0) == 0x80) // to the byte where the last white space starts
         last--;
@@ -800,13 +755,10 @@ static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t
 static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size)
 {
     for (size_t length, at = size; at-- > 1;) {
-        if (class_at(t, text, at, size, &length) != CLASS_SPACE)
-            continue;
+        if (class_at(t, text, at, size, &length) != CLASS_SPACE) continue;
         size_t before = at - 1; // where the character before starts; white space has 1 to 3 bytes
-        while (before > 0 && at - before < 3 && (text[before] & 0xc0) == 0x80)
-            before--;
-        if (class_at(t, text, before, size, &length) != CLASS_SPACE || before + length != at)
-            return at;
+        while (before > 0 && at - before < 3 && (text[before] & 0xc0) == 0x80) before--;
+        if (class_at(t, text, before, size, &length) != CLASS_SPACE || before + length != at) return at;
     }
     return 0;
 }
@@ -916,17 +868,14 @@ static int compare_entries(const void *a, const void *b)
 static void queue_next_rank(Encoder *encoder)
 {
     Bucket *first = &encoder->buckets[0], *from = first + 1;
-    while (from->size == 0)
-        from++;
+    while (from->size == 0) from++;
     uint64_t lowest = from->entries[0];
-    for (size_t i = 1; i < from->size; i++)
-        lowest = from->entries[i] < lowest ? from->entries[i] : lowest;
+    for (size_t i = 1; i < from->size; i++) lowest = from->entries[i] < lowest ? from->entries[i] : lowest;
     encoder->rank = (uint32_t)(lowest >> 32);
     first->size = encoder->taken = 0;
     size_t size = from->size;
     from->size = 0;
-    for (size_t i = 0; i < size; i++)
-        queue_put(encoder, from->entries[i]);
+    for (size_t i = 0; i < size; i++) queue_put(encoder, from->entries[i]);
     for (size_t i = 1; i < first->size; i++)
         if (first->entries[i] < first->entries[i - 1]) { // seldom: most come in order
             qsort(first->entries, first->size, sizeof(uint64_t), compare_entries);
@@ -936,8 +885,7 @@ static void queue_next_rank(Encoder *encoder)
 
 static uint64_t queue_take(Encoder *encoder)
 {
-    if (encoder->taken == encoder->buckets[0].size)
-        queue_next_rank(encoder);
+    if (encoder->taken == encoder->buckets[0].size) queue_next_rank(encoder);
     encoder->queued--;
     return encoder->buckets[0].entries[encoder->taken++];
 }
@@ -947,8 +895,7 @@ static void queue_merge(const Tokenizer *t, Encoder *encoder, int position)
 {
     const Symbol *symbol = &encoder->symbols[position];
     int rank = symbol->next < 0 ? -1 : *merge_slot(t, symbol->id, encoder->symbols[symbol->next].id);
-    if (rank < 0)
-        return;
+    if (rank < 0) return;
     queue_put(encoder, (uint64_t)rank << 32 | (unsigned)position);
     encoder->queued++;
 }
@@ -967,8 +914,7 @@ static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
         symbols[i] = (Symbol){t->byte_ids[(unsigned char)piece[i]], i - 1, i + 1 < n ? i + 1 : -1};
     encoder->rank = UINT32_MAX;
     encoder->buckets[0].size = encoder->taken = 0;
-    for (int i = 0; i >= 0; i = symbols[i].next)
-        queue_merge(t, encoder, i);
+    for (int i = 0; i >= 0; i = symbols[i].next) queue_merge(t, encoder, i);
     while (encoder->queued > 0) {
         uint64_t entry = queue_take(encoder);
         int rank = (int)(entry >> 32), at = (int)(entry & INT_MAX);
@@ -980,13 +926,10 @@ static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
         left->next = right->next;
         right->id = -1; // swallowed
         queue_merge(t, encoder, at);
-        if (left->next >= 0)
-            symbols[left->next].previous = at;
-        if (left->previous >= 0)
-            queue_merge(t, encoder, left->previous);
+        if (left->next >= 0) symbols[left->next].previous = at;
+        if (left->previous >= 0) queue_merge(t, encoder, left->previous);
     }
-    for (int i = 0; i >= 0; i = symbols[i].next)
-        ids_push(ids, symbols[i].id);
+    for (int i = 0; i >= 0; i = symbols[i].next) ids_push(ids, symbols[i].id);
 }
 
 // Appends the ids of text without special tokens.
@@ -1005,8 +948,7 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
         hash = (hash ^ hash >> 32) * 0x94d049bb133111ebu;
         CacheSlot *slot = &encoder->cache[(hash >> 32) % CACHE_SLOTS];
         if (slot->size == n && memcmp(slot->piece, key, sizeof key) == 0) {
-            for (int i = 0; i < slot->count; i++)
-                ids_push(ids, slot->ids[i]);
+            for (int i = 0; i < slot->count; i++) ids_push(ids, slot->ids[i]);
             continue;
         }
         merge_piece(t, encoder, ids, text + at, n);
@@ -1056,8 +998,7 @@ static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t si
         encode_part(t, &parts[i], text + starts[i], starts[i + 1] - starts[i], special);
     for (size_t i = 0; i < part_count; i++) {
         ids->data = grow(ids->data, ids->size + parts[i].size, &ids->capacity, sizeof(int));
-        if (parts[i].size)
-            memcpy(ids->data + ids->size, parts[i].data, parts[i].size * sizeof(int));
+        if (parts[i].size) memcpy(ids->data + ids->size, parts[i].data, parts[i].size * sizeof(int));
         ids->size += parts[i].size;
         free(parts[i].data);
     }
@@ -1075,8 +1016,7 @@ static int *slots_make(size_t count, size_t *mask)
 {
     if (count > INT_MAX / 4)
         die("a vocabulary of %zu tokens or merges is too large: expected at most %d", count, INT_MAX / 4);
-    for (*mask = 1023; *mask < 2 * count;)
-        *mask = 2 * *mask + 1;
+    for (*mask = 1023; *mask < 2 * count;) *mask = 2 * *mask + 1;
     return memset(xmalloc((*mask + 1) * sizeof(int)), -1, (*mask + 1) * sizeof(int));
 }
 
@@ -1100,17 +1040,14 @@ static Tokenizer *tokenizer_new(size_t tokens, size_t merges)
 
 static void tokenizer_free(Tokenizer *t)
 {
-    if (!t)
-        return;
+    if (!t) return;
     for (Encoder *encoder = t->idle, *next; encoder; encoder = next) {
         next = encoder->next;
         free(encoder->symbols);
-        for (int b = 0; b <= 32; b++)
-            free(encoder->buckets[b].entries);
+        for (int b = 0; b <= 32; b++) free(encoder->buckets[b].entries);
         free(encoder);
     }
-    for (int id = 0; id < t->vocab_size; id++)
-        free(t->names[id]);
+    for (int id = 0; id < t->vocab_size; id++) free(t->names[id]);
     free(t->names);
     free(t->merges);
     free(t->name_slots);
@@ -1123,12 +1060,10 @@ static void tokenizer_free(Tokenizer *t)
 static int *name_slot(const Tokenizer *t, const char *name)
 {
     uint64_t hash = 0;
-    for (const char *c = name; *c; c++)
-        hash = (hash ^ (unsigned char)*c) * 0x9e3779b97f4a7c15u;
+    for (const char *c = name; *c; c++) hash = (hash ^ (unsigned char)*c) * 0x9e3779b97f4a7c15u;
     for (size_t i = (size_t)(hash >> 32) & t->name_mask;; i = (i + 1) & t->name_mask) {
         int id = t->name_slots[i];
-        if (id < 0 || strcmp(t->names[id], name) == 0)
-            return &t->name_slots[i];
+        if (id < 0 || strcmp(t->names[id], name) == 0) return &t->name_slots[i];
     }
 }
 
@@ -1149,8 +1084,7 @@ static void find_byte_ids(Tokenizer *t, bool add, const char *path)
     for (unsigned code = 0; code < SPELLING_CODES; code++) {
         char name[5] = {0};
         int byte = t->spelled[code];
-        if (byte < 0)
-            continue;
+        if (byte < 0) continue;
         utf8_write(name, code);
         t->byte_ids[byte] = add ? name_add(t, name) : *name_slot(t, name);
         if (t->byte_ids[byte] < 0)
@@ -1183,11 +1117,9 @@ static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const cha
         char *stop = memchr(line, '\n', (size_t)(end - line));
         stop = stop ? stop : end;
         next = stop + 1;
-        if (stop > line && stop[-1] == '\r')
-            stop--;
+        if (stop > line && stop[-1] == '\r') stop--;
         *stop = 0;
-        if ((stop == line && next >= end) || (number == 1 && strncmp(line, "#version", 8) == 0))
-            continue;
+        if ((stop == line && next >= end) || (number == 1 && strncmp(line, "#version", 8) == 0)) continue;
         char *space = strchr(line, ' '), *right = space ? space + 1 : NULL;
         if (!space || space == line || right == stop || right + strcspn(right, " ") != stop)
             die("%s: line %zu: expected two tokens with one space between them", path, number);
@@ -1213,22 +1145,18 @@ static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const cha
     free(joined.data);
 }
 
-static bool json_says(const Json *object, const char *key, const char *value)
-{
-    const Json *member = json_get(object, key);
-    return member && member->kind == JSON_STRING && strcmp(member->string, value) == 0;
-}
-
 // Takes tokenizer.json, the one file that newer versions of transformers write, if it says GPT-2's rules:
 // returns its vocabulary, and its merges, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
 static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path)
 {
     const Json *model = json_get(json, "model"), *rules = json_get(json, "pre_tokenizer");
     const Json *prefix = json_get(rules, "add_prefix_space"), *normalizer = json_get(json, "normalizer");
-    if (!json_says(model, "type", "BPE") || !json_says(rules, "type", "ByteLevel") || !prefix ||
-        prefix->kind != JSON_FALSE || (normalizer && normalizer->kind != JSON_NULL))
+    if (!json_is_text(json_get(model, "type"), "BPE") ||
+        !json_is_text(json_get(rules, "type"), "ByteLevel") || !prefix || prefix->kind != JSON_FALSE ||
+        (normalizer && normalizer->kind != JSON_NULL))
         die("%s: expected GPT-2's rules: BPE, ByteLevel without a prefix space, no normalizer", path);
     Json *vocabulary = (Json *)json_get(model, "vocab"); // part of `json`, which is ours to change
+    text_append(lines, "", 0);
     const Json *added = json_get(json, "added_tokens"), *merges = json_get(model, "merges");
     for (const Json *token = added ? added->child : NULL; token; token = token->next) {
         const Json *content = json_get(token, "content");
@@ -1250,41 +1178,40 @@ static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path
     return vocabulary;
 }
 
+// The files of a tokenizer in a folder, vocabulary first: one of three pairs; NULL when it has none of them.
+static bool tokenizer_files(const char *folder, const char *files[2])
+{
+    static const char *const pairs[][2] = {
+        {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}, {"tokenizer.json", "tokenizer.json"}};
+    for (int i = 0; i < 3; i++) {
+        files[0] = path_of("%s/%s", folder, pairs[i][0]);
+        files[1] = path_of("%s/%s", folder, pairs[i][1]);
+        if (file_exists(files[0]) && file_exists(files[1])) return true;
+    }
+    return false;
+}
+
 // Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
 // tokenizer.json), or from a merges file alone: then the ids are the 256 bytes as ordered above ("!" is 0),
 // the merges, <|endoftext|>, as in GPT-2. Whatever is wrong with a file ends the program with one line.
 static Tokenizer *tokenizer_load(const char *path)
 {
-    static const char *const known[][2] = {
-        {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}, {"tokenizer.json", "tokenizer.json"}};
-    bool folder = is_folder(path);
+    const char *files[2] = {path, path};
+    const bool folder = is_folder(path);
     if (!folder && (ends_with(path, ".bin") || ends_with(path, ".tiktoken")))
         die("%s: is not a merges file; python3 data/convert.py %s FOLDER makes a folder of it", path, path);
-    char *files[2] = {xstrdup(path), xstrdup(path)};
-    for (int i = 0; folder; i++) {
-        if (i == 3)
-            die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", path);
-        for (int k = 0; k < 2; k++) {
-            free(files[k]);
-            files[k] = xprintf("%s/%s", path, known[i][k]);
-        }
-        if (file_exists(files[0]) && file_exists(files[1]))
-            break;
-    }
+    if (folder && !tokenizer_files(path, files))
+        die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", path);
     Text lines = {0};
-    text_append(&lines, "", 0);
     Json *json = folder ? json_read_file(files[0]) : NULL, *vocabulary = json;
     size_t count = 0;
-    if (folder && strcmp(files[0], files[1]) == 0) {
+    if (folder && strcmp(files[0], files[1]) == 0)
         vocabulary = read_tokenizer_json(json, &lines, files[0]);
-    } else {
-        free(lines.data);
+    else
         lines = read_file(files[1]);
-    }
     if (folder && (!vocabulary || vocabulary->kind != JSON_OBJECT))
         die("%s: expected an object {\"token\": id, ...}", files[0]);
-    for (const Json *token = folder ? vocabulary->child : NULL; token; token = token->next)
-        count++;
+    for (const Json *token = folder ? vocabulary->child : NULL; token; token = token->next) count++;
     size_t most_merges = lines.size / 4 + 1; // "a b\n" is the shortest line
     Tokenizer *t = tokenizer_new(folder ? count : most_merges + 257, most_merges);
     if (folder)
@@ -1299,8 +1226,6 @@ static Tokenizer *tokenizer_load(const char *path)
     t->end_of_text = *name_slot(t, END_OF_TEXT);
     json_free(json);
     free(lines.data);
-    free(files[0]);
-    free(files[1]);
     return t;
 }
 
@@ -1308,23 +1233,20 @@ static Tokenizer *tokenizer_load(const char *path)
 static void tokenizer_save(const Tokenizer *t, const char *folder)
 {
     make_folder(folder);
-    char *path = xprintf("%s/vocab.json", folder);
-    FILE *file = create_file(path);
+    const char *vocabulary = path_of("%s/vocab.json", folder), *merges = path_of("%s/merges.txt", folder);
+    FILE *file = create_file(vocabulary);
     for (int id = 0; id < t->vocab_size; id++) {
         fputc(id ? ',' : '{', file);
         json_write_string(file, t->names[id], strlen(t->names[id]));
         fprintf(file, ":%d", id);
     }
     fputc('}', file);
-    finish_file(file, path);
-    free(path);
-    path = xprintf("%s/merges.txt", folder);
-    file = create_file(path);
+    finish_file(file, vocabulary);
+    file = create_file(merges);
     fputs("#version: 0.2\n", file);
     for (int i = 0; i < t->merge_count; i++)
         fprintf(file, "%s %s\n", t->names[t->merges[i].left], t->names[t->merges[i].right]);
-    finish_file(file, path);
-    free(path);
+    finish_file(file, merges);
 }
 
 // ---- decoding ----
@@ -1427,6 +1349,24 @@ typedef struct {
     bool tie_word_embeddings; // the output head is the token embedding itself
 } Config;
 
+// The sizes as config.json calls them, what they are when it does not say (0: n_inner is 4 n_embd), and limits
+// that keep every count of elements far inside 64 bits.
+static const struct {
+    const char *name;
+    size_t field;
+    int otherwise, largest;
+} config_sizes[] = {
+    {"vocab_size", offsetof(Config, vocab_size), 50257, 1 << 24},
+    {"n_positions", offsetof(Config, n_positions), 1024, 1 << 20},
+    {"n_layer", offsetof(Config, n_layer), 12, 1000},
+    {"n_head", offsetof(Config, n_head), 12, 1 << 16},
+    {"n_embd", offsetof(Config, n_embd), 768, 1 << 16},
+    {"n_inner", offsetof(Config, n_inner), 0, 1 << 18},
+};
+enum { CONFIG_SIZES = sizeof config_sizes / sizeof *config_sizes };
+
+static int *config_size(Config *config, int i) { return (int *)((char *)config + config_sizes[i].field); }
+
 // A row of the table. Shapes are spelled in letters: V vocabulary, P positions, C channels, F inner MLP
 // channels, Q = 3C (query, key and value side by side). Matrices are [in, out], as Hugging Face's Conv1D has
 // them: y = xW + b. A * in the name stands for the layer. Initial values are GPT-2's (Radford et al. 2019,
@@ -1495,8 +1435,7 @@ static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < L
 // t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. `layer` matters for these kinds only.
 static Tensor *model_tensor(const Model *model, int kind, int layer)
 {
-    if (!kind_is_per_layer(kind))
-        layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
+    if (!kind_is_per_layer(kind)) layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
@@ -1507,21 +1446,15 @@ static Tensor *model_head(const Model *model)
 }
 
 // Ends the program when a size is out of range or does not fit the others. `where` names the file or the
-// options. The limits keep every count of elements far inside 64 bits.
-static void check_config(const Config *config, const char *where)
+// options.
+static void check_config(Config config, const char *where)
 {
-    const struct {
-        const char *name;
-        int value, largest;
-    } sizes[] = {{"vocab_size", config->vocab_size, 1 << 24}, {"n_positions", config->n_positions, 1 << 20},
-                 {"n_layer", config->n_layer, 1000},          {"n_head", config->n_head, 1 << 16},
-                 {"n_embd", config->n_embd, 1 << 16},         {"n_inner", config->n_inner, 1 << 18}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value < 1 || sizes[i].value > sizes[i].largest)
-            die("%s: %s must be between 1 and %d", where, sizes[i].name, sizes[i].largest);
-    if (config->n_embd % config->n_head)
-        die("%s: n_embd %d is not a multiple of n_head %d", where, config->n_embd, config->n_head);
-    if (!(config->layer_norm_epsilon > 0 && config->layer_norm_epsilon < 1))
+    for (int i = 0; i < CONFIG_SIZES; i++)
+        if (*config_size(&config, i) < 1 || *config_size(&config, i) > config_sizes[i].largest)
+            die("%s: %s must be between 1 and %d", where, config_sizes[i].name, config_sizes[i].largest);
+    if (config.n_embd % config.n_head)
+        die("%s: n_embd %d is not a multiple of n_head %d", where, config.n_embd, config.n_head);
+    if (!(config.layer_norm_epsilon > 0 && config.layer_norm_epsilon < 1))
         die("%s: layer_norm_epsilon must be between 0 and 1", where);
 }
 
@@ -1539,8 +1472,7 @@ static Model *model_new(Config config)
     model->lowest = -1;
     model->tensors = xcalloc((size_t)config.n_layer * BLOCK_TENSORS + TENSOR_KINDS, sizeof *model->tensors);
     for (int kind = 0; kind < TENSOR_KINDS; kind++) {
-        if (kind == LM_HEAD && config.tie_word_embeddings)
-            continue;
+        if (kind == LM_HEAD && config.tie_word_embeddings) continue;
         const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape,
                    *star = strchr(name, '*');
         for (int layer = 0; layer < (star ? config.n_layer : 1); layer++) {
@@ -1548,8 +1480,7 @@ static Model *model_new(Config config)
             *tensor = (Tensor){.kind = kind, .layer = layer, .dims = (int)strlen(shape), .size = 1};
             tensor->name =
                 star ? xprintf("%.*s%d%s", (int)(star - name), name, layer, star + 1) : xstrdup(name);
-            for (int d = 0; d < tensor->dims; d++)
-                tensor->size *= tensor->shape[d] = size_of[(int)shape[d]];
+            for (int d = 0; d < tensor->dims; d++) tensor->size *= tensor->shape[d] = size_of[(int)shape[d]];
             model->tensor_count++;
         }
     }
@@ -1558,8 +1489,7 @@ static Model *model_new(Config config)
 
 static void model_free(Model *model)
 {
-    for (int i = 0; i < model->tensor_count; i++)
-        free(model->tensors[i].name);
+    for (int i = 0; i < model->tensor_count; i++) free(model->tensors[i].name);
     free(model->tensors);
     free(model->value_memory);
     free(model->training_memory);
@@ -1573,8 +1503,7 @@ static size_t count_parameters(const Model *model, bool only_trainable)
 {
     size_t count = 0;
     for (int i = 0; i < model->tensor_count; i++)
-        if (!(only_trainable && model->tensors[i].frozen))
-            count += model->tensors[i].size;
+        if (!(only_trainable && model->tensors[i].frozen)) count += model->tensors[i].size;
     return count;
 }
 
@@ -1584,8 +1513,7 @@ static size_t aligned_size(size_t size) { return (size + 15) / 16 * 16; }
 static void model_allocate_values(Model *model)
 {
     size_t total = 0;
-    for (int i = 0; i < model->tensor_count; i++)
-        total += aligned_size(model->tensors[i].size);
+    for (int i = 0; i < model->tensor_count; i++) total += aligned_size(model->tensors[i].size);
     float *at = model->value_memory = xfloats(total);
     for (int i = 0; i < model->tensor_count; i++) {
         model->tensors[i].value = at;
@@ -1629,8 +1557,7 @@ static bool patterns_match(const Patterns *patterns, const char *name)
         }
         bool found = regexec(&regex, name, 0, NULL, 0) == 0;
         regfree(&regex);
-        if (found)
-            return true;
+        if (found) return true;
     }
     return false;
 }
@@ -1645,8 +1572,7 @@ static void model_set_training(Model *model, const Patterns *freeze, const Patte
         tensor->decay = !patterns_match(no_decay, tensor->name);
         bool below = tensor->kind < LN_1_WEIGHT, above = tensor->kind >= LN_F_WEIGHT; // the blocks
         int depth = below ? -1 : above ? model->config.n_layer : tensor->layer;
-        if (!tensor->frozen && depth < model->lowest)
-            model->lowest = depth;
+        if (!tensor->frozen && depth < model->lowest) model->lowest = depth;
     }
 }
 
@@ -1664,8 +1590,7 @@ static void model_allocate_training(Model *model, bool with_moments)
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
         tensor->gradient = tensor->exp_avg = tensor->exp_avg_sq = NULL;
-        if (tensor->frozen)
-            continue;
+        if (tensor->frozen) continue;
         tensor->gradient = at;
         if (with_moments) {
             tensor->exp_avg = at + total;
@@ -1732,11 +1657,9 @@ static void matmul_tile(float *C, size_t ldc, const float *A, size_t lda, const 
         __builtin_prefetch(C + smaller(i, rows - 1) * ldc + columns - 1, 1);
     }
     for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
-        for (int j = 0; j < TILE_COLUMNS; j += 16)
-            __builtin_prefetch(panel + 8 * TILE_COLUMNS + j);
+        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 8 * TILE_COLUMNS + j);
         for (int i = 0; i < TILE_ROWS; i++)
-            for (int v = 0; v < TILE_VECTORS; v++)
-                sum[i][v] += a[i][k] * ((const Vector *)panel)[v];
+            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += a[i][k] * ((const Vector *)panel)[v];
     }
     for (size_t i = 0; i < TILE_ROWS && i < rows; i++, C += ldc) {
         for (int v = 0; v < TILE_VECTORS && columns == TILE_COLUMNS; v++)
@@ -1753,18 +1676,14 @@ static void transpose(float *to, size_t to_ld, const float *from, size_t from_ld
         for (size_t j = 0; j < columns; j += 4) {
             const float *a = from + i * from_ld + j;
             float *out = to + j * to_ld + i;
-            for (size_t x = 8; x < 12; x++)
-                __builtin_prefetch(a + x * from_ld);
+            for (size_t x = 8; x < 12; x++) __builtin_prefetch(a + x * from_ld);
             if (i + 4 <= rows && j + 4 <= columns) {
                 float r[4][4];
-                for (size_t x = 0; x < 16; x++)
-                    r[x / 4][x % 4] = a[x / 4 * from_ld + x % 4];
-                for (size_t y = 0; y < 16; y++)
-                    out[y / 4 * to_ld + y % 4] = r[y % 4][y / 4];
+                for (size_t x = 0; x < 16; x++) r[x / 4][x % 4] = a[x / 4 * from_ld + x % 4];
+                for (size_t y = 0; y < 16; y++) out[y / 4 * to_ld + y % 4] = r[y % 4][y / 4];
             } else // at an edge
                 for (size_t x = 0; x < 4 && i + x < rows; x++)
-                    for (size_t y = 0; y < 4 && j + y < columns; y++)
-                        out[y * to_ld + x] = a[x * from_ld + y];
+                    for (size_t y = 0; y < 4 && j + y < columns; y++) out[y * to_ld + x] = a[x * from_ld + y];
         }
 }
 
@@ -1779,8 +1698,7 @@ static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, s
         for (size_t c = 0; c < width; c += TILE_COLUMNS) {
             const float *from = B + d * p->ldb + c;
             float *to = panel + c / TILE_COLUMNS * size + d * TILE_COLUMNS;
-            for (int x = 0; x < TILE_COLUMNS; x += 16)
-                __builtin_prefetch(from + 8 * p->ldb + x);
+            for (int x = 0; x < TILE_COLUMNS; x += 16) __builtin_prefetch(from + 8 * p->ldb + x);
             if (width - c >= TILE_COLUMNS)
                 memcpy(to, from, TILE_COLUMNS * sizeof(float)); // a constant size: two vectors, no call
             else
@@ -1802,8 +1720,7 @@ static void matmul_block(const Product *p, size_t block)
         matmul_pack(packed_b, panel_size, p, k, depth, column, columns);
         for (size_t i = row, group; i < end; i += group) {
             group = smaller(GROUP, end - i);
-            if (p->transpose_a)
-                transpose(packed_a, A_LD, p->A + k * p->lda + i, p->lda, depth, group);
+            if (p->transpose_a) transpose(packed_a, A_LD, p->A + k * p->lda + i, p->lda, depth, group);
             for (size_t x = 0; !in_place && !p->transpose_a && x < group; x++)
                 memcpy(packed_a + x * A_LD, p->A + (i + x) * p->lda + k, depth * sizeof(float));
             const float *group_a = in_place ? p->A + i * p->lda + k : packed_a;
@@ -1826,8 +1743,7 @@ static void few_rows_transposed(const Product *p, size_t column, size_t end)
 {
     for (size_t j = column; j < end; j++) {
         const float *B = p->B + j * p->ldb;
-        for (size_t k = 0; k < p->K; k += 16)
-            __builtin_prefetch(B + (1 + 2048 / p->K) * p->ldb + k);
+        for (size_t k = 0; k < p->K; k += 16) __builtin_prefetch(B + (1 + 2048 / p->K) * p->ldb + k);
         for (size_t i = 0; i < p->M; i++) {
             const float *A = p->A + i * p->lda;
             Vector sum[4] = {0};
@@ -1839,10 +1755,8 @@ static void few_rows_transposed(const Product *p, size_t column, size_t end)
             const Vector all = sum[0] + sum[1] + (sum[2] + sum[3]);
             const float *lanes = (const float *)&all;
 #pragma omp simd reduction(+ : total)
-            for (int lane = 0; lane < LANES; lane++)
-                total += lanes[lane];
-            for (; k < p->K; k++)
-                total += A[k] * B[k];
+            for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+            for (; k < p->K; k++) total += A[k] * B[k];
             p->C[i * p->ldc + j] = total;
         }
     }
@@ -1858,8 +1772,7 @@ static void few_rows_plain(const Product *p, size_t column, size_t end)
         const float *B = p->B + k * p->ldb;
         float a[FEW][8] = {0};
         n = smaller(8, p->K - k);
-        for (size_t i = 0; i < p->M; i++)
-            memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
+        for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
         size_t j = column;
         for (; n == 8 && j + LANES <= end; j += LANES) {
             Vector b[8];
@@ -1869,15 +1782,13 @@ static void few_rows_plain(const Product *p, size_t column, size_t end)
             }
             for (size_t i = 0; i < p->M; i++) {
                 Vector sum = *(Vector *)(p->C + i * p->ldc + j);
-                for (size_t x = 0; x < 8; x++)
-                    sum += a[i][x] * b[x];
+                for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
                 *(Vector *)(p->C + i * p->ldc + j) = sum;
             }
         }
         for (; j < end; j++)
             for (size_t i = 0; i < p->M; i++)
-                for (size_t x = 0; x < n; x++)
-                    p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
+                for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
     }
 }
 
@@ -1890,8 +1801,7 @@ static void matmul_few_rows(const Product *p, size_t block)
 // Cuts C into blocks and shares them out. Inside a parallel region the calling thread works alone.
 static void matmul_builtin(Product p)
 {
-    if (p.M == 0 || p.N == 0)
-        return;
+    if (p.M == 0 || p.N == 0) return;
     bool few = (p.M <= FEW && !p.transpose_a) || p.K == 0;
     bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
     size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
@@ -1905,12 +1815,10 @@ static void matmul_builtin(Product p)
     size_t blocks = p.across * ((p.M + p.rows - 1) / p.rows);
     void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
     if (threads == 1) // even an idle parallel region takes time
-        for (size_t block = 0; block < blocks; block++)
-            work(&p, block);
+        for (size_t block = 0; block < blocks; block++) work(&p, block);
     else
 #pragma omp parallel for schedule(dynamic)
-        for (size_t block = 0; block < blocks; block++)
-            work(&p, block);
+        for (size_t block = 0; block < blocks; block++) work(&p, block);
 }
 
 // ---- the one matmul ----
@@ -1924,50 +1832,23 @@ static MatmulKind matmul_kind = MATMUL_CBLAS;
 static MatmulKind matmul_kind = MATMUL_BUILTIN;
 #endif
 
-#ifdef USE_CBLAS
-static bool blas_runs_alone = false; // it has no use for OpenMP's threads: products are cut up for it
-
-// The part of the product that makes `size` rows of C from `begin` on, or with `by_columns` as many columns.
-static void cblas_part(const Product *p, bool by_columns, size_t begin, size_t size)
-{
-    size_t row = by_columns ? 0 : begin, column = by_columns ? begin : 0;
-    cblas_sgemm(CblasRowMajor, p->transpose_a ? CblasTrans : CblasNoTrans,
-                p->transpose_b ? CblasTrans : CblasNoTrans, (int)(by_columns ? p->M : size),
-                (int)(by_columns ? size : p->N), (int)p->K, 1.0f, p->A + row * (p->transpose_a ? 1 : p->lda),
-                (int)p->lda, p->B + column * (p->transpose_b ? p->ldb : 1), (int)p->ldb,
-                p->accumulate ? 1.0f : 0.0f, p->C + row * p->ldc + column, (int)p->ldc);
-}
-
-static void matmul_cblas(const Product *p)
-{
-    bool by_columns = p->N >= p->M;
-    size_t whole = by_columns ? p->N : p->M;
-    if (!blas_runs_alone || omp_in_parallel()) { // not in a region of one thread: OpenMP would take BLAS's
-        cblas_part(p, by_columns, 0, whole);     // threads for nested ones, and make new ones for each call
-        return;
-    }
-    size_t threads = (size_t)omp_get_max_threads(), part = ((whole + threads - 1) / threads + 15) / 16 * 16;
-#pragma omp parallel for
-    for (size_t begin = 0; begin < whole; begin += part)
-        cblas_part(p, by_columns, begin, smaller(part, whole - begin));
-}
-#endif
-
 // C (M, N) = op(A) (M, K) · op(B) (K, N), or C +=, as Product says. Uses all threads, or only the calling one
 // inside a parallel region.
 static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
                    size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate)
 {
-    const Product p = {C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0};
 #ifdef USE_CBLAS
     bool empty = M == 0 || N == 0 || K == 0;
     bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
     if (matmul_kind == MATMUL_CBLAS && !few_rows && !empty) {
-        matmul_cblas(&p);
+        // Never call it in a parallel region of one thread (`if (false)`): OpenMP would make new threads each time.
+        cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
+                    transpose_b ? CblasTrans : CblasNoTrans, (int)M, (int)N, (int)K, 1, A, (int)lda, B,
+                    (int)ldb, accumulate, C, (int)ldc);
         return;
     }
 #endif
-    matmul_builtin(p);
+    matmul_builtin((Product){C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0});
 }
 
 // ---- exp ----
@@ -2003,13 +1884,11 @@ static float largest_of(const float *x, int n)
 {
     float largest[16];
     int i = 0;
-    for (int lane = 0; lane < 16; lane++)
-        largest[lane] = -INFINITY;
+    for (int lane = 0; lane < 16; lane++) largest[lane] = -INFINITY;
     for (; i + 16 <= n; i += 16)
         for (int lane = 0; lane < 16; lane++)
             largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
-    for (; i < n; i++)
-        largest[0] = x[i] > largest[0] ? x[i] : largest[0];
+    for (; i < n; i++) largest[0] = x[i] > largest[0] ? x[i] : largest[0];
     for (int lane = 1; lane < 16; lane++)
         largest[0] = largest[lane] > largest[0] ? largest[lane] : largest[0];
     return largest[0];
@@ -2046,8 +1925,7 @@ static void embedding_forward(float *x, const float *wte, const float *wpe, cons
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         const float *t = wte + (size_t)token[r] * C, *p = wpe + (size_t)position[r] * C;
-        for (int c = 0; c < C; c++)
-            x[(size_t)r * C + c] = t[c] + p[c];
+        for (int c = 0; c < C; c++) x[(size_t)r * C + c] = t[c] + p[c];
     }
 }
 
@@ -2065,8 +1943,7 @@ static void embedding_backward(float *dtable, const float *dx, const int *index,
         for (int r = 0; r < R; r++) {
             float *d = dtable + (size_t)index[r] * C;
             const float *from = dx + (size_t)r * C;
-            for (int c = slab; c < end; c++)
-                d[c] += from[c];
+            for (int c = slab; c < end; c++) d[c] += from[c];
         }
     }
 }
@@ -2082,25 +1959,27 @@ static void linear_forward(float *y, const float *residual, const float *x, cons
     for (int r = 0; r < R; r++) {
         float *to = y + (size_t)r * N;
         const float *from = residual ? residual + (size_t)r * N : NULL;
-        for (int n = 0; n < N; n++)
-            to[n] = from ? from[n] + bias[n] : bias[n];
+        for (int n = 0; n < N; n++) to[n] = from ? from[n] + bias[n] : bias[n];
     }
     matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
 }
 
-// dbias[n] = sum over r of dy[r, n], or += when accumulate.
-//   dy (R, N); dbias (N)
-static void bias_backward(float *dbias, const float *dy, int R, int N, bool accumulate)
+// out[n] = sum over r of dy[r, n], or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r] when x is given; or += when
+// accumulate.
+//   dy, x (R, N); mean, rstd (R); out (N)
+static void column_sums(float *out, const float *dy, const float *x, const float *mean, const float *rstd,
+                        bool accumulate, int R, int N)
 {
 #pragma omp parallel for
     for (int slab = 0; slab < N; slab += COLUMN_SLAB) {
         int width = N - slab < COLUMN_SLAB ? N - slab : COLUMN_SLAB;
         float sum[COLUMN_SLAB] = {0};
-        for (int r = 0; r < R; r++)
-            for (int n = 0; n < width; n++)
-                sum[n] += dy[(size_t)r * N + slab + n];
-        for (int n = 0; n < width; n++)
-            dbias[slab + n] = sum[n] + (accumulate ? dbias[slab + n] : 0);
+        for (int r = 0; r < R; r++) {
+            const float *from = dy + (size_t)r * N + slab, *xr = x ? x + (size_t)r * N + slab : NULL;
+            for (int n = 0; n < width && !x; n++) sum[n] += from[n];
+            for (int n = 0; n < width && x; n++) sum[n] += from[n] * ((xr[n] - mean[r]) * rstd[r]);
+        }
+        for (int n = 0; n < width; n++) out[slab + n] = sum[n] + (accumulate ? out[slab + n] : 0);
     }
 }
 
@@ -2110,17 +1989,15 @@ static void bias_backward(float *dbias, const float *dy, int R, int N, bool accu
 static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                             const float *weight, bool accumulate, int R, int K, int N)
 {
-    if (dweight)
-        matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
-    if (dbias)
-        bias_backward(dbias, dy, R, N, accumulate);
-    if (dx)
-        matmul(dx, K, dy, N, false, weight, N, true, R, K, N, false);
+    if (dweight) matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
+    if (dbias) column_sums(dbias, dy, NULL, NULL, NULL, accumulate, R, N);
+    if (dx) matmul(dx, K, dy, N, false, weight, N, true, R, K, N, false);
 }
 
 // ---- layernorm ----
 // y = (x - mean) · rstd · weight + bias, per row; rstd = 1 / sqrt(variance + eps)    (Ba, Kiros, Hinton 2016)
 //   x, y (R, C); mean, rstd (R) are kept for the backward pass; weight, bias (C)
+// y is not kept: where the backward pass wants it, this is called again.
 static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight,
                               const float *bias, float eps, int R, int C)
 {
@@ -2130,28 +2007,15 @@ static void layernorm_forward(float *y, float *mean, float *rstd, const float *x
         float *yr = y + (size_t)r * C;
         float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int c = 0; c < C; c++)
-            sum += xr[c];
+        for (int c = 0; c < C; c++) sum += xr[c];
         float m = sum / (float)C;
 #pragma omp simd reduction(+ : squares)
-        for (int c = 0; c < C; c++)
-            squares += (xr[c] - m) * (xr[c] - m);
+        for (int c = 0; c < C; c++) squares += (xr[c] - m) * (xr[c] - m);
         float s = 1 / sqrtf(squares / (float)C + eps);
-        for (int c = 0; c < C; c++)
-            yr[c] = (xr[c] - m) * s * weight[c] + bias[c];
+        for (int c = 0; c < C; c++) yr[c] = (xr[c] - m) * s * weight[c] + bias[c];
         mean[r] = m;
         rstd[r] = s;
     }
-}
-
-// The outputs of layernorms are not stored: the backward pass builds y again from x, mean and rstd, as above.
-static void layernorm_rebuild(float *y, const float *mean, const float *rstd, const float *x,
-                              const float *weight, const float *bias, int R, int C)
-{
-#pragma omp parallel for
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++)
-            y[(size_t)r * C + c] = (x[(size_t)r * C + c] - mean[r]) * rstd[r] * weight[c] + bias[c];
 }
 
 // With n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
@@ -2176,22 +2040,8 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
         for (int c = 0; c < C; c++)
             dxr[c] += s * (dyr[c] * weight[c] - g_average - (xr[c] - m) * s * gn_average);
     }
-    if (dbias)
-        bias_backward(dbias, dy, R, C, accumulate);
-    if (!dweight)
-        return;
-#pragma omp parallel for
-    for (int slab = 0; slab < C; slab += COLUMN_SLAB) {
-        int width = C - slab < COLUMN_SLAB ? C - slab : COLUMN_SLAB;
-        float sum[COLUMN_SLAB] = {0};
-        for (int r = 0; r < R; r++)
-            for (int c = 0; c < width; c++) {
-                size_t i = (size_t)r * C + slab + c;
-                sum[c] += dy[i] * ((x[i] - mean[r]) * rstd[r]);
-            }
-        for (int c = 0; c < width; c++)
-            dweight[slab + c] = sum[c] + (accumulate ? dweight[slab + c] : 0);
-    }
+    if (dbias) column_sums(dbias, dy, NULL, NULL, NULL, accumulate, R, C);
+    if (dweight) column_sums(dweight, dy, x, mean, rstd, accumulate, R, C);
 }
 
 // ---- attention ----
@@ -2203,9 +2053,12 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 // does (Dao et al. 2022).
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
 
-static uint64_t attention_dropout_index(int row, int NH, int head, int key)
+// Multiplies p[i, 0 .. keys - 1] of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
+static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys)
 {
-    return ((uint64_t)row * NH + head) << 20 | (uint64_t)key;
+    uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
+    for (int j = 0; j < keys && dropout.probability > 0; j++)
+        p[j] *= dropout_factor(dropout, index + (uint64_t)j);
 }
 
 // Floats of scratch that each thread needs when the longest sequence has `longest` keys.
@@ -2247,10 +2100,7 @@ static void attention_forward(float *out, float *log_sum_exp, const float *query
                     row[j] = fast_exp(scale * (row[j] - largest));
                     sum += row[j];
                 }
-                if (dropout.probability > 0)
-                    for (int j = 0; j < visible; j++)
-                        row[j] *=
-                            dropout_factor(dropout, attention_dropout_index(first + begin + i, NH, head, j));
+                attention_dropout(row, dropout, first + begin + i, NH, head, 0, visible);
                 log_sum_exp[(size_t)(first + begin + i) * NH + head] = scale * largest + logf(sum);
                 inverse_sum[i] = 1 / sum;
             }
@@ -2261,10 +2111,8 @@ static void attention_forward(float *out, float *log_sum_exp, const float *query
             for (int i = 0; i < queries; i++) {
                 float *oi = o + (size_t)i * C;
                 for (int j = past + begin; j <= past + begin + i; j++)
-                    for (int c = 0; c < HS; c++)
-                        oi[c] += p[(size_t)i * keys + j] * v[(size_t)j * ldk + c];
-                for (int c = 0; c < HS; c++)
-                    oi[c] *= inverse_sum[i];
+                    for (int c = 0; c < HS; c++) oi[c] += p[(size_t)i * keys + j] * v[(size_t)j * ldk + c];
+                for (int c = 0; c < HS; c++) oi[c] *= inverse_sum[i];
             }
         }
     }
@@ -2291,8 +2139,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
             float *p = scratch + omp_get_thread_num() * scratch_size, *dscore = p + QUERY_TILE * KEY_BLOCK;
             float *d = dscore + QUERY_TILE * KEY_BLOCK;
             for (int i = 0; i < T; i++)
-                for (int c = 0; c < HS; c++)
-                    dk[i * ld + c] = dv[i * ld + c] = 0;
+                for (int c = 0; c < HS; c++) dk[i * ld + c] = dv[i * ld + c] = 0;
             for (int begin = 0; begin < T; begin += QUERY_TILE) {
                 int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys_end = begin + queries;
                 const float *qt = q + begin * ld, *doutt = dout + (first + begin) * C + head * HS;
@@ -2300,8 +2147,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
                 for (int i = 0; i < queries; i++) {
                     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-                    for (int c = 0; c < HS; c++)
-                        sum += doutt[i * C + c] * outt[i * C + c];
+                    for (int c = 0; c < HS; c++) sum += doutt[i * C + c] * outt[i * C + c];
                     d[i] = sum;
                 }
                 for (int block = 0; block < keys_end; block += KEY_BLOCK) {
@@ -2313,22 +2159,13 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
                         float *pi = p + i * keys, *di = dscore + i * keys, di_sum = d[i];
                         float lse = log_sum_exp[(size_t)row * NH + head];
                         visible = visible < 0 ? 0 : visible < keys ? visible : keys;
-                        if (dropout.probability > 0) {
-                            for (int j = 0; j < visible; j++) {
-                                float probability = fast_exp(scale * pi[j] - lse);
-                                float factor = dropout_factor(
-                                    dropout, attention_dropout_index(row, NH, head, block + j));
-                                pi[j] = probability * factor;
-                                di[j] = scale * probability * (di[j] * factor - di_sum);
-                            }
-                        } else {
-                            for (int j = 0; j < visible; j++) {
-                                pi[j] = fast_exp(scale * pi[j] - lse);
-                                di[j] = scale * pi[j] * (di[j] - di_sum);
-                            }
+                        attention_dropout(di, dropout, row, NH, head, block, visible);
+                        for (int j = 0; j < visible; j++) {
+                            pi[j] = fast_exp(scale * pi[j] - lse);
+                            di[j] = scale * pi[j] * (di[j] - di_sum);
                         }
-                        for (int j = visible; j < keys; j++)
-                            pi[j] = di[j] = 0;
+                        attention_dropout(pi, dropout, row, NH, head, block, visible);
+                        for (int j = visible; j < keys; j++) pi[j] = di[j] = 0;
                     }
                     matmul(dv + block * ld, ld, p, keys, true, doutt, C, false, keys, HS, queries, true);
                     matmul(dk + block * ld, ld, dscore, keys, true, qt, ld, false, keys, HS, queries, true);
@@ -2351,8 +2188,7 @@ static inline float gelu_gate(float x)
 static void gelu_forward(float *y, const float *x, size_t size)
 {
 #pragma omp parallel for simd
-    for (size_t i = 0; i < size; i++)
-        y[i] = x[i] * gelu_gate(x[i]);
+    for (size_t i = 0; i < size; i++) y[i] = x[i] * gelu_gate(x[i]);
 }
 
 // dy becomes dx, and x becomes gelu(x), which the projection behind it needs for its weight gradient: so the
@@ -2385,11 +2221,9 @@ static void cross_entropy(float *logits, float *loss, bool *hit, const int *targ
         }
         loss[r] = logf(sum) + (largest - wanted);
         hit[r] = wanted >= largest;
-        if (!backward)
-            continue;
+        if (!backward) continue;
         float factor = weight / sum;
-        for (int v = 0; v < V; v++)
-            row[v] *= factor;
+        for (int v = 0; v < V; v++) row[v] *= factor;
         row[target[r]] -= weight;
     }
 }
@@ -2470,10 +2304,8 @@ static void activations_reserve(Activations *a, const Model *model, int rows, bo
         {&a->loss, R},
     };
     a->memory_size = 0;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
-        a->memory_size += aligned_size(parts[i].size);
-    if (measure_only)
-        return;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) a->memory_size += aligned_size(parts[i].size);
+    if (measure_only) return;
     if (a->memory_size > a->memory_capacity) {
         free(a->memory);
         a->memory = xfloats(a->memory_capacity = a->memory_size);
@@ -2598,8 +2430,7 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
     layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
                       epsilon, R, C);
     linear_forward(b.hidden, NULL, a->normed, t[FC_WEIGHT].value, t[FC_BIAS].value, R, C, F);
-    if (!finish)
-        return;
+    if (!finish) return;
     gelu_forward(a->wide, b.hidden, (size_t)R * F);
     join_stream(residual_at(a, model, layer + 1), b.middle, a->wide, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS],
                 a->branch, dropout_at(dropout, layer, DROP_MLP), R, F, C);
@@ -2627,8 +2458,8 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
     linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_branch, b.hidden, NULL, accumulate, R, F, C);
     // hidden = layernorm_2(middle) · c_fc + bias
     if (t[FC_WEIGHT].gradient)
-        layernorm_rebuild(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
-                          R, C);
+        layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
+                          config->layer_norm_epsilon, R, C);
     linear_backward(a->d_normed, t[FC_WEIGHT].gradient, t[FC_BIAS].gradient, a->wide, a->normed,
                     t[FC_WEIGHT].value, accumulate, R, C, F);
     layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
@@ -2644,7 +2475,8 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
                        a->scratch_size, NH, HS);
     // qkv = layernorm_1(x) · c_attn + bias
     if (t[ATTN_WEIGHT].gradient)
-        layernorm_rebuild(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, R, C);
+        layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
+                          config->layer_norm_epsilon, R, C);
     linear_backward(a->d_normed, t[ATTN_WEIGHT].gradient, t[ATTN_BIAS].gradient, a->wide, a->normed,
                     t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
     layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
@@ -2659,12 +2491,9 @@ static void model_forward(const Model *model, Activations *a, const Batch *batch
     const Tensor *t = model->tensors;
     float *x = residual_at(a, model, 0);
     embedding_forward(x, t[WTE].value, t[WPE].value, batch->token, batch->position, R, C);
-    if (dropout.probability > 0)
-        dropout_add(x, NULL, x, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
-    for (int layer = 0; layer < L; layer++)
-        block_forward(model, a, batch, layer, cache, dropout, true);
-    if (cache)
-        cache->past += batch->first_row[1];
+    if (dropout.probability > 0) dropout_add(x, NULL, x, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
+    for (int layer = 0; layer < L; layer++) block_forward(model, a, batch, layer, cache, dropout, true);
+    if (cache) cache->past += batch->first_row[1];
 }
 
 // a->logits (count, V) = layernorm_f(residual[chosen rows]) · headᵀ, for at most LOGIT_ROWS chosen rows.
@@ -2694,22 +2523,17 @@ static double classifier(const Model *model, Activations *a, const Batch *batch,
     const Tensor *ln_bias = model_tensor(model, LN_F_BIAS, 0);
     int targets[LOGIT_ROWS], count = 0;
     for (int r = 0; r < batch->rows; r++)
-        if (batch->target[r] >= 0)
-            a->scored[count++] = r;
-    if (backward)
-        memset(a->d_residual, 0, (size_t)batch->rows * C * sizeof(float));
+        if (batch->target[r] >= 0) a->scored[count++] = r;
+    if (backward) memset(a->d_residual, 0, (size_t)batch->rows * C * sizeof(float));
     double total = 0;
     for (int begin = 0, n; begin < count; begin += n, accumulate = true) {
         n = count - begin < LOGIT_ROWS ? count - begin : LOGIT_ROWS;
         const int *rows = a->scored + begin;
-        for (int i = 0; i < n; i++)
-            targets[i] = batch->target[rows[i]];
+        for (int i = 0; i < n; i++) targets[i] = batch->target[rows[i]];
         head_forward(model, a, rows, n);
         cross_entropy(a->logits, a->loss + begin, a->hit + begin, targets, backward, weight, n, V);
-        for (int i = 0; i < n; i++)
-            total += a->loss[begin + i];
-        if (!backward)
-            continue;
+        for (int i = 0; i < n; i++) total += a->loss[begin + i];
+        if (!backward) continue;
         // logits = normed · headᵀ: dhead = dlogitsᵀ · normed, dnormed = dlogits · head
         if (head->gradient)
             matmul(head->gradient, C, a->logits, V, true, a->normed, C, false, V, C, n, accumulate);
@@ -2746,10 +2570,8 @@ static double model_forward_backward(const Model *model, Activations *a, const B
     float *d_wte = model->tensors[WTE].gradient, *d_wpe = model->tensors[WPE].gradient;
     if ((d_wte || d_wpe) && dropout.probability > 0)
         dropout_add(a->d_residual, NULL, a->d_residual, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
-    if (d_wte)
-        embedding_backward(d_wte, a->d_residual, batch->token, R, C);
-    if (d_wpe)
-        embedding_backward(d_wpe, a->d_residual, batch->position, R, C);
+    if (d_wte) embedding_backward(d_wte, a->d_residual, batch->token, R, C);
+    if (d_wpe) embedding_backward(d_wpe, a->d_residual, batch->position, R, C);
     return loss;
 }
 // =====================================================================================================
@@ -2774,8 +2596,7 @@ static double gradient_norm(const Model *model, const Tensor **worst)
     *worst = NULL;
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
-        if (!tensor->gradient)
-            continue;
+        if (!tensor->gradient) continue;
         const float *g =
             tensor->gradient; // a variable of its own: compilers fetch a struct's member each time
         size_t blocks = (tensor->size + NORM_BLOCK - 1) / NORM_BLOCK;
@@ -2785,15 +2606,12 @@ static double gradient_norm(const Model *model, const Tensor **worst)
             size_t end = (b + 1) * NORM_BLOCK < tensor->size ? (b + 1) * NORM_BLOCK : tensor->size;
             double sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (size_t j = b * NORM_BLOCK; j < end; j++)
-                sum += (double)g[j] * g[j];
+            for (size_t j = b * NORM_BLOCK; j < end; j++) sum += (double)g[j] * g[j];
             partial[b] = sum;
         }
-        for (size_t b = 0; b < blocks; b++)
-            squares += partial[b];
+        for (size_t b = 0; b < blocks; b++) squares += partial[b];
         free(partial);
-        if (!isfinite(squares) && !*worst)
-            *worst = tensor;
+        if (!isfinite(squares) && !*worst) *worst = tensor;
         total += squares;
     }
     return sqrt(total);
@@ -2820,8 +2638,7 @@ static void adamw_update(const Model *model, const Adam *adam, double learning_r
     const float root = (float)sqrt(1 - pow(adam->beta2, (double)t));
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
-        if (tensor->frozen)
-            continue;
+        if (tensor->frozen) continue;
         float *p = tensor->value, *m = tensor->exp_avg, *v = tensor->exp_avg_sq;
         const float *gradient = tensor->gradient;
         const float keep = tensor->decay ? (float)(1 - learning_rate * adam->weight_decay) : 1.0f;
@@ -2842,11 +2659,9 @@ typedef enum { SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_CONSTANT } Schedule;
 // update has rate 0 (if there is a warm-up): it only starts AdamW's averages.
 static double schedule_factor(Schedule schedule, long step, long warmup, long steps, double final)
 {
-    if (step < warmup)
-        return (double)step / (double)warmup;
+    if (step < warmup) return (double)step / (double)warmup;
     double progress = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1;
-    if (progress > 1)
-        progress = 1;
+    if (progress > 1) progress = 1;
     double factor = schedule == SCHEDULE_LINEAR   ? 1 - progress
                     : schedule == SCHEDULE_COSINE ? 0.5 * (1 + cos(3.141592653589793 * progress))
                                                   : 1;
@@ -2883,8 +2698,7 @@ typedef struct {
 static int compare_candidates(const void *a, const void *b)
 {
     const Candidate *x = a, *y = b;
-    if (x->probability != y->probability)
-        return x->probability < y->probability ? 1 : -1;
+    if (x->probability != y->probability) return x->probability < y->probability ? 1 : -1;
     return (x->token > y->token) - (x->token < y->token);
 }
 
@@ -2893,11 +2707,9 @@ static float kth_largest(const float *x, int n, int k)
 {
     float *kept = xmalloc((size_t)k * sizeof *kept), result;
     for (int i = 0, count = 0; i < n; i++) {
-        if (count == k && x[i] <= kept[k - 1])
-            continue;
+        if (count == k && x[i] <= kept[k - 1]) continue;
         int at = count < k ? count++ : k - 1;
-        for (; at > 0 && kept[at - 1] < x[i]; at--)
-            kept[at] = kept[at - 1];
+        for (; at > 0 && kept[at - 1] < x[i]; at--) kept[at] = kept[at - 1];
         kept[at] = x[i];
     }
     result = kept[k - 1];
@@ -2913,10 +2725,8 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
 {
     int best = 0, count = 0, kept = 0;
     for (int v = 1; v < V; v++)
-        if (logits[v] > logits[best])
-            best = v;
-    if (sampling->temperature == 0)
-        return best;
+        if (logits[v] > logits[best]) best = v;
+    if (sampling->temperature == 0) return best;
     bool cut = sampling->top_k > 0 && sampling->top_k < V;
     float lowest = cut ? kth_largest(logits, V, sampling->top_k) : -INFINITY;
     double sum = 0, reached = 0;
@@ -2930,8 +2740,7 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
         // Tokens below `least` do not reach 1 - p all together: they are out, and need no sorting.
         double least = sum * (1 - sampling->top_p) / count, wanted = sum * sampling->top_p;
         for (int i = 0; i < count; i++)
-            if (candidates[i].probability >= least)
-                candidates[kept++] = candidates[i];
+            if (candidates[i].probability >= least) candidates[kept++] = candidates[i];
         qsort(candidates, (size_t)kept, sizeof *candidates, compare_candidates);
         for (count = 0; count < kept && (count == 0 || reached < wanted); count++)
             reached += candidates[count].probability;
@@ -2939,8 +2748,7 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
     }
     double left = draw * sum;
     for (int i = 0; i < count - 1; i++)
-        if ((left -= candidates[i].probability) < 0)
-            return candidates[i].token;
+        if ((left -= candidates[i].probability) < 0) return candidates[i].token;
     return candidates[count - 1].token;
 }
 
@@ -2950,11 +2758,9 @@ static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer,
     Text *text = &sample->text;
     size_t length = stop ? strlen(stop) : 0, from = text->size > length ? text->size - length : 0;
     ids_push(&sample->ids, token);
-    if (tokenizer)
-        tokenizer_decode(tokenizer, text, token);
+    if (tokenizer) tokenizer_decode(tokenizer, text, token);
     const char *found = length ? memmem(text->data + from, text->size - from, stop, length) : NULL;
-    if (found)
-        text->size = (size_t)(found - text->data);
+    if (found) text->size = (size_t)(found - text->data);
     return !found;
 }
 
@@ -2963,8 +2769,7 @@ static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer,
 static void stream_text(const Text *text, size_t *printed, const char *stop, bool last)
 {
     size_t size = text->size, part = stop && !last ? strlen(stop) : 0;
-    while (part > 0 && (part > size || memcmp(text->data + size - part, stop, part) != 0))
-        part--;
+    while (part > 0 && (part > size || memcmp(text->data + size - part, stop, part) != 0)) part--;
     size = last ? size : utf8_whole(text->data, size - part);
     fwrite(text->data + *printed, 1, size - *printed, stdout);
     fflush(stdout);
@@ -3078,8 +2883,7 @@ static size_t dtype_size(const char *dtype)
     static const char *const names[] = {"F64",  "I64", "U64", "F32", "I32", "U32", "F16",
                                         "BF16", "I16", "U16", "I8",  "U8",  "BOOL"};
     for (int i = 0; i < 13; i++)
-        if (strcmp(dtype, names[i]) == 0)
-            return i < 3 ? 8 : i < 6 ? 4 : i < 10 ? 2 : 1;
+        if (strcmp(dtype, names[i]) == 0) return i < 3 ? 8 : i < 6 ? 4 : i < 10 ? 2 : 1;
     return 0;
 }
 
@@ -3113,11 +2917,9 @@ static SafeTensors safetensors_open(const char *path)
     file.header = json_parse(file.mapping.data + 8, (size_t)length, path);
     char *data = file.mapping.data + 8 + length;
     size_t data_size = file.mapping.size - 8 - (size_t)length, capacity = 0;
-    if (file.header->kind != JSON_OBJECT)
-        die("%s: the header must be a JSON object", path);
+    if (file.header->kind != JSON_OBJECT) die("%s: the header must be a JSON object", path);
     for (const Json *entry = file.header->child; entry; entry = entry->next) {
-        if (strcmp(entry->key, "__metadata__") == 0)
-            continue;
+        if (strcmp(entry->key, "__metadata__") == 0) continue;
         const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape");
         const Json *offsets = json_get(entry, "data_offsets");
         StoredTensor tensor = {.name = entry->key, .count = 1};
@@ -3126,8 +2928,7 @@ static SafeTensors safetensors_open(const char *path)
             die("%s: tensor %s: dtype, shape and data_offsets expected", path, entry->key);
         tensor.dtype = dtype->string;
         for (const Json *d = shape->child; d; d = d->next) {
-            if (tensor.dims == 8)
-                die("%s: tensor %s: at most 8 dimensions expected", path, entry->key);
+            if (tensor.dims == 8) die("%s: tensor %s: at most 8 dimensions expected", path, entry->key);
             size_t extent = tensor.shape[tensor.dims++] = json_size(d, path, entry->key);
             if (extent && tensor.count > SIZE_MAX / 16 / extent)
                 die("%s: tensor %s: its shape is too large", path, entry->key);
@@ -3146,8 +2947,7 @@ static SafeTensors safetensors_open(const char *path)
         file.tensors = grow(file.tensors, file.count + 1, &capacity, sizeof tensor);
         file.tensors[file.count++] = tensor;
     }
-    if (file.count > 0)
-        qsort(file.tensors, file.count, sizeof *file.tensors, compare_places);
+    if (file.count > 0) qsort(file.tensors, file.count, sizeof *file.tensors, compare_places);
     for (size_t i = 0; i < file.count; data += file.tensors[i++].bytes)
         if (file.tensors[i].data != data)
             die("%s: tensor %s does not begin where the one before ends: holes or overlaps", path,
@@ -3163,8 +2963,7 @@ static void safetensors_close(SafeTensors *file, bool keep_mapping)
 {
     json_free(file->header);
     free(file->tensors);
-    if (!keep_mapping)
-        unmap_file(&file->mapping);
+    if (!keep_mapping) unmap_file(&file->mapping);
 }
 
 // Hugging Face's names come with or without this prefix.
@@ -3187,20 +2986,17 @@ static void safetensors_write(const char *path, const StoredTensor *tensors, siz
     char *header = NULL;
     size_t size = 0, offset = 0;
     FILE *text = open_memstream(&header, &size), *file = create_file(path);
-    if (!text)
-        die("out of memory for the header of %s", path);
+    if (!text) die("out of memory for the header of %s", path);
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (const StoredTensor *t = tensors; t < tensors + count; offset += t++->bytes) {
         fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name, t->dtype);
-        for (int d = 0; d < t->dims; d++)
-            fprintf(text, "%s%zu", d ? "," : "", t->shape[d]);
+        for (int d = 0; d < t->dims; d++) fprintf(text, "%s%zu", d ? "," : "", t->shape[d]);
         fprintf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
     }
     fprintf(text, "}");
     fflush(text);
     fprintf(text, "%*s", (int)(-(8 + size) % 64), "");
-    if (fclose(text) != 0)
-        die("out of memory for the header of %s", path);
+    if (fclose(text) != 0) die("out of memory for the header of %s", path);
     uint64_t length = size;
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
@@ -3216,8 +3012,7 @@ static void safetensors_write(const char *path, const StoredTensor *tensors, siz
 static StoredTensor *safetensors_need(const SafeTensors *file, const char *name, const Tensor *tensor)
 {
     StoredTensor *stored = safetensors_find(file, name);
-    if (!stored)
-        die("%s: tensor %s is missing", file->path, name);
+    if (!stored) die("%s: tensor %s is missing", file->path, name);
     char expected[64], found[256] = "[";
     snprintf(expected, sizeof expected, tensor->dims == 2 ? "[%zu, %zu]" : "[%zu]", tensor->shape[0],
              tensor->shape[1]);
@@ -3236,11 +3031,9 @@ static float widen(uint16_t bits, bool is_bf16)
         uint32_t u;
         float f;
     } result = {.u = is_bf16 ? (uint32_t)bits << 16 : (uint32_t)(bits & 0x7fff) << 13};
-    if (is_bf16)
-        return result.f;
-    result.f *= 0x1p112f; // the exponents count from 15 and from 127
-    if (result.f >= 0x1p16f)
-        result.u |= 255u << 23; // infinity, or not a number
+    if (is_bf16) return result.f;
+    result.f *= 0x1p112f;                            // the exponents count from 15 and from 127
+    if (result.f >= 0x1p16f) result.u |= 255u << 23; // infinity, or not a number
     return bits & 0x8000 ? -result.f : result.f;
 }
 
@@ -3261,14 +3054,12 @@ static void model_load_values(Model *model, const char *path)
     }
     for (StoredTensor *t = file.tensors; t < file.tensors + file.count; t++) {
         int i = 0;
-        while (i < model->tensor_count && stored[i] != t)
-            i++;
+        while (i < model->tensor_count && stored[i] != t) i++;
         bool is_mask = ends_with(t->name, ".attn.bias") || ends_with(t->name, ".attn.masked_bias");
         if (i == model->tensor_count && !is_mask && strcmp(t->name, "lm_head.weight") != 0)
             die("%s: tensor %s is not one of this GPT-2's (%d layers)", path, t->name, model->config.n_layer);
     }
-    if (!mapped)
-        model_allocate_values(model);
+    if (!mapped) model_allocate_values(model);
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
         if (mapped) {
@@ -3285,8 +3076,7 @@ static void model_load_values(Model *model, const char *path)
             }
         }
     }
-    if (mapped)
-        model->value_file = file.mapping;
+    if (mapped) model->value_file = file.mapping;
     safetensors_close(&file, mapped);
     free(stored);
 }
@@ -3302,8 +3092,7 @@ static Config config_read(const char *path)
 {
     Json *json = json_read_file(path);
     const Json *type = json_get(json, "model_type"), *activation = json_get(json, "activation_function");
-    if (!json_is_text(type, "gpt2"))
-        die("%s: model_type must be \"gpt2\"", path);
+    if (!json_is_text(type, "gpt2")) die("%s: model_type must be \"gpt2\"", path);
     if (activation && !json_is_text(activation, "gelu_new") && !json_is_text(activation, "gelu_pytorch_tanh"))
         die("%s: activation_function must be \"gelu_new\"", path);
     if (!json_is_true(json, "scale_attn_weights", true))
@@ -3314,22 +3103,14 @@ static Config config_read(const char *path)
         die("%s: add_cross_attention true is not supported", path);
     Config config = {.layer_norm_epsilon = (float)json_number(json, "layer_norm_epsilon", 1e-5, path),
                      .tie_word_embeddings = json_is_true(json, "tie_word_embeddings", true)};
-    const struct {
-        const char *name;
-        int *value;
-        double otherwise;
-    } sizes[] = {{"vocab_size", &config.vocab_size, 50257}, {"n_positions", &config.n_positions, 1024},
-                 {"n_layer", &config.n_layer, 12},          {"n_head", &config.n_head, 12},
-                 {"n_embd", &config.n_embd, 768},           {"n_inner", &config.n_inner, 0}};
-    for (int i = 0; i < 6; i++) {
-        double value = json_number(json, sizes[i].name, sizes[i].otherwise, path);
+    for (int i = 0; i < CONFIG_SIZES; i++) {
+        double value = json_number(json, config_sizes[i].name, config_sizes[i].otherwise, path);
         if (!(value >= 0 && value < 0x1p30) || value != floor(value))
-            die("%s: %s must be a whole number", path, sizes[i].name);
-        *sizes[i].value = (int)value;
+            die("%s: %s must be a whole number", path, config_sizes[i].name);
+        *config_size(&config, i) = (int)value;
     }
-    if (config.n_inner == 0)
-        config.n_inner = 4 * config.n_embd;
-    check_config(&config, path);
+    if (config.n_inner == 0) config.n_inner = 4 * config.n_embd;
+    check_config(config, path);
     json_free(json);
     return config;
 }
@@ -3344,8 +3125,7 @@ static Model *model_load(const char *folder)
             "as d4",
             folder);
     Model *model = model_new(config_read(config));
-    if (!file_exists(weights))
-        die("%s: is missing", weights);
+    if (!file_exists(weights)) die("%s: is missing", weights);
     model_load_values(model, weights);
     return model;
 }
@@ -3379,8 +3159,7 @@ static void model_write_tensors(const Model *model, const char *path, bool momen
         for (Stored what = first; what <= last && !(moments && model->tensors[i].frozen); what++)
             list[count++] = stored_tensor(&model->tensors[i], what);
     safetensors_write(path, list, count);
-    for (size_t i = 0; i < count; i++)
-        free((char *)list[i].name);
+    for (size_t i = 0; i < count; i++) free((char *)list[i].name);
     free(list);
 }
 
@@ -3399,22 +3178,24 @@ static void model_save(const Model *model, const Tokenizer *tokenizer, const cha
     make_folder(folder);
     model_write_tensors(model, path_of("%s/model.safetensors", folder), false);
 
-    char end[32] = "null";
-    if (has_end)
-        snprintf(end, sizeof end, "%d", tokenizer->end_of_text);
+    char end[32] = "null", epsilon[32];
+    for (int digits = 1; digits < 10; digits++) // the fewest that give the same float
+        if (snprintf(epsilon, sizeof epsilon, "%.*g", digits, c->layer_norm_epsilon) &&
+            strtof(epsilon, NULL) == c->layer_norm_epsilon)
+            break;
+    if (has_end) snprintf(end, sizeof end, "%d", tokenizer->end_of_text);
     save_text(folder, "config.json",
               xprintf("{\n  \"model_type\": \"gpt2\",\n  \"architectures\": [\"GPT2LMHeadModel\"],\n"
                       "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": %d,\n"
                       "  \"n_head\": %d,\n  \"n_inner\": %d,\n  \"activation_function\": \"gelu_new\",\n"
-                      "  \"layer_norm_epsilon\": %.9g,\n  \"tie_word_embeddings\": %s,\n"
+                      "  \"layer_norm_epsilon\": %s,\n  \"tie_word_embeddings\": %s,\n"
                       "  \"embd_pdrop\": 0.0,\n  \"attn_pdrop\": 0.0,\n  \"resid_pdrop\": 0.0,\n"
                       "  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n",
-                      c->vocab_size, c->n_positions, c->n_embd, c->n_layer, c->n_head, c->n_inner,
-                      c->layer_norm_epsilon, c->tie_word_embeddings ? "true" : "false", end, end));
+                      c->vocab_size, c->n_positions, c->n_embd, c->n_layer, c->n_head, c->n_inner, epsilon,
+                      c->tie_word_embeddings ? "true" : "false", end, end));
     save_text(folder, "generation_config.json",
               xprintf("{\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n", end, end));
-    if (!tokenizer)
-        return;
+    if (!tokenizer) return;
     tokenizer_save(tokenizer, folder);
     const char *specials = "  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
                            "  \"unk_token\": \"<|endoftext|>\",\n";
@@ -3448,41 +3229,31 @@ static void model_load_moments(Model *model, const char *path)
     safetensors_close(&file, true);
 }
 
-static char *checkpoint_path(const char *out, long step) { return xprintf("%s/checkpoint-%06ld", out, step); }
-
-// Deletes what is left of checkpoints whose writing was cut off.
-static void remove_leftovers(const char *out)
+static const char *checkpoint_path(const char *out, long step)
 {
-    DIR *folder = opendir(out);
-    for (struct dirent *entry; folder && (entry = readdir(folder));)
-        if (strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp"))
-            remove_folder(path_of("%s/%s", out, entry->d_name));
-    if (folder)
-        closedir(folder);
+    return path_of("%s/checkpoint-%06ld", out, step);
 }
 
-// The steps of all whole checkpoints in a folder, ascending; *count tells how many.
-static long *list_checkpoints(const char *out, size_t *count)
+// The steps of all whole checkpoints in a folder, ascending; *count tells how many. Deletes what is left of
+// those whose writing was cut off, if `clean`.
+static long *list_checkpoints(const char *out, size_t *count, bool clean)
 {
     long *steps = NULL;
-    size_t capacity = 0;
-    *count = 0;
+    size_t capacity = *count = 0;
     DIR *folder = opendir(out);
     for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        bool is_checkpoint = strncmp(entry->d_name, "checkpoint-", 11) == 0;
-        long step = is_checkpoint ? strtol(entry->d_name + 11, NULL, 10) : -1;
-        char name[40]; // "checkpoint-7" and "checkpoint-000007.tmp" are not ours, or not whole
-        snprintf(name, sizeof name, "checkpoint-%06ld", step);
-        if (step < 0 || strcmp(entry->d_name, name) != 0)
-            continue;
+        if (strncmp(entry->d_name, "checkpoint-", 11) != 0) continue;
+        const char *path = path_of("%s/%s", out, entry->d_name);
+        if (clean && ends_with(path, ".tmp")) remove_folder(path);
+        long step = strtol(entry->d_name + 11, NULL, 10);
+        if (step < 0 || strcmp(path, checkpoint_path(out, step)) != 0)
+            continue; // "checkpoint-7" and "checkpoint-000007.tmp" are not ours, or not whole
         steps = grow(steps, *count + 1, &capacity, sizeof *steps);
         size_t i = (*count)++;
-        for (; i > 0 && steps[i - 1] > step; i--)
-            steps[i] = steps[i - 1];
+        for (; i > 0 && steps[i - 1] > step; i--) steps[i] = steps[i - 1];
         steps[i] = step;
     }
-    if (folder)
-        closedir(folder);
+    if (folder) closedir(folder);
     return steps;
 }
 // =====================================================================================================
@@ -3546,8 +3317,7 @@ static void add_windows(Dataset *data, size_t tokens, size_t seq_len)
 // Finds the line at *at, without its end, and moves *at behind it. Returns false at the end of the text.
 static bool next_line(const char **at, const char *end, const char **line, size_t *length)
 {
-    if (*at >= end)
-        return false;
+    if (*at >= end) return false;
     const char *newline = memchr(*at, '\n', (size_t)(end - *at));
     *line = *at;
     *length = (size_t)((newline ? newline : end) - *line);
@@ -3566,8 +3336,7 @@ static void load_text(Dataset *data, Source *source, const char *path, Tokenizer
             continue; // a line of the document
         const char *stop = more ? line : end;
         if (stop > document) {
-            if (tokenizer->end_of_text >= 0)
-                ids_push(&source->ids, tokenizer->end_of_text);
+            if (tokenizer->end_of_text >= 0) ids_push(&source->ids, tokenizer->end_of_text);
             tokenizer_encode(tokenizer, &source->ids, document, (size_t)(stop - document), false);
         }
         document = at;
@@ -3611,21 +3380,18 @@ static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenize
     const char *at = text.data, *line;
     data->prompts = true;
     for (size_t length, number = 1; next_line(&at, text.data + text.size, &line, &length); number++) {
-        if (strspn(line, " \t\r") >= length)
-            continue;
+        if (strspn(line, " \t\r") >= length) continue;
         char *where = xprintf("%s:%zu", path, number);
         Json *json = json_parse(line, length, where);
         size_t start = ids->size, room = (size_t)seq_len + 1;
         bool whole = json_get(json, "text") != NULL;
-        if (!whole)
-            encode_member(tokenizer, ids, json, "prompt", where);
+        if (!whole) encode_member(tokenizer, ids, json, "prompt", where);
         if (ids->size == start && end_of_text >= 0)
             ids_push(ids, end_of_text); // the first token needs something to be predicted from
         size_t prompt = ids->size - start;
         encode_member(tokenizer, ids, json, whole ? "text" : "completion", where);
         bool empty = ids->size == start + prompt;
-        if (end_of_text >= 0)
-            ids_push(ids, end_of_text);
+        if (end_of_text >= 0) ids_push(ids, end_of_text);
         size_t size = ids->size - start;
         if (empty || prompt == 0) {
             if (data->skipped++ < 3)
@@ -3633,8 +3399,7 @@ static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenize
         } else if (size <= room) {
             dataset_add(data, start, size, prompt);
         } else { // the prompt is cut at its left, far from the answer; then the answer at its end
-            if (data->truncated++ < 3)
-                warn("%s: %zu tokens, cut to --seq-len %d", where, size - 1, seq_len);
+            if (data->truncated++ < 3) warn("%s: %zu tokens, cut to --seq-len %d", where, size - 1, seq_len);
             size_t cut = size - room < prompt ? size - room : prompt - 1;
             dataset_add(data, start + cut, room, prompt - cut);
         }
@@ -3661,8 +3426,7 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
         bool is_shard = ends_with(path, ".bin"), is_jsonl = ends_with(path, ".jsonl");
         if (!is_shard && !is_jsonl && !ends_with(path, ".txt"))
             die("%s: a name that ends in .txt, .jsonl or .bin expected", path);
-        if (!is_shard && !tokenizer)
-            die("%s: text needs a tokenizer; say --tokenizer FOLDER", path);
+        if (!is_shard && !tokenizer) die("%s: text needs a tokenizer; say --tokenizer FOLDER", path);
         if (is_shard)
             load_shard(data, source, path, seq_len, vocab_size);
         else if (is_jsonl)
@@ -3674,8 +3438,7 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
     if (data->truncated + data->skipped > 0)
         warn("%s: %zu examples, %zu of them cut to --seq-len %d; %zu more skipped", pattern, data->count,
              data->truncated, seq_len, data->skipped);
-    if (data->count == 0)
-        die("%s: holds no example to learn from", pattern);
+    if (data->count == 0) die("%s: holds no example to learn from", pattern);
     return data;
 }
 
@@ -3698,8 +3461,7 @@ static Dataset *dataset_split(Dataset *data, double fraction)
 
 static void dataset_free(Dataset *data)
 {
-    if (!data)
-        return;
+    if (!data) return;
     for (size_t i = 0; i < data->source_count && !data->is_part; i++) {
         free(data->sources[i].ids.data);
         unmap_file(&data->sources[i].shard);
@@ -3730,8 +3492,7 @@ static int compare_keys(const void *a, const void *b)
 // Fills list with 0 .. count - 1 in random order, as Fisher and Yates do it.
 static void shuffled(size_t *list, size_t count, uint64_t stream)
 {
-    for (size_t i = 0; i < count; i++)
-        list[i] = i;
+    for (size_t i = 0; i < count; i++) list[i] = i;
     for (size_t i = count; i > 1; i--) {
         size_t j = random_bits(stream, i) % i, kept = list[i - 1];
         list[i - 1] = list[j];
@@ -3750,12 +3511,10 @@ static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, siz
     size_t *group_order = xmalloc(groups * sizeof *group_order);
     uint64_t *keys = xmalloc(whole * sizeof *keys); // the length, then the place that the shuffling gave
     shuffled(order, data->count, stream);
-    for (size_t i = 0; i < whole; i++)
-        keys[i] = (uint64_t)data->examples[order[i]].size << 40 | i;
+    for (size_t i = 0; i < whole; i++) keys[i] = (uint64_t)data->examples[order[i]].size << 40 | i;
     for (size_t begin = 0; begin < whole; begin += pool)
         qsort(keys + begin, whole - begin < pool ? whole - begin : pool, sizeof *keys, compare_keys);
-    for (size_t i = 0; i < whole; i++)
-        sorted[i] = order[keys[i] & (((uint64_t)1 << 40) - 1)];
+    for (size_t i = 0; i < whole; i++) sorted[i] = order[keys[i] & (((uint64_t)1 << 40) - 1)];
     shuffled(group_order, groups, random_stream(stream, 1));
     for (size_t i = 0; i < groups; i++)
         memcpy(order + i * group, sorted + group_order[i] * group, group * sizeof *order);
@@ -3887,8 +3646,7 @@ static void show_progress(const char *line, bool on_terminal)
 
 static void end_progress(void)
 {
-    if (progress_line_open)
-        putchar('\n');
+    if (progress_line_open) putchar('\n');
     progress_line_open = false;
 }
 
@@ -3905,7 +3663,7 @@ static double epoch_of(const Run *run, long step) { return (double)step / (doubl
 // Opens OUT/log.csv to append to it. A resumed run first takes off what comes after its checkpoint.
 static FILE *open_log(const Run *run)
 {
-    char *path = xprintf("%s/log.csv", run->options->out);
+    const char *path = path_of("%s/log.csv", run->options->out);
     Text old = run->step > 0 && file_exists(path) ? read_file(path) : (Text){0};
     const char *at = old.data, *line;
     size_t length, kept = 0; // bytes of whole lines up to this step; atol() of the header is 0
@@ -3918,7 +3676,6 @@ static FILE *open_log(const Run *run)
         die("%s: cannot be written: %s", path, strerror(errno));
     if (kept == 0)
         fputs("step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n", file);
-    free(path);
     return file;
 }
 
@@ -3926,16 +3683,14 @@ static FILE *open_log(const Run *run)
 static void save_checkpoint(const Run *run)
 {
     const char *out = run->options->out;
-    char *path = checkpoint_path(out, run->step), *temporary = xprintf("%s.tmp", path);
-    char *moments = xprintf("%s/optimizer.safetensors", temporary),
-         *state = xprintf("%s/trainer_state.json", temporary);
+    char *temporary = xprintf("%s.tmp", checkpoint_path(out, run->step)), *state = NULL;
+    size_t size, count;
     remove_folder(temporary);
     model_save(run->model, run->tokenizer, temporary);
-    model_write_tensors(run->model, moments, true);
-    FILE *file = create_file(state);
+    model_write_tensors(run->model, path_of("%s/optimizer.safetensors", temporary), true);
+    FILE *file = open_memstream(&state, &size);
     char best[32] = "null"; // JSON has no infinity
-    if (isfinite(run->best_loss))
-        snprintf(best, sizeof best, "%.17g", run->best_loss);
+    if (isfinite(run->best_loss)) snprintf(best, sizeof best, "%.17g", run->best_loss);
     fprintf(file,
             "{\n  \"step\": %ld,\n  \"epoch\": %.9g,\n  \"best_step\": %ld,\n  \"best_loss\": %s,\n"
             "  \"stale\": %ld,\n  \"evaluated_step\": %ld,\n  \"seconds\": %.3f,\n  \"options\": [",
@@ -3947,46 +3702,35 @@ static void save_checkpoint(const Run *run)
         json_write_string(file, option, strlen(option));
     }
     fprintf(file, "]\n}\n");
-    finish_file(file, state);
+    fclose(file);
+    save_text(temporary, "trainer_state.json", state);
     sync_folder(temporary);
-    remove_folder(path);
-    if (rename(temporary, path) != 0)
+    remove_folder(checkpoint_path(out, run->step));
+    if (rename(temporary, checkpoint_path(out, run->step)) != 0)
         die("%s: cannot be renamed: %s", temporary, strerror(errno));
     sync_folder(out);
-    free(path);
     free(temporary);
-    free(moments);
-    free(state);
 
-    size_t count;
-    long *steps = list_checkpoints(out, &count);
+    long *steps = list_checkpoints(out, &count, false);
     for (size_t i = 0; i + (size_t)run->options->keep < count; i++)
-        if (steps[i] != run->best_step) {
-            path = checkpoint_path(out, steps[i]);
-            remove_folder(path);
-            free(path);
-        }
+        if (steps[i] != run->best_step) remove_folder(checkpoint_path(out, steps[i]));
     free(steps);
 }
 
 // Goes on from the checkpoint `folder` of update `step`, whose weights the model already has.
 static void load_trainer_state(Run *run, const char *folder, long step)
 {
-    char *moments = xprintf("%s/optimizer.safetensors", folder),
-         *path = xprintf("%s/trainer_state.json", folder);
-    model_load_moments(run->model, moments);
+    const char *path = path_of("%s/trainer_state.json", folder);
+    model_load_moments(run->model, path_of("%s/optimizer.safetensors", folder));
     Json *json = json_read_file(path);
     run->step = (long)json_number(json, "step", -1, path);
-    if (run->step != step)
-        die("%s: step %ld expected", path, step);
+    if (run->step != step) die("%s: step %ld expected", path, step);
     run->best_step = (long)json_number(json, "best_step", 0, path);
     run->stale = (long)json_number(json, "stale", 0, path);
     run->evaluated_step = (long)json_number(json, "evaluated_step", -1, path);
     run->best_loss = json_number(json, "best_loss", INFINITY, path);
     run->started -= json_number(json, "seconds", 0, path);
     json_free(json);
-    free(moments);
-    free(path);
 }
 
 typedef struct {
@@ -4007,15 +3751,13 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
         update.targets += (size_t)batches[i].targets;
         update.rows += (size_t)batches[i].rows;
     }
-    if (update.targets == 0)
-        return update;
+    if (update.targets == 0) return update;
     uint64_t stream = random_stream((uint64_t)options->seed, 0x64726f70u + (uint64_t)step);
     for (long i = 0; i < count; i++) {
         Dropout dropout = {(float)options->dropout, random_stream(stream, (uint64_t)i)};
         activations_reserve(a, model, batches[i].rows, true, options->recompute, options->dropout > 0, false);
         loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
-        for (int j = 0; j < batches[i].targets; j++)
-            hits += a->hit[j];
+        for (int j = 0; j < batches[i].targets; j++) hits += a->hit[j];
     }
     update.loss = loss / (double)update.targets;
     update.accuracy = (double)hits / (double)update.targets;
@@ -4038,8 +3780,7 @@ static void print_sample(const Run *run)
     Ids prompt = {0};
     Sample output = {0};
     Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
-    if (!run->tokenizer)
-        return;
+    if (!run->tokenizer) return;
     ids_push(&prompt, run->tokenizer->end_of_text >= 0 ? run->tokenizer->end_of_text : 0);
     end_progress();
     printf("--- sample at step %ld ---\n", run->step);
@@ -4055,21 +3796,18 @@ static void print_sample(const Run *run)
 static bool evaluate_and_judge(Run *run, FILE *log)
 {
     Evaluation e = evaluate(run);
-    if (stop_signal)
-        return false;
+    if (stop_signal) return false;
     end_progress();
     printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->steps, e.loss,
            exp(e.loss), 100 * e.accuracy);
-    if (run->val->prompts)
-        printf("  exact match %.2f %% of %zu", 100 * e.exact, e.examples);
+    if (run->val->prompts) printf("  exact match %.2f %% of %zu", 100 * e.exact, e.examples);
     printf("\n");
     fflush(stdout);
     fprintf(log, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
             e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
     fflush(log); // before a checkpoint that knows of it
     run->evaluated_step = run->step;
-    if (run->step == 0)
-        return false;
+    if (run->step == 0) return false;
     bool better = e.loss < run->best_loss;
     run->stale = better ? 0 : run->stale + 1;
     if (better) {
@@ -4102,16 +3840,13 @@ static long next_batches(const Run *run, Batch *batches, size_t **order, long *o
 static void save_result(const Run *run)
 {
     const char *out = run->options->out;
-    char *best = checkpoint_path(out, run->best_step), text[32];
-    bool judged = isfinite(run->best_loss);
-    Model *model = judged && run->best_step != run->step ? model_load(best) : run->model;
+    char text[32];
+    bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
+    Model *model = other ? model_load(checkpoint_path(out, run->best_step)) : run->model;
     model_save(model, run->tokenizer, out);
-    if (model != run->model)
-        model_free(model);
-    free(best);
+    if (other) model_free(model);
     printf("model saved in %s", out);
-    if (judged)
-        printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
+    if (judged) printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
     printf(" after %s\n", clock_time(now() - run->started, text));
 }
 
@@ -4151,8 +3886,7 @@ static int train(Run *run)
             save_checkpoint(run);
             saved_step = run->step;
         }
-        if (ending)
-            break;
+        if (ending) break;
 
         double step_started = now();
         long count = next_batches(run, batches, &order, &order_epoch);
@@ -4294,8 +4028,7 @@ static void add_pattern(Patterns *patterns, const char *item)
 static char *choice_word(const Option *option, long number)
 {
     char *words = xstrdup(option->argument), *word = strsep(&words, "|");
-    while (word && number-- > 0)
-        word = strsep(&words, "|");
+    while (word && number-- > 0) word = strsep(&words, "|");
     return word;
 }
 
@@ -4311,16 +4044,12 @@ static void set_option(Options *options, const Option *option, const char *text,
     } else if (option->kind == CHOICE) {
         long number = 0;
         const char *word;
-        while ((word = choice_word(option, number)) && strcmp(word, text) != 0)
-            number++;
-        if (!word)
-            die_usage("--%s %s: say one of %s", option->name, text, option->argument);
+        while ((word = choice_word(option, number)) && strcmp(word, text) != 0) number++;
+        if (!word) die_usage("--%s %s: say one of %s", option->name, text, option->argument);
         *(long *)field = number;
     } else if (option->kind == LIST) {
-        if (!again)
-            *(Patterns *)field = (Patterns){0};
-        if (strcmp(text, "none") != 0)
-            add_pattern((Patterns *)field, xstrdup(text));
+        if (!again) *(Patterns *)field = (Patterns){0};
+        if (strcmp(text, "none") != 0) add_pattern((Patterns *)field, xstrdup(text));
     } else {
         errno = 0;
         double value = strtod(text, &end);
@@ -4340,8 +4069,7 @@ static void set_defaults(Options *options)
 {
     *options = (Options){0};
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++)
-        if (option->name && option->kind != FLAG)
-            set_option(options, option, option->initial, false);
+        if (option->name && option->kind != FLAG) set_option(options, option, option->initial, false);
 }
 
 // What a checkpoint remembers: "--name=value" for each option that has another value than its default.
@@ -4350,10 +4078,8 @@ static Patterns options_to_save(const Options *options)
     Patterns saved = {0};
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         const char *field = (const char *)options + option->field, *initial = option->initial;
-        if (!option->name || option->modes & NOT_SAVED)
-            continue;
-        if (option->kind == FLAG && *(const bool *)field)
-            add_pattern(&saved, xprintf("--%s", option->name));
+        if (!option->name || option->modes & NOT_SAVED) continue;
+        if (option->kind == FLAG && *(const bool *)field) add_pattern(&saved, xprintf("--%s", option->name));
         if (option->kind == COUNT && *(const long *)field != atol(initial))
             add_pattern(&saved, xprintf("--%s=%ld", option->name, *(const long *)field));
         if (option->kind == REAL && *(const double *)field != atof(initial))
@@ -4361,11 +4087,9 @@ static Patterns options_to_save(const Options *options)
         const char *word = option->kind == WORD     ? *(const char *const *)field
                            : option->kind == CHOICE ? choice_word(option, *(const long *)field)
                                                     : initial;
-        if (strcmp(word, initial) != 0)
-            add_pattern(&saved, xprintf("--%s=%s", option->name, word));
+        if (strcmp(word, initial) != 0) add_pattern(&saved, xprintf("--%s=%s", option->name, word));
         const Patterns *list = (const Patterns *)field;
-        if (option->kind == LIST && list->size == 0)
-            add_pattern(&saved, xprintf("--%s=none", option->name));
+        if (option->kind == LIST && list->size == 0) add_pattern(&saved, xprintf("--%s=none", option->name));
         for (size_t i = 0; option->kind == LIST && i < list->size; i++)
             add_pattern(&saved, xprintf("--%s=%s", option->name, list->items[i]));
     }
@@ -4393,12 +4117,10 @@ static void take_words(Options *options, bool given[OPTION_COUNT], int count, ch
 #endif
     for (int found; (found = getopt_long(count, words, letters, names, NULL)) != -1;) {
         const char *word = words[optind - 1];
-        if (found == ':')
-            die_usage("%s needs a value; --help says which", word);
+        if (found == ':') die_usage("%s needs a value; --help says which", word);
         if (found == '?' && optopt > 0 && optopt < 256) // perhaps among others, as in -yZ
             die_usage("unknown option -%c; --help lists all", optopt);
-        if (found == '?')
-            die_usage("unknown option %s; --help lists all", word);
+        if (found == '?') die_usage("unknown option %s; --help lists all", word);
         int i = found - 256;
         for (i = i < 0 ? 0 : i; found < 256 && option_table[i].letter != found; i++)
             ;
@@ -4421,8 +4143,7 @@ static void parse_options(Options *options, const char *state, int argc, char **
     Patterns words = {0};
     add_pattern(&words, argv[0]);
     for (const Json *item = saved ? saved->child : NULL; item; item = item->next)
-        if (item->kind == JSON_STRING)
-            add_pattern(&words, item->string);
+        if (item->kind == JSON_STRING) add_pattern(&words, item->string);
     take_words(options, given, (int)words.size, (char *const *)words.items);
     json_free(json);
     take_words(options, given, argc, argv);
@@ -4474,8 +4195,7 @@ static void pin_threads(void)
 #pragma omp parallel
     {
         int core = -1;
-        for (int passed = -1; passed < omp_get_thread_num(); passed += CPU_ISSET(core, &allowed) != 0)
-            core++;
+        for (int passed = -1; passed < omp_get_thread_num(); passed += CPU_ISSET(core, &allowed) != 0) core++;
         cpu_set_t own;
         CPU_ZERO(&own);
         CPU_SET(core, &own);
@@ -4489,17 +4209,15 @@ static void pin_threads(void)
 static void choose_matmul(Options *options)
 {
 #ifdef USE_OPENBLAS
-    if (openblas_get_parallel() == 1) { // its own pool of threads would fight with OpenMP's
+    if (openblas_get_parallel() ==
+        1) // its own pool of threads would fight with OpenMP's: the built-in one wins
         openblas_set_num_threads(1);
-        blas_runs_alone = true;
-    }
 #endif
 #ifdef USE_CBLAS
     if (options->matmul == AUTO_CHOICE) {
         enum { M = 256, N = 768, K = 768 };
         float *memory = xfloats(M * K + K * N + M * N), *a = memory, *b = a + M * K, *c = b + K * N;
-        for (size_t i = 0; i < M * K + K * N; i++)
-            memory[i] = random_uniform(1, i) - 0.5f;
+        for (size_t i = 0; i < M * K + K * N; i++) memory[i] = random_uniform(1, i) - 0.5f;
         double best[2] = {INFINITY, INFINITY};
         for (int repeat = 0; repeat < 4; repeat++)
             for (MatmulKind kind = MATMUL_BUILTIN; kind <= MATMUL_CBLAS; kind++) {
@@ -4529,28 +4247,20 @@ static const int sizes[][2] = {{4, 256}, {6, 384}, {12, 768}, {24, 1024}, {36, 1
 static const int *find_size(const char *name)
 {
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (name[0] == 'd' && strlen(name) < 4 && strspn(name + 1, "0123456789") == strlen(name + 1) &&
-            atoi(name + 1) == sizes[i][0])
-            return sizes[i];
+        if (strcmp(name, path_of("d%d", sizes[i][0])) == 0) return sizes[i];
     return NULL;
 }
 
 static bool has_file(const char *folder, const char *name)
 {
-    char *path = xprintf("%s/%s", folder, name);
-    bool found = file_exists(path);
-    free(path);
-    return found;
+    return file_exists(path_of("%s/%s", folder, name));
 }
 
 // The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
 static Tokenizer *load_tokenizer(const char *given, const char *folder)
 {
-    if (*given)
-        return tokenizer_load(given);
-    bool found =
-        has_file(folder, "merges.txt") || has_file(folder, "vocab.bpe") || has_file(folder, "tokenizer.json");
-    return found ? tokenizer_load(folder) : NULL;
+    const char *files[2];
+    return *given ? tokenizer_load(given) : tokenizer_files(folder, files) ? tokenizer_load(folder) : NULL;
 }
 
 // A model of a size of the table with random values, or (size NULL) the one in a folder.
@@ -4574,7 +4284,7 @@ static Model *start_model(const Options *options, const int *size, const char *f
                     : config.n_embd % 64 == 0 ? config.n_embd / 64
                                               : size[1] / 64;
     config.n_inner = 4 * config.n_embd;
-    check_config(&config, "--init");
+    check_config(config, "--init");
     Model *model = model_new(config);
     model_initialise(model, (uint64_t)options->seed);
     return model;
@@ -4603,12 +4313,10 @@ static Run start_run(Options *options, const char *checkpoint)
     const Config *config = &run.model->config;
     if (options->seq_len > config->n_positions)
         die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
-    if (!options->seq_len)
-        options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
+    if (!options->seq_len) options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
     if (options->train[0]) {
         model_set_training(run.model, &options->freeze, &options->no_decay);
-        if (count_parameters(run.model, true) == 0)
-            die_usage("--freeze leaves nothing to train");
+        if (count_parameters(run.model, true) == 0) die_usage("--freeze leaves nothing to train");
         run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
     }
     if (options->val[0])
@@ -4623,16 +4331,14 @@ static Run start_run(Options *options, const char *checkpoint)
 static int largest_batch(const Dataset *data, long batch_size, int seq_len)
 {
     size_t *counts = xcalloc((size_t)seq_len + 1, sizeof *counts), rows = 0;
-    for (size_t i = 0; i < data->count; i++)
-        counts[data->examples[i].size - 1]++;
+    for (size_t i = 0; i < data->count; i++) counts[data->examples[i].size - 1]++;
     for (int length = seq_len; length > 0 && batch_size > 0; length--) {
         size_t taken = counts[length] < (size_t)batch_size ? counts[length] : (size_t)batch_size;
         rows += taken * (size_t)length;
         batch_size -= (long)taken;
     }
     free(counts);
-    if (rows > INT_MAX)
-        die("a batch of %zu rows is too large: choose a smaller --batch-size", rows);
+    if (rows > INT_MAX) die("a batch of %zu rows is too large: choose a smaller --batch-size", rows);
     return (int)rows;
 }
 
@@ -4640,8 +4346,7 @@ static int largest_batch(const Dataset *data, long batch_size, int seq_len)
 static long warmup_of(const Options *options, long steps, long steps_per_epoch)
 {
     const char *text = options->warmup_steps;
-    if (!*text)
-        text = !find_size(options->init) && steps > steps_per_epoch ? "1ep" : "10%";
+    if (!*text) text = !find_size(options->init) && steps > steps_per_epoch ? "1ep" : "10%";
     char *unit;
     double value = strtod(text, &unit);
     if (unit == text || !(value >= 0) || value > 1e12 ||
@@ -4655,45 +4360,26 @@ static long warmup_of(const Options *options, long steps, long steps_per_epoch)
 
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
-// The share of an update's multiply-adds that freezing skips: the weight-gradient product of each frozen
-// matrix, and everything backward in blocks below the lowest trainable tensor. `keys` is what a row attends
-// to on average, `scored` the share of rows that reach the head. Embeddings, norms and biases are too small
-// to count.
-static double skipped_work(const Model *model, double keys, double scored)
-{
-    const Config *config = &model->config;
-    // Of each block's attention 2 products forward (query·keyᵀ, probabilities·value) and 5 backward.
-    double attention = keys * config->n_embd, all = 7 * attention * config->n_layer, skipped = 0;
-    if (model->lowest > 0)
-        skipped += 5 * attention * model->lowest;
-    for (int i = 0; i < model->tensor_count; i++) {
-        const Tensor *t = &model->tensors[i];
-        bool in_block = kind_is_per_layer(t->kind);
-        if (t->dims < 2 || !(in_block || t == model_head(model)))
-            continue;
-        double product = (double)t->size * (in_block ? 1 : scored); // y = xW, dx = dyWᵀ, dW = xᵀdy
-        all += 3 * product;
-        skipped += t->frozen ? product : 0;
-        skipped += in_block && t->layer < model->lowest ? product : 0;
-    }
-    return skipped / all;
-}
-
 static void print_plan(const Run *run)
 {
     const Model *model = run->model;
     const Options *options = run->options;
     size_t decayed = 0, trainable = count_parameters(model, true), all = count_parameters(model, false);
-    size_t frozen = all - trainable, memory = run->activations.memory_size, rows, targets;
+    size_t frozen = all - trainable, memory = run->activations.memory_size, rows, targets, products = 0,
+           skipped = 0;
     printf("%-40s %-16s %12s  %-6s %s\n", "tensor", "shape", "parameters", "decay", "frozen");
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *t = &model->tensors[i];
-        bool decays = t->decay && !t->frozen;
+        bool decays = t->decay && !t->frozen, in_block = kind_is_per_layer(t->kind);
         char shape[48];
         snprintf(shape, sizeof shape, t->dims == 2 ? "[%zu, %zu]" : "[%zu]", t->shape[0], t->shape[1]);
         printf("%-40s %-16s %12zu  %-6s %s\n", t->name, shape, t->size, decays ? "yes" : "-",
                t->frozen ? "yes" : "-");
         decayed += decays ? t->size : 0;
+        if (t->dims == 2 && (in_block || t == model_head(model))) { // y = xW, dx = dyWᵀ, dW = xᵀdy
+            products += 3 * t->size;
+            skipped += (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest ? t->size : 0);
+        }
     }
     printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trainable, decayed, frozen);
     printf("\nmemory, MB\n  weights %.1f%s\n", megabytes(all),
@@ -4708,12 +4394,11 @@ static void print_plan(const Run *run)
         Activations full = {0};
         activations_reserve(&full, &unfrozen, run->activations.rows, true, options->recompute,
                             options->dropout > 0, true);
-        double keys = ((double)rows / (double)run->train->count + 1) / 2;
         printf(
             "freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, and %.0f %% of the "
-            "multiply-adds\n",
+            "products with weights\n",
             megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - memory),
-            100 * skipped_work(model, keys, (double)targets / (double)rows));
+            100 * (double)skipped / (double)products);
     }
     printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
     if (run->val) {
@@ -4724,8 +4409,7 @@ static void print_plan(const Run *run)
            run->steps, options->accumulate, options->batch_size, run->steps_per_epoch, run->val_every,
            run->save_every);
     printf("learning rate:");
-    for (int i = 0; i <= 10; i++)
-        printf(" %.3g", rate_of(run, (run->steps - 1) * i / 10));
+    for (int i = 0; i <= 10; i++) printf(" %.3g", rate_of(run, (run->steps - 1) * i / 10));
     printf("  (warm-up %ld updates)\n", run->warmup);
 }
 
@@ -4735,18 +4419,17 @@ static void end_run(Run *run)
     dataset_free(run->val);
     dataset_free(run->train);
     model_free(run->model);
-    if (run->tokenizer)
-        tokenizer_free(run->tokenizer);
+    if (run->tokenizer) tokenizer_free(run->tokenizer);
 }
 
 static int run_training(Options *options, int argc, char **argv)
 {
     char *checkpoint = NULL;
     size_t count;
-    long *steps = list_checkpoints(options->out, &count), newest = count > 0 ? steps[count - 1] : 0;
+    long *steps = list_checkpoints(options->out, &count, false), newest = count > 0 ? steps[count - 1] : 0;
     if (count > 0 && options->resume) {
-        checkpoint = checkpoint_path(options->out, newest);
-        parse_options(options, xprintf("%s/trainer_state.json", checkpoint), argc, argv);
+        checkpoint = xstrdup(checkpoint_path(options->out, newest));
+        parse_options(options, path_of("%s/trainer_state.json", checkpoint), argc, argv);
     } else if (count > 0 && !options->plan) {
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
@@ -4757,8 +4440,7 @@ static int run_training(Options *options, int argc, char **argv)
     size_t group = (size_t)(options->batch_size * options->accumulate);
     run.steps_per_epoch = (long)((run.train->count + group - 1) / group);
     run.steps = options->steps ? options->steps : (long)(options->epochs * (double)run.steps_per_epoch + 0.5);
-    if (run.steps < 1)
-        die_usage("--epochs %g: less than one update", options->epochs);
+    if (run.steps < 1) die_usage("--epochs %g: less than one update", options->epochs);
     run.warmup = warmup_of(options, run.steps, run.steps_per_epoch);
     run.val_every = options->val_every ? options->val_every : run.steps >= 20 ? run.steps / 20 : 1;
     run.save_every = options->save_every ? options->save_every : run.val_every;
@@ -4771,11 +4453,10 @@ static int run_training(Options *options, int argc, char **argv)
         return 0;
     }
     make_folder(options->out);
-    remove_leftovers(options->out);
+    free(list_checkpoints(options->out, &count, true));
     model_allocate_training(run.model, checkpoint == NULL);
     run.started = now();
-    if (checkpoint)
-        load_trainer_state(&run, checkpoint, newest);
+    if (checkpoint) load_trainer_state(&run, checkpoint, newest);
     if (!options->quiet) {
         const Config *config = &run.model->config;
         size_t tokens, targets;
@@ -4806,14 +4487,12 @@ static int run_training(Options *options, int argc, char **argv)
 
 static int run_evaluation(Options *options)
 {
-    if (!options->val[0])
-        die_usage("--eval needs --val FILE");
+    if (!options->val[0]) die_usage("--eval needs --val FILE");
     Run run = start_run(options, NULL);
     Evaluation e = evaluate(&run);
     printf("loss %.6f  perplexity %.4f  accuracy %.3f %%  of %zu tokens", e.loss, exp(e.loss),
            100 * e.accuracy, e.targets);
-    if (run.val->prompts)
-        printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
+    if (run.val->prompts) printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
     printf("  in %s", options->val);
     if (run.val->truncated + run.val->skipped > 0)
         printf(" (%zu examples cut, %zu skipped)", run.val->truncated, run.val->skipped);
@@ -4836,8 +4515,7 @@ static int run_generation(Options *options)
     Ids prompt = {0};
     Sample *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
     tokenizer_encode(run.tokenizer, &prompt, text.data, text.size, false);
-    if (prompt.size == 0)
-        ids_push(&prompt, tokenizer->end_of_text >= 0 ? tokenizer->end_of_text : 0);
+    if (prompt.size == 0) ids_push(&prompt, tokenizer->end_of_text >= 0 ? tokenizer->end_of_text : 0);
     Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed,
                          options->stop[0] ? options->stop : NULL};
     bool stream = options->samples == 1;
@@ -4874,13 +4552,10 @@ static int train_gpt2_main(int argc, char **argv)
         print_help();
         return 0;
     }
-    if (options.threads)
-        omp_set_num_threads((int)options.threads);
+    if (options.threads) omp_set_num_threads((int)options.threads);
     pin_threads();
-    if (options.generate)
-        return run_generation(&options);
-    if (options.eval)
-        return run_evaluation(&options);
+    if (options.generate) return run_generation(&options);
+    if (options.eval) return run_evaluation(&options);
     return run_training(&options, argc, argv);
 }
 

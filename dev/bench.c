@@ -176,12 +176,6 @@ KERNEL(run_layernorm_forward)
     layernorm_forward(a->normed, b.mean_1, b.rstd_1, a->residual, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
                       1e-5f, R, C);
 }
-KERNEL(run_layernorm_rebuild)
-{
-    SIZES;
-    layernorm_rebuild(a->normed, b.mean_1, b.rstd_1, a->residual, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, R,
-                      C);
-}
 KERNEL(run_layernorm_backward)
 {
     SIZES;
@@ -211,13 +205,13 @@ KERNEL(run_gelu_backward)
     SIZES;
     gelu_backward(a->wide, b.hidden, (size_t)R * F);
 }
-KERNEL(run_bias_backward)
+KERNEL(run_column_sums)
 {
     SIZES;
-    bias_backward(t[FC_BIAS].gradient, b.hidden, R, F, false);
-    bias_backward(t[ATTN_BIAS].gradient, b.qkv, R, 3 * C, false);
-    bias_backward(t[ATTN_PROJ_BIAS].gradient, b.attention, R, C, false);
-    bias_backward(t[FC_PROJ_BIAS].gradient, b.attention, R, C, false);
+    column_sums(t[FC_BIAS].gradient, b.hidden, NULL, NULL, NULL, false, R, F);
+    column_sums(t[ATTN_BIAS].gradient, b.qkv, NULL, NULL, NULL, false, R, 3 * C);
+    column_sums(t[ATTN_PROJ_BIAS].gradient, b.attention, NULL, NULL, NULL, false, R, C);
+    column_sums(t[FC_PROJ_BIAS].gradient, b.attention, NULL, NULL, NULL, false, R, C);
 }
 KERNEL(run_cross_entropy)
 {
@@ -408,10 +402,10 @@ int main(int argc, char **argv)
         {"gelu", "forward", run_gelu_forward, L},
         {"cross-entropy", "both", run_cross_entropy, chunks},
         {"gelu", "backward", run_gelu_backward, L},
-        {"layernorm, rebuilt", "backward", run_layernorm_rebuild, 2 * L},
+        {"layernorm, rebuilt", "backward", run_layernorm_forward, 2 * L},
         {"layernorm", "backward", run_layernorm_backward, 2 * L},
         {"attention", "backward", run_attention_backward, L},
-        {"biases", "backward", run_bias_backward, L},
+        {"biases", "backward", run_column_sums, L},
         {"embedding", "backward", run_embedding_backward, 1},
         {"gradient norm", "update", run_gradient_norm, 1},
         {"AdamW", "update", run_adamw, 1},
