@@ -1327,8 +1327,8 @@ static void check_differences(const char *what, double (*loss)(const void *), co
 {
     double *kept = xmalloc(size * sizeof *kept), scale = 1e-9;
     memcpy(kept, x, size * sizeof *kept);
-    for (size_t i = 0; i < size; i++)
-        scale = fmax(scale, fabs(gradient[i]));
+    for (size_t i = 0; i < size; i++) // not fmax: gcc 12 for arm64 fails on it
+        scale = fabsf(gradient[i]) > scale ? fabsf(gradient[i]) : scale;
     for (int n = 0; n < elements + 2; n++) {
         uint64_t stream = random_stream(17, (uint64_t)n);
         bool all = n >= elements;
