@@ -40,7 +40,8 @@ way() {
     fi
 }
 
-# direct COMPILER-AND-FLAGS LIBRARIES EMULATOR: builds without make, and starts programs through an emulator
+# direct COMPILER-AND-FLAGS LIBRARIES EMULATOR: builds without make, and starts programs through an emulator (-0: under
+# the name that they were started by, so that the tests also start others through it)
 direct() {
     echo "for p in train_gpt2 tokenizer test_gpt2 data/stories; do
             $1 -std=gnu11 -O3 -fno-math-errno -fopenmp -Wall -Wextra -Wno-unused-function -o \$p.run \$p.c $2 -lm
@@ -65,10 +66,10 @@ x86_64)
     way x86-64-baseline gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64'"
     way x86-64-v3 gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64-v3'"
     # an emulated processor that has SSE4.2 at most
-    way x86-64-nehalem-qemu qemu-x86_64 "$(direct "cc -march=x86-64" "" "qemu-x86_64 -cpu Nehalem")"
+    way x86-64-nehalem-qemu qemu-x86_64 "$(direct "cc -march=x86-64" "" 'qemu-x86_64 -cpu Nehalem -0 "$0"')"
     ;;
 esac
-way aarch64-qemu aarch64-linux-gnu-gcc "$(direct "aarch64-linux-gnu-gcc -static" "" qemu-aarch64)"
+way aarch64-qemu aarch64-linux-gnu-gcc "$(direct "aarch64-linux-gnu-gcc -static" "" 'qemu-aarch64 -0 "$0"')"
 
 echo "$passed ways passed, $failed failed, $skipped skipped"
 [ $failed = 0 ]
