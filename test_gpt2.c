@@ -25,10 +25,8 @@ static int failures_of_test = 0;
 static char self_path[4096]; // of this program, which also acts as the trainer: see run_trainer
 
 // Records whether something holds; says what when it does not.
-static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *format, ...)
-{
-    if (ok || ++failures_of_test > 5)
-        return;
+static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *format, ...) {
+    if (ok || ++failures_of_test > 5) return;
     va_list arguments;
     va_start(arguments, format);
     printf("    %s: ", current_test);
@@ -38,12 +36,10 @@ static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *for
 }
 
 // Runs f in a child process with its standard error captured; returns its exit status, or 128 + signal.
-static int run_child(void (*f)(void), Text *stderr_text)
-{
+static int run_child(void (*f)(void), Text *stderr_text) {
     int ends[2], status;
     fflush(stdout);
-    if (pipe(ends) != 0)
-        die("pipe: %s", strerror(errno));
+    if (pipe(ends) != 0) die("pipe: %s", strerror(errno));
     pid_t child = fork();
     if (child == 0) {
         dup2(ends[1], 2);
@@ -61,13 +57,11 @@ static int run_child(void (*f)(void), Text *stderr_text)
 
 // Runs `train_gpt2 ARGUMENTS` (words of a shell command) in a process of its own; returns the exit status, and in `out`
 // what it printed on both streams.
-static int __attribute__((format(printf, 2, 3))) run_trainer(Text *out, const char *format, ...)
-{
+static int __attribute__((format(printf, 2, 3))) run_trainer(Text *out, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     char *words = NULL;
-    if (vasprintf(&words, format, arguments) < 0)
-        die("out of memory");
+    if (vasprintf(&words, format, arguments) < 0) die("out of memory");
     va_end(arguments);
     char *command = xprintf("'%s' --trainer %s 2>&1 </dev/null", self_path, words);
     fflush(stdout);
@@ -80,14 +74,12 @@ static int __attribute__((format(printf, 2, 3))) run_trainer(Text *out, const ch
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-static char *temporary_folder(void)
-{
+static char *temporary_folder(void) {
     static char *folder = NULL;
     if (!folder) {
         const char *parent = getenv("TMPDIR");
         folder = xprintf("%s/test_gpt2.XXXXXX", parent && *parent ? parent : "/tmp");
-        if (!mkdtemp(folder))
-            die("%s: cannot be made: %s", folder, strerror(errno));
+        if (!mkdtemp(folder)) die("%s: cannot be made: %s", folder, strerror(errno));
     }
     return folder;
 }
@@ -104,12 +96,10 @@ typedef struct {
 } Worst;
 
 // |ours - theirs| <= 1e-5 scale + 1e-4 |theirs|, scale being the tensor's largest magnitude
-static void compare_values(Worst *worst, const char *name, const float *ours, const StoredTensor *theirs)
-{
+static void compare_values(Worst *worst, const char *name, const float *ours, const StoredTensor *theirs) {
     const float *expected = (const float *)theirs->data;
     double scale = 0;
-    for (size_t i = 0; i < theirs->count; i++)
-        scale = fabs(expected[i]) > scale ? fabs(expected[i]) : scale;
+    for (size_t i = 0; i < theirs->count; i++) scale = fabs(expected[i]) > scale ? fabs(expected[i]) : scale;
     for (size_t i = 0; i < theirs->count; i++) {
         double error = fabs((double)ours[i] - expected[i]);
         bool inside = error <= 1e-5 * scale + 1e-4 * fabs(expected[i]); // false for NaN
@@ -117,8 +107,7 @@ static void compare_values(Worst *worst, const char *name, const float *ours, co
             worst->relative = error / (scale + 1e-30);
             snprintf(worst->where, sizeof worst->where, "%s", name);
         }
-        if (!(error <= worst->absolute))
-            worst->absolute = error;
+        if (!(error <= worst->absolute)) worst->absolute = error;
         worst->outside += !inside;
     }
     worst->compared += theirs->count;
@@ -127,8 +116,7 @@ static void compare_values(Worst *worst, const char *name, const float *ours, co
 // Compares updates: |(ours - initial) - (theirs - initial)| / |theirs - initial| <= 1e-3 in the L2 norm, since AdamW
 // magnifies rounding where a gradient is nearly zero. What does not move in PyTorch must be the same to the bit.
 static void compare_update(Worst *worst, const Tensor *tensor, const float *initial,
-                           const StoredTensor *theirs)
-{
+                           const StoredTensor *theirs) {
     const float *expected = (const float *)theirs->data;
     double difference = 0, moved = 0;
     for (size_t i = 0; i < theirs->count; i++) {
@@ -147,27 +135,23 @@ static void compare_update(Worst *worst, const Tensor *tensor, const float *init
 }
 
 static const StoredTensor *reference_tensor(const SafeTensors *file, const char *name, const char *dtype,
-                                            size_t count, const char *path)
-{
+                                            size_t count, const char *path) {
     const StoredTensor *tensor = safetensors_find(file, name);
-    if (!tensor)
-        die("%s: tensor %s is missing", path, name);
+    if (!tensor) die("%s: tensor %s is missing", path, name);
     if (strcmp(tensor->dtype, dtype) != 0 || (count && tensor->count != count))
         die("%s: tensor %s must be %s with %zu elements", path, name, dtype, count);
     return tensor;
 }
 
 // Logits (R, V) of every row of a batch.
-static void all_logits(const Model *model, Activations *a, const Batch *batch, float *logits)
-{
+static void all_logits(const Model *model, Activations *a, const Batch *batch, float *logits) {
     const size_t V = (size_t)model->config.vocab_size;
     int rows[LOGIT_ROWS];
     activations_reserve(a, model, batch->rows, true, a->recompute, false, false);
     model_forward(model, a, batch, NULL, (Dropout){0});
     for (int begin = 0, n; begin < batch->rows; begin += n) {
         n = batch->rows - begin < LOGIT_ROWS ? batch->rows - begin : LOGIT_ROWS;
-        for (int i = 0; i < n; i++)
-            rows[i] = begin + i;
+        for (int i = 0; i < n; i++) rows[i] = begin + i;
         head_forward(model, a, rows, n);
         memcpy(logits + (size_t)begin * V, a->logits, (size_t)n * V * sizeof(float));
     }
@@ -177,15 +161,13 @@ static void all_logits(const Model *model, Activations *a, const Batch *batch, f
 //   input_ids, attention_mask (B, T); position_ids (B, T) or NULL: cumsum(attention_mask) - 1;
 //   labels (B, T) or NULL, aligned with input_ids: row t is scored against labels[t + 1], -100 is not scored.
 static void pack_padded(Batch *batch, const int64_t *input_ids, const int64_t *attention_mask,
-                        const int64_t *position_ids, const int64_t *labels, int B, int T)
-{
+                        const int64_t *position_ids, const int64_t *labels, int B, int T) {
     batch_clear(batch);
     for (int b = 0; b < B; b++) {
         int real = 0; // tokens of this sequence so far
         for (int t = 0; t < T; t++) {
             size_t i = (size_t)b * T + t;
-            if (!attention_mask[i])
-                continue;
+            if (!attention_mask[i]) continue;
             bool scored = labels && t + 1 < T && labels[i + 1] >= 0;
             batch_add_row(batch, (int)input_ids[i], position_ids ? (int)position_ids[i] : real,
                           scored ? (int)labels[i + 1] : -1);
@@ -197,8 +179,7 @@ static void pack_padded(Batch *batch, const int64_t *input_ids, const int64_t *a
 
 // The way back: rows (R, width) of pack_padded's batch to their places in padded (B, T, width), zeros at PAD.
 static void unpack_rows(float *padded, const float *rows, const int64_t *attention_mask, int B, int T,
-                        size_t width)
-{
+                        size_t width) {
     size_t row = 0;
     for (size_t i = 0; i < (size_t)B * T; i++) {
         if (attention_mask[i])
@@ -209,19 +190,16 @@ static void unpack_rows(float *padded, const float *rows, const int64_t *attenti
 }
 
 // Splits a string of options at spaces and parses it as a command line.
-static void options_from_text(Options *options, const char *text)
-{
+static void options_from_text(Options *options, const char *text) {
     char *copy = xstrdup(text), *words[256] = {"train_gpt2"};
     int count = 1;
-    for (char *word = strtok(copy, " "); word && count < 255; word = strtok(NULL, " "))
-        words[count++] = word;
+    for (char *word = strtok(copy, " "); word && count < 255; word = strtok(NULL, " ")) words[count++] = word;
     parse_options(options, NULL, count, words); // values are copied
     free(copy);
 }
 
 static void keep_tensor(StoredTensor **list, size_t *count, size_t *capacity, const char *prefix,
-                        const char *name, const StoredTensor *shape, const float *data)
-{
+                        const char *name, const StoredTensor *shape, const float *data) {
     *list = grow(*list, *count + 1, capacity, sizeof **list);
     StoredTensor *kept = &(*list)[(*count)++];
     *kept = *shape;
@@ -232,8 +210,7 @@ static void keep_tensor(StoredTensor **list, size_t *count, size_t *capacity, co
 
 // Computes everything that the folder's reference.safetensors holds, compares, prints (unless `quiet`) the worst
 // deviation of each kind, and returns whether all are inside the tolerance. With dump_path also writes it all.
-static bool compare_reference(const char *folder, const char *dump_path, bool quiet, bool recompute)
-{
+static bool compare_reference(const char *folder, const char *dump_path, bool quiet, bool recompute) {
     char *path = xprintf("%s/reference.safetensors", folder);
     SafeTensors file = safetensors_open(path);
     const Json *metadata = json_get(json_get(file.header, "__metadata__"), "options");
@@ -246,8 +223,7 @@ static bool compare_reference(const char *folder, const char *dump_path, bool qu
     model_allocate_training(model, true);
 
     const StoredTensor *ids = reference_tensor(&file, "input_ids", "I64", 0, path);
-    if (ids->dims != 2)
-        die("%s: input_ids must be [B, T]", path);
+    if (ids->dims != 2) die("%s: input_ids must be [B, T]", path);
     const int B = (int)ids->shape[0], T = (int)ids->shape[1], A = (int)options.accumulate;
     const int64_t *input_ids = (int64_t *)ids->data;
     const int64_t *mask = (int64_t *)reference_tensor(&file, "attention_mask", "I64", ids->count, path)->data;
@@ -260,8 +236,7 @@ static bool compare_reference(const char *folder, const char *dump_path, bool qu
             die("%s: token, position or label out of range at element %zu", path, i);
     if (T > model->config.n_positions)
         die("%s: sequences of %d, but the model has %d positions", path, T, model->config.n_positions);
-    if (B % A)
-        die("%s: %d sequences do not make %d micro-batches", path, B, A);
+    if (B % A) die("%s: %d sequences do not make %d micro-batches", path, B, A);
 
     Batch whole = {0}, *batches = xcalloc((size_t)A, sizeof *batches);
     pack_padded(&whole, input_ids, mask, positions, labels, B, T);
@@ -354,8 +329,7 @@ static bool compare_reference(const char *folder, const char *dump_path, bool qu
                    worst[i].absolute, worst[i].relative, worst[i].where,
                    worst[i].outside ? "   OUTSIDE" : "");
     }
-    if (dump_path)
-        safetensors_write(dump_path, kept, kept_count);
+    if (dump_path) safetensors_write(dump_path, kept, kept_count);
     for (size_t i = 0; i < kept_count; i++) {
         free((char *)kept[i].name);
         free(kept[i].data);
@@ -363,8 +337,7 @@ static bool compare_reference(const char *folder, const char *dump_path, bool qu
     free(kept);
     free(packed);
     free(padded);
-    for (int a = 0; a < A; a++)
-        batch_free(&batches[a]);
+    for (int a = 0; a < A; a++) batch_free(&batches[a]);
     free(batches);
     batch_free(&whole);
     activations_free(&activations);
@@ -383,16 +356,13 @@ typedef struct {
     float *A, *B, *C;
 } MatmulCase;
 
-static float *random_floats(uint64_t stream, size_t count)
-{
+static float *random_floats(uint64_t stream, size_t count) {
     float *data = xmalloc(count * sizeof(float));
-    for (size_t i = 0; i < count; i++)
-        data[i] = 2 * random_uniform(stream, i) - 1;
+    for (size_t i = 0; i < count; i++) data[i] = 2 * random_uniform(stream, i) - 1;
     return data;
 }
 
-static MatmulCase matmul_case(uint64_t seed, size_t M, size_t N, size_t K, unsigned flags)
-{
+static MatmulCase matmul_case(uint64_t seed, size_t M, size_t N, size_t K, unsigned flags) {
     MatmulCase c = {.M = M, .N = N, .K = K, .accumulate = flags & 4};
     c.transpose_a = flags & 1;
     c.transpose_b = flags & 2;
@@ -408,22 +378,19 @@ static MatmulCase matmul_case(uint64_t seed, size_t M, size_t N, size_t K, unsig
     return c;
 }
 
-static void matmul_case_run(MatmulCase *c)
-{
+static void matmul_case_run(MatmulCase *c) {
     matmul_builtin((Product){c->C, c->A, c->B, c->ldc, c->lda, c->ldb, c->M, c->N, c->K, c->transpose_a,
                              c->transpose_b, c->accumulate, 0, 0, 0});
 }
 
-static void matmul_case_free(MatmulCase *c)
-{
+static void matmul_case_free(MatmulCase *c) {
     free(c->A);
     free(c->B);
     free(c->C);
 }
 
 // The oracle: element (i, j) of op(A) · op(B), three plain loops in all, in double precision.
-static double matmul_naive(const MatmulCase *c, size_t i, size_t j)
-{
+static double matmul_naive(const MatmulCase *c, size_t i, size_t j) {
     double sum = 0;
     for (size_t k = 0; k < c->K; k++)
         sum += (double)c->A[c->transpose_a ? k * c->lda + i : i * c->lda + k] *
@@ -433,8 +400,7 @@ static double matmul_naive(const MatmulCase *c, size_t i, size_t j)
 
 // Runs a case and returns its worst error in units of K + 1 float roundings (operands are within -1..1);
 // HUGE_VAL when something outside C was written.
-static double matmul_case_error(MatmulCase *c)
-{
+static double matmul_case_error(MatmulCase *c) {
     float *before = xmalloc(c->size_c * sizeof(float));
     double worst = 0;
     memcpy(before, c->C, c->size_c * sizeof(float));
@@ -452,8 +418,7 @@ static double matmul_case_error(MatmulCase *c)
 
 // 400 random shapes, from 0 to a few tiles, every tenth with one dimension beyond all blocks; each inside a
 // parallel region and outside.
-static void test_matmul_shapes(void)
-{
+static void test_matmul_shapes(void) {
     static const size_t most[][3] = {{40, 60, 40}, {9, 60, 40}, {990, 20, 30}, {20, 990, 30}, {20, 40, 1700}};
     static double error[2][400];
     for (int parallel = 0; parallel < 2; parallel++) {
@@ -461,8 +426,7 @@ static void test_matmul_shapes(void)
         for (int n = 0; n < 400; n++) {
             uint64_t stream = random_stream(11, (uint64_t)n);
             size_t size[3], kind = n % 10 == 9 ? 2 + (size_t)n / 10 % 3 : (size_t)n % 2;
-            for (uint64_t d = 0; d < 3; d++)
-                size[d] = random_bits(stream, d) % (most[kind][d] + 1);
+            for (uint64_t d = 0; d < 3; d++) size[d] = random_bits(stream, d) % (most[kind][d] + 1);
             MatmulCase c = matmul_case((uint64_t)n, size[0], size[1], size[2], random_bits(stream, 3) % 16);
             error[parallel][n] = matmul_case_error(&c);
             matmul_case_free(&c);
@@ -474,8 +438,7 @@ static void test_matmul_shapes(void)
 }
 
 // The same bits on 1, 2 and 5 threads, and inside a parallel region.
-static void test_matmul_threads(void)
-{
+static void test_matmul_threads(void) {
     static const size_t shapes[][3] = {{61, 517, 801}, {1003, 97, 130}, {3, 1301, 515}, {51, 533, 1024}};
     int threads_before = omp_get_max_threads();
     for (unsigned n = 0; n < 4 * 8; n++) {
@@ -486,28 +449,24 @@ static void test_matmul_threads(void)
             omp_set_num_threads(run == 0 ? 1 : run == 1 ? 5 : 2);
 #pragma omp parallel for if (run == 3)
             for (int once = 0; once < 2; once++)
-                if (once == 0)
-                    matmul_case_run(&runs[run]);
+                if (once == 0) matmul_case_run(&runs[run]);
             check(memcmp(runs[0].C, runs[run].C, runs[0].size_c * sizeof(float)) == 0,
                   "matmul, shape %u, flags %u: other bits in run %d than on one thread", n / 8, n % 8, run);
         }
-        for (int run = 0; run < 4; run++)
-            matmul_case_free(&runs[run]);
+        for (int run = 0; run < 4; run++) matmul_case_free(&runs[run]);
     }
     omp_set_num_threads(threads_before);
 }
 
 // A NaN in row r of A and an infinity in column s of B reach row r and column s of C, and no other element;
 // what C held before a product that does not accumulate reaches nothing.
-static void test_matmul_poison(void)
-{
+static void test_matmul_poison(void) {
     for (unsigned n = 0; n < 3 * 8; n++) {
         size_t M = n / 8 == 0 ? 3 : 53, N = n / 8 == 1 ? 1 : 77, K = 41, r = M - 2, s = N - 1, wrong = 0;
         MatmulCase clean = matmul_case(n, M, N, K, n % 8 | 8), c = matmul_case(n, M, N, K, n % 8 | 8);
         c.A[c.transpose_a ? 7 * c.lda + r : r * c.lda + 7] = NAN;
         c.B[c.transpose_b ? s * c.ldb + 9 : 9 * c.ldb + s] = INFINITY;
-        for (size_t i = 0; i < c.size_c && !c.accumulate; i++)
-            c.C[i] = NAN;
+        for (size_t i = 0; i < c.size_c && !c.accumulate; i++) c.C[i] = NAN;
         matmul_case_run(&clean);
         matmul_case_run(&c);
         for (size_t i = 0; i < M; i++)
@@ -525,13 +484,11 @@ static void test_matmul_poison(void)
 // Writes a vocabulary for tests: random merges over few characters, so that texts are full of them. Returns
 // its folder. odd: <|endoftext|> is in the middle, and the merges are in reverse order, so that low ranks
 // come late.
-static char *random_vocabulary(uint64_t stream, int merges, bool odd)
-{
+static char *random_vocabulary(uint64_t stream, int merges, bool odd) {
     static const char characters[] = "ababc \n'\xc3\xa9";
     Tokenizer *t = tokenizer_new((size_t)merges + 258, (size_t)merges);
     find_byte_ids(t, true, "");
-    if (odd)
-        name_add(t, END_OF_TEXT);
+    if (odd) name_add(t, END_OF_TEXT);
     for (uint64_t draw = 0; t->merge_count < merges;) {
         Merge *merge = &t->merges[odd ? merges - 1 - t->merge_count : t->merge_count];
         int sides[2];
@@ -557,8 +514,7 @@ static char *random_vocabulary(uint64_t stream, int merges, bool odd)
     return folder;
 }
 
-static Tokenizer *random_tokenizer(uint64_t stream)
-{
+static Tokenizer *random_tokenizer(uint64_t stream) {
     char *folder = random_vocabulary(stream, 90, false);
     Tokenizer *t = tokenizer_load(folder);
     free(folder);
@@ -566,8 +522,7 @@ static Tokenizer *random_tokenizer(uint64_t stream)
 }
 
 // Random text over what the vocabulary above has merges for, and white space, quotes and broken UTF-8.
-static Text random_text(uint64_t stream, size_t size)
-{
+static Text random_text(uint64_t stream, size_t size) {
     static const char parts[] =
         "a\0b\0c\0aa\0 \0 \0\n\0'\0's\0s\0001\0\xc3\xa9\0\xe3\x80\x80\0\xff\0\xe2\x80\0're\0ab\0'l\0"
         "l\0!\0\xcc\x81\0\xc2\xa0\0<|endoftext|>\0<|end";
@@ -575,35 +530,29 @@ static Text random_text(uint64_t stream, size_t size)
     text_append(&text, "", 0);
     for (uint64_t i = 0; text.size < size; i++) {
         const char *part = parts + random_bits(stream, i) % (sizeof parts - 1); // somewhere inside one
-        while (*part == 0 || (part > parts && part[-1] != 0))
-            part += *part == 0 ? 1 : -1;
+        while (*part == 0 || (part > parts && part[-1] != 0)) part += *part == 0 ? 1 : -1;
         text_append(&text, part, strlen(part));
     }
     return text;
 }
 
-static bool same_ids(const Ids *a, const Ids *b)
-{
+static bool same_ids(const Ids *a, const Ids *b) {
     return a->size == b->size && (a->size == 0 || memcmp(a->data, b->data, a->size * sizeof(int)) == 0);
 }
 
-static bool decodes_to(const Tokenizer *t, const Ids *ids, const Text *text)
-{
+static bool decodes_to(const Tokenizer *t, const Ids *ids, const Text *text) {
     Text back = {0};
     text_append(&back, "", 0);
-    for (size_t i = 0; i < ids->size; i++)
-        tokenizer_decode(t, &back, ids->data[i]);
+    for (size_t i = 0; i < ids->size; i++) tokenizer_decode(t, &back, ids->data[i]);
     bool same = back.size == text->size && memcmp(back.data, text->data, text->size) == 0;
     free(back.data);
     return same;
 }
 
-static void test_unicode_classes(void)
-{
+static void test_unicode_classes(void) {
     Tokenizer *t = tokenizer_new(0, 0);
     int totals[4] = {0};
-    for (unsigned code = 0; code < CODE_POINTS; code++)
-        totals[t->classes[code]]++;
+    for (unsigned code = 0; code < CODE_POINTS; code++) totals[t->classes[code]]++;
     // General_Category L and N of Unicode 16.0, and the 25 characters of
     // White_Space
     check(totals[CLASS_LETTER] == 141028, "%d letters", totals[CLASS_LETTER]);
@@ -621,8 +570,7 @@ static void test_unicode_classes(void)
     tokenizer_free(t);
 }
 
-static void test_utf8(void)
-{
+static void test_utf8(void) {
     for (unsigned code = 0; code < CODE_POINTS; code++) {
         char bytes[4];
         unsigned back = 0;
@@ -647,8 +595,7 @@ static void test_utf8(void)
 
 // GPT-2's expression taken literally, alternative by alternative, over classes
 // of characters.
-static size_t literal_piece(const Tokenizer *t, const char *text, size_t size)
-{
+static size_t literal_piece(const Tokenizer *t, const char *text, size_t size) {
     static const char *const endings[] = {"'s", "'d", "'m", "'t", "'ll", "'ve", "'re"};
     for (int i = 0; i < 7; i++)
         if (size >= strlen(endings[i]) && memcmp(text, endings[i], strlen(endings[i])) == 0)
@@ -657,18 +604,14 @@ static size_t literal_piece(const Tokenizer *t, const char *text, size_t size)
     size_t length, at, last = 0;
     for (int i = 0; i < 3; i++) {
         size_t from = text[0] == ' ';
-        for (at = from; at < size && class_at(t, text, at, size, &length) == order[i];)
-            at += length;
-        if (at > from)
-            return at;
+        for (at = from; at < size && class_at(t, text, at, size, &length) == order[i];) at += length;
+        if (at > from) return at;
     }
-    for (at = 0; at < size && class_at(t, text, at, size, &length) == CLASS_SPACE; at += length)
-        last = at;
+    for (at = 0; at < size && class_at(t, text, at, size, &length) == CLASS_SPACE; at += length) last = at;
     return at == size || last == 0 ? at : last;
 }
 
-static void test_pieces(void)
-{
+static void test_pieces(void) {
     static const char cases[] = // a text a line, | between pieces; ~ stands for a newline
         "Hello| world|'s| end\nI|'ll|  | pay| $|100|!|~\n''|s\n'|S\n't|'re|nt\n '|s\n ~\na|~ |~|b\nx|   | "
         "y\na|  \n'|lL\n"
@@ -706,29 +649,24 @@ static void test_pieces(void)
 
 // BPE as it is defined: look for the lowest rank among all neighbours, join the
 // leftmost such pair, again.
-static void literal_bpe(const Tokenizer *t, Ids *ids, const char *piece, size_t size)
-{
+static void literal_bpe(const Tokenizer *t, Ids *ids, const char *piece, size_t size) {
     size_t start = ids->size;
-    for (size_t i = 0; i < size; i++)
-        ids_push(ids, t->byte_ids[(unsigned char)piece[i]]);
+    for (size_t i = 0; i < size; i++) ids_push(ids, t->byte_ids[(unsigned char)piece[i]]);
     for (;;) {
         int best = -1;
         size_t where = 0;
         for (size_t i = start; i + 1 < ids->size; i++) {
             int rank = *merge_slot(t, ids->data[i], ids->data[i + 1]);
-            if (rank >= 0 && (best < 0 || rank < best))
-                best = rank, where = i;
+            if (rank >= 0 && (best < 0 || rank < best)) best = rank, where = i;
         }
-        if (best < 0)
-            return;
+        if (best < 0) return;
         ids->data[where] = t->merges[best].id;
         memmove(ids->data + where + 1, ids->data + where + 2, (ids->size - where - 2) * sizeof(int));
         ids->size--;
     }
 }
 
-static void test_encode_is_bpe(void)
-{
+static void test_encode_is_bpe(void) {
     for (int round = 0; round < 12; round++) {
         char *folder = random_vocabulary((uint64_t)round, 60 + 6 * round, round % 3 == 2);
         char *merges = xprintf("%s/merges.txt", folder);
@@ -765,14 +703,11 @@ static void test_encode_is_bpe(void)
     }
 }
 
-static void push_piece_ends(const Tokenizer *t, Ids *ends, const char *text, size_t at, size_t size)
-{
-    while (at < size)
-        ids_push(ends, (int)(at = find_piece(t, text, at, size)));
+static void push_piece_ends(const Tokenizer *t, Ids *ends, const char *text, size_t at, size_t size) {
+    while (at < size) ids_push(ends, (int)(at = find_piece(t, text, at, size)));
 }
 
-static void test_encode_in_parts(void)
-{
+static void test_encode_in_parts(void) {
     Tokenizer *t = random_tokenizer(5);
     Ids whole = {0}, parts = {0};
     int cuts = 0;
@@ -831,8 +766,7 @@ static void test_encode_in_parts(void)
     tokenizer_free(t);
 }
 
-static void test_special_token(void)
-{
+static void test_special_token(void) {
     static const char cases[] = // how often <|endoftext|> is in the text behind
         "1<|endoftext|>\0"
         "2a<|endoftext|><|endoftext|> b\0"
@@ -847,8 +781,7 @@ static void test_special_token(void)
             text_append(&text, c + 1, strlen(c + 1));
             tokenizer_encode(t, &ids, text.data, text.size, special);
             int marks = 0;
-            for (size_t k = 0; k < ids.size; k++)
-                marks += ids.data[k] == t->end_of_text;
+            for (size_t k = 0; k < ids.size; k++) marks += ids.data[k] == t->end_of_text;
             check(marks == (special ? *c - '0' : 0), "\"%s\" has %d end-of-text ids", text.data, marks);
             check(decodes_to(t, &ids, &text), "\"%s\" is decoded to another text", text.data);
             free(ids.data);
@@ -857,8 +790,7 @@ static void test_special_token(void)
     tokenizer_free(t);
 }
 
-static void test_tokenizer_files(void)
-{
+static void test_tokenizer_files(void) {
     char *folder = random_vocabulary(8, 80, true), *copy = xprintf("%s/copy", temporary_folder());
     Tokenizer *t = tokenizer_load(folder);
     tokenizer_save(t, copy);
@@ -900,14 +832,12 @@ static char damaged_path[4200];
 
 static void load_damaged(void) { tokenizer_free(tokenizer_load(damaged_path)); }
 
-static void decode_damaged(void)
-{
+static void decode_damaged(void) {
     Text text = {0};
     tokenizer_decode(tokenizer_load(damaged_path), &text, 1000);
 }
 
-static void test_damaged_tokenizers(void)
-{
+static void test_damaged_tokenizers(void) {
     static const struct {
         const char *vocabulary, *merges, *expected; // how to change a good vocab.json ("from>to"), or NULL
     } cases[] = {
@@ -950,8 +880,7 @@ static void test_damaged_tokenizers(void)
         text_append(&bad, to ? to + 1 : "", to ? strlen(to + 1) : 0);
         text_append(&bad, place + from, good.size - (size_t)(place - good.data) - from);
         write_file(vocabulary_path, bad.data, bad.size);
-        if (cases[i].merges)
-            write_file(merges_path, cases[i].merges, strlen(cases[i].merges));
+        if (cases[i].merges) write_file(merges_path, cases[i].merges, strlen(cases[i].merges));
         snprintf(damaged_path, sizeof damaged_path, "%s",
                  change            ? folder
                  : cases[i].merges ? merges_path
@@ -977,14 +906,12 @@ static void test_damaged_tokenizers(void)
     free(vocabulary_path);
 }
 
-static void test_long_runs(void)
-{
+static void test_long_runs(void) {
     static const char *const units[] = {"a", " ", "ab", "\n", "'", "\xc3\xa9", "\xff", "bca"};
     Tokenizer *t = random_tokenizer(21);
     for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
         Text text = {0};
-        while (text.size < 1000000)
-            text_append(&text, units[i], strlen(units[i]));
+        while (text.size < 1000000) text_append(&text, units[i], strlen(units[i]));
         Ids ids = {0};
         double begin = now();
         tokenizer_encode(t, &ids, text.data, text.size, false);
@@ -997,8 +924,7 @@ static void test_long_runs(void)
 }
 
 // The command-line program, when it was built beside this one.
-static void test_tokenizer_program(void)
-{
+static void test_tokenizer_program(void) {
     const char *slash = strrchr(self_path, '/');
     char *program = xprintf("%.*s/tokenizer", slash ? (int)(slash - self_path) : 1, slash ? self_path : ".");
     static const struct {
@@ -1030,8 +956,7 @@ static void test_tokenizer_program(void)
         {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
         {"$T", 2, "expected a command"},
     };
-    if (!file_exists(program))
-        printf("    %s is not built: not tested\n", program);
+    if (!file_exists(program)) printf("    %s is not built: not tested\n", program);
     for (size_t i = 0; i < sizeof cases / sizeof *cases && file_exists(program); i++) {
         char *full = realpath(program, NULL);
         char *command = xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, cases[i].command);
@@ -1051,40 +976,33 @@ static void test_tokenizer_program(void)
 // ---- numerics: layers, model, optimizer and generation, against formulas in double precision ----
 
 // Largest |ours - wanted|, relative to the largest |wanted|; HUGE_VAL when something is not a number.
-static double deviation(const float *ours, const double *wanted, size_t count)
-{
+static double deviation(const float *ours, const double *wanted, size_t count) {
     double worst = 0, scale = 1e-30;
     for (size_t i = 0; i < count; i++) {
         double error = fabs(ours[i] - wanted[i]);
         scale = fmax(scale, fabs(wanted[i]));
-        if (!(error <= worst))
-            worst = isnan(error) ? HUGE_VAL : error;
+        if (!(error <= worst)) worst = isnan(error) ? HUGE_VAL : error;
     }
     return worst / scale;
 }
 
-static double *doubles(const float *from, size_t count)
-{
+static double *doubles(const float *from, size_t count) {
     double *to = xmalloc(count * sizeof *to);
-    for (size_t i = 0; i < count; i++)
-        to[i] = from[i];
+    for (size_t i = 0; i < count; i++) to[i] = from[i];
     return to;
 }
 
-static double deviation_of_floats(const float *ours, const float *wanted, size_t count)
-{
+static double deviation_of_floats(const float *ours, const float *wanted, size_t count) {
     double *exact = doubles(wanted, count), result = deviation(ours, exact, count);
     free(exact);
     return result;
 }
 
-static bool same_bits(const float *a, const float *b, size_t count)
-{
+static bool same_bits(const float *a, const float *b, size_t count) {
     return memcmp(a, b, count * sizeof(float)) == 0;
 }
 
-static Config tiny_config(int V, int P, int L, int NH, int C, int F, bool tied)
-{
+static Config tiny_config(int V, int P, int L, int NH, int C, int F, bool tied) {
     return (Config){.vocab_size = V,
                     .n_positions = P,
                     .n_layer = L,
@@ -1097,8 +1015,7 @@ static Config tiny_config(int V, int P, int L, int NH, int C, int F, bool tied)
 
 // A model whose values are large enough that every layer matters, biases included. `freeze`: a regular
 // expression or NULL; biases and layernorms are not decayed.
-static Model *tiny_model(Config config, uint64_t seed, const char *freeze)
-{
+static Model *tiny_model(Config config, uint64_t seed, const char *freeze) {
     const char *no_decay[] = {"bias", "ln_"};
     Model *model = model_new(config);
     model_allocate_values(model);
@@ -1113,8 +1030,7 @@ static Model *tiny_model(Config config, uint64_t seed, const char *freeze)
 }
 
 // Sequences of random tokens; about a quarter of the rows is not scored.
-static Batch ragged_batch(uint64_t seed, int V, int sequences, const int *lengths)
-{
+static Batch ragged_batch(uint64_t seed, int V, int sequences, const int *lengths) {
     Batch batch = {0};
     batch_clear(&batch);
     for (int s = 0; s < sequences; s++, batch_end_sequence(&batch))
@@ -1126,15 +1042,13 @@ static Batch ragged_batch(uint64_t seed, int V, int sequences, const int *length
     return batch;
 }
 
-static void append_sequence(Batch *to, const Batch *from, int s)
-{
+static void append_sequence(Batch *to, const Batch *from, int s) {
     for (int r = from->first_row[s]; r < from->first_row[s + 1]; r++)
         batch_add_row(to, from->token[r], from->position[r], from->target[r]);
     batch_end_sequence(to);
 }
 
-static float *logits_of(const Model *model, const Batch *batch)
-{
+static float *logits_of(const Model *model, const Batch *batch) {
     Activations a = {0};
     float *logits = xfloats((size_t)batch->rows * (size_t)model->config.vocab_size);
     all_logits(model, &a, batch, logits);
@@ -1143,13 +1057,11 @@ static float *logits_of(const Model *model, const Batch *batch)
 }
 
 // Gradients of the mean loss over all micro-batches; returns that mean.
-static double gradients_of(Model *model, const Batch *batches, int count, Dropout dropout, bool recompute)
-{
+static double gradients_of(Model *model, const Batch *batches, int count, Dropout dropout, bool recompute) {
     Activations a = {0};
     double loss = 0;
     int targets = 0;
-    for (int i = 0; i < count; i++)
-        targets += batches[i].targets;
+    for (int i = 0; i < count; i++) targets += batches[i].targets;
     for (int i = 0; i < count; i++) {
         activations_reserve(&a, model, batches[i].rows, true, recompute, dropout.probability > 0, false);
         loss += model_forward_backward(model, &a, &batches[i], 1.0f / (float)targets, i > 0, dropout);
@@ -1158,19 +1070,16 @@ static double gradients_of(Model *model, const Batch *batches, int count, Dropou
     return loss / targets;
 }
 
-static bool regex_found(const char *regex, const char *name)
-{
+static bool regex_found(const char *regex, const char *name) {
     return patterns_match(&(Patterns){&regex, 1, 1}, name);
 }
 
 // The gradients of `model` are those of `wanted` wherever it has any. Tolerance 0: to the bit.
-static void check_gradients(const Model *model, const Model *wanted, double tolerance, const char *what)
-{
+static void check_gradients(const Model *model, const Model *wanted, double tolerance, const char *what) {
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         const float *other = wanted->tensors[i].gradient;
-        if (!tensor->gradient)
-            continue;
+        if (!tensor->gradient) continue;
         double error = tolerance > 0 ? deviation_of_floats(tensor->gradient, other, tensor->size)
                                      : !same_bits(tensor->gradient, other, tensor->size);
         check(error <= tolerance, "%s: gradient of %s differs by %.1e", what, tensor->name, error);
@@ -1180,8 +1089,7 @@ static void check_gradients(const Model *model, const Model *wanted, double tole
 // ---- references ----
 
 // Every folder of dev/fixtures, with activations kept, with --recompute, and on the built-in matmul.
-static void test_references(void)
-{
+static void test_references(void) {
     char *self = xstrdup(self_path), *slash = strrchr(self, '/');
     *(slash ? slash : self) = 0;
     const char *const places[] = {"", slash ? self : ".", "/", slash ? self : ".", "/../../"};
@@ -1214,33 +1122,27 @@ static void test_references(void)
 // ---- oracles: each layer's formula in plain loops and double precision, forward only ----
 
 static void oracle_linear(double *y, const double *x, const double *weight, const double *bias, int R, int K,
-                          int N)
-{
+                          int N) {
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) {
             y[r * N + n] = bias[n];
-            for (int k = 0; k < K; k++)
-                y[r * N + n] += x[r * K + k] * weight[k * N + n];
+            for (int k = 0; k < K; k++) y[r * N + n] += x[r * K + k] * weight[k * N + n];
         }
 }
 
 static void oracle_layernorm(double *y, const double *x, const double *weight, const double *bias, int R,
-                             int C)
-{
+                             int C) {
     for (int r = 0; r < R; r++, x += C, y += C) {
         double mean = 0, variance = 0;
-        for (int c = 0; c < C; c++)
-            mean += x[c] / C;
-        for (int c = 0; c < C; c++)
-            variance += (x[c] - mean) * (x[c] - mean) / C;
+        for (int c = 0; c < C; c++) mean += x[c] / C;
+        for (int c = 0; c < C; c++) variance += (x[c] - mean) * (x[c] - mean) / C;
         for (int c = 0; c < C; c++)
             y[c] = (x[c] - mean) / sqrt(variance + (double)1e-5f) * weight[c] + bias[c];
     }
 }
 
 static void oracle_attention(double *out, const double *qkv, int sequences, const int *first_row,
-                             Dropout dropout, int NH, int HS)
-{
+                             Dropout dropout, int NH, int HS) {
     const int C = NH * HS;
     double *p = xmalloc((size_t)(first_row[sequences] + 1) * sizeof *p);
     for (int s = 0; s < sequences; s++)
@@ -1254,8 +1156,7 @@ static void oracle_attention(double *out, const double *qkv, int sequences, cons
                         p[j] += q[c] * qkv[(size_t)j * 3 * C + C + head * HS + c] / sqrt(HS);
                     largest = fmax(largest, p[j]);
                 }
-                for (int j = first_row[s]; j <= i; j++)
-                    sum += p[j] = exp(p[j] - largest);
+                for (int j = first_row[s]; j <= i; j++) sum += p[j] = exp(p[j] - largest);
                 memset(o, 0, (size_t)HS * sizeof *o);
                 for (int j = first_row[s]; j <= i; j++) {
                     float keep = 1;
@@ -1267,18 +1168,14 @@ static void oracle_attention(double *out, const double *qkv, int sequences, cons
     free(p);
 }
 
-static double oracle_gelu(double x)
-{
+static double oracle_gelu(double x) {
     return 0.5 * x * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
 }
 
-static double oracle_cross_entropy(const double *logits, int target, int V)
-{
+static double oracle_cross_entropy(const double *logits, int target, int V) {
     double largest = -HUGE_VAL, sum = 0;
-    for (int v = 0; v < V; v++)
-        largest = fmax(largest, logits[v]);
-    for (int v = 0; v < V; v++)
-        sum += exp(logits[v] - largest);
+    for (int v = 0; v < V; v++) largest = fmax(largest, logits[v]);
+    for (int v = 0; v < V; v++) sum += exp(logits[v] - largest);
     return log(sum) + largest - logits[target];
 }
 
@@ -1294,8 +1191,7 @@ typedef struct {
     Dropout dropout;
 } Layer;
 
-static double layer_loss(const void *context)
-{
+static double layer_loss(const void *context) {
     const Layer *l = context;
     double loss = 0;
     size_t size = (size_t)l->R * (size_t)(l->kind == ATTENTION       ? l->K * l->N
@@ -1323,8 +1219,7 @@ static double layer_loss(const void *context)
 // (6e-8) of the float code under test. 1e-5 of the largest element allows for a few hundred roundings; the
 // random signs of a direction let its sum grow with the square root of the size.
 static void check_differences(const char *what, double (*loss)(const void *), const void *context, double *x,
-                              size_t size, const float *gradient, int elements)
-{
+                              size_t size, const float *gradient, int elements) {
     double *kept = xmalloc(size * sizeof *kept), scale = 1e-9;
     memcpy(kept, x, size * sizeof *kept);
     for (size_t i = 0; i < size; i++) // not fmax: gcc 12 for arm64 fails on it
@@ -1354,8 +1249,7 @@ static void check_differences(const char *what, double (*loss)(const void *), co
 // ---- layers ----
 
 // The error promised above fast_exp, at a million places; limits and NaN.
-static void test_exp(void)
-{
+static void test_exp(void) {
     double worst = 0;
     for (int i = 0; i <= 1000000; i++) {
         float x = -87.0f + 175.0f * 1e-6f * (float)i;
@@ -1369,13 +1263,11 @@ static void test_exp(void)
 }
 
 // Values and slopes in -8 .. 8 against the formula; far outside gelu is x or 0 and its slope 1 or 0.
-static void test_gelu(void)
-{
+static void test_gelu(void) {
     enum { N = 1601 };
     static const float far[] = {-1e6f, -300, -30, 30, 300, 1e6f};
     float x[N], y[N], slope[N], ones[N];
-    for (int i = 0; i < N; i++)
-        x[i] = 0.01f * (float)i - 8, ones[i] = slope[i] = 1;
+    for (int i = 0; i < N; i++) x[i] = 0.01f * (float)i - 8, ones[i] = slope[i] = 1;
     gelu_forward(y, x, N);
     Layer layer = {
         .kind = GELU, .R = N, .N = 1, .x = doubles(x, N), .y = xmalloc(N * sizeof(double)), .dy = ones};
@@ -1396,8 +1288,7 @@ static void test_gelu(void)
 }
 
 // Rows are sums, to the bit; gradients are summed by token and by position, and added to what was there.
-static void test_embedding(void)
-{
+static void test_embedding(void) {
     enum { V = 23, P = 17, C = 150, R = 200 };
     float *wte = random_floats(1, V * C), *wpe = random_floats(2, P * C), *dx = random_floats(3, R * C);
     float *x = xfloats(R * C), *table = random_floats(4, V * C);
@@ -1420,8 +1311,7 @@ static void test_embedding(void)
 }
 
 // Linear and layernorm: forward, backward, gradients added or written, and each gradient that is not wanted.
-static void test_linear_and_layernorm(void)
-{
+static void test_linear_and_layernorm(void) {
     enum { R = 37, K = 70, N = 91 };
     static const int kinds[2] = {LINEAR, LAYERNORM};
     for (int kind = 0; kind < 2; kind++) {
@@ -1443,8 +1333,7 @@ static void test_linear_and_layernorm(void)
         layer_loss(&layer);
         if (kind == 0) {
             linear_forward(y, residual, x, weight, bias, R, K, N);
-            for (int i = 0; i < R * N; i++)
-                layer.y[i] += residual[i];
+            for (int i = 0; i < R * N; i++) layer.y[i] += residual[i];
         } else {
             layernorm_forward(y, mean, rstd, x, weight, bias, 1e-5f, R, N);
             layernorm_forward(rebuilt, mean, rstd, x, weight, bias, 1e-5f, R, N);
@@ -1456,27 +1345,19 @@ static void test_linear_and_layernorm(void)
                 float *dx = xfloats((size_t)R * in), *dweight = xfloats(weights), *dbias = xfloats(N);
                 for (int i = 0; i < R * in; i++)
                     dx[i] = kind == 0 ? NAN : 3; // linear writes it, layernorm adds to it
-                for (int i = 0; i < weights; i++)
-                    dweight[i] = accumulate ? 5 : NAN;
-                for (int i = 0; i < N; i++)
-                    dbias[i] = accumulate ? 7 : NAN;
+                for (int i = 0; i < weights; i++) dweight[i] = accumulate ? 5 : NAN;
+                for (int i = 0; i < N; i++) dbias[i] = accumulate ? 7 : NAN;
                 float *w = wanted & 2 ? dweight : NULL, *b = wanted & 4 ? dbias : NULL;
                 if (kind == 0)
                     linear_backward(wanted & 1 ? dx : NULL, w, b, dy, x, weight, accumulate, R, K, N);
                 else
                     layernorm_backward(dx, w, b, dy, x, mean, rstd, weight, accumulate, R, N);
-                for (int i = 0; i < R * in; i++)
-                    dx[i] -= kind == 0 ? 0 : 3;
-                for (int i = 0; i < weights; i++)
-                    dweight[i] -= accumulate ? 5 : 0;
-                for (int i = 0; i < N; i++)
-                    dbias[i] -= accumulate ? 7 : 0;
-                if (wanted & 1)
-                    check_differences(name, layer_loss, &layer, layer.x, (size_t)R * in, dx, 3);
-                if (w)
-                    check_differences(name, layer_loss, &layer, layer.weight, weights, w, 3);
-                if (b)
-                    check_differences(name, layer_loss, &layer, layer.bias, N, b, 3);
+                for (int i = 0; i < R * in; i++) dx[i] -= kind == 0 ? 0 : 3;
+                for (int i = 0; i < weights; i++) dweight[i] -= accumulate ? 5 : 0;
+                for (int i = 0; i < N; i++) dbias[i] -= accumulate ? 7 : 0;
+                if (wanted & 1) check_differences(name, layer_loss, &layer, layer.x, (size_t)R * in, dx, 3);
+                if (w) check_differences(name, layer_loss, &layer, layer.weight, weights, w, 3);
+                if (b) check_differences(name, layer_loss, &layer, layer.bias, N, b, 3);
                 free(dx), free(dweight), free(dbias);
             }
         free(x), free(weight), free(bias), free(residual), free(dy), free(y), free(rebuilt);
@@ -1486,8 +1367,7 @@ static void test_linear_and_layernorm(void)
 
 // Ragged sequences, one of them empty, over several tiles of queries and blocks of keys; head sizes from 1 to
 // 64, with dropout and without, and scores so large that softmax picks one key.
-static void test_attention(void)
-{
+static void test_attention(void) {
     static const struct {
         int NH, HS, sequences, lengths[5];
         float p, scale;
@@ -1509,8 +1389,7 @@ static void test_attention(void)
               *lse = xfloats((size_t)R * NH);
         float *scratch = xfloats(size * omp_get_max_threads());
         Dropout dropout = {cases[n].p, 99};
-        for (int i = 0; i < R * 3 * C; i++)
-            qkv[i] *= cases[n].scale, dqkv[i] = NAN;
+        for (int i = 0; i < R * 3 * C; i++) qkv[i] *= cases[n].scale, dqkv[i] = NAN;
         Layer layer = {.kind = ATTENTION,
                        .R = R,
                        .K = NH,
@@ -1545,16 +1424,14 @@ static void test_attention(void)
 }
 
 // Moderate logits, huge ones of both signs, and equal ones (a tie counts as a hit).
-static void test_cross_entropy(void)
-{
+static void test_cross_entropy(void) {
     enum { R = 40, V = 301 };
     float *logits = random_floats(7, R * V), *backward = xfloats(R * V), loss[R], ones[R];
     int target[R];
     bool hit[R];
     for (int r = 0; r < R; r++) {
         target[r] = (int)(random_bits(8, (uint64_t)r) % V), ones[r] = 0.25f;
-        for (int v = 0; v < V; v++)
-            logits[r * V + v] *= r < 20 ? 5 : r < 30 ? 3e4f : r < 38 ? -1e30f : 0;
+        for (int v = 0; v < V; v++) logits[r * V + v] *= r < 20 ? 5 : r < 30 ? 3e4f : r < 38 ? -1e30f : 0;
     }
     memcpy(backward, logits, R * V * sizeof(float));
     Layer layer = {.kind = CROSS_ENTROPY,
@@ -1568,8 +1445,7 @@ static void test_cross_entropy(void)
     cross_entropy(backward, loss, hit, target, true, 0.25f, R, V);
     for (int r = 0; r < R; r++) {
         bool best = true;
-        for (int v = 0; v < V; v++)
-            best = best && logits[r * V + v] <= logits[r * V + target[r]];
+        for (int v = 0; v < V; v++) best = best && logits[r * V + v] <= logits[r * V + target[r]];
         check(fabs(loss[r] - layer.y[r]) <= 1e-6 * (fabs(layer.y[r]) + 1),
               "row %d: loss %.8g, should be %.8g", r, loss[r], layer.y[r]);
         check(hit[r] == best, "row %d: hit is %d", r, hit[r]);
@@ -1579,10 +1455,8 @@ static void test_cross_entropy(void)
     check_differences("cross-entropy", layer_loss, &layer, layer.x, 20 * V, backward, 100);
     for (int r = 20; r < R; r++) {
         double *x = layer.x + r * V, largest = -HUGE_VAL, sum = 0;
-        for (int v = 0; v < V; v++)
-            largest = fmax(largest, x[v]);
-        for (int v = 0; v < V; v++)
-            sum += x[v] = exp(x[v] - largest);
+        for (int v = 0; v < V; v++) largest = fmax(largest, x[v]);
+        for (int v = 0; v < V; v++) sum += x[v] = exp(x[v] - largest);
         for (int v = 0; v < V; v++) {
             double wanted = 0.25 * (x[v] / sum - (v == target[r])), ours = backward[r * V + v];
             check(fabs(ours - wanted) < 1e-7, "row %d: dlogit %g, should be %g", r, ours, wanted);
@@ -1597,14 +1471,11 @@ static void test_cross_entropy(void)
 
 // The share of zeros is p within 5 deviations; what is kept is scaled so that the mean stays; places, layers
 // and streams agree as often as independent draws do: p² + (1 - p)².
-static void test_dropout(void)
-{
+static void test_dropout(void) {
     enum { R = 400, C = 250, N = R * C };
     float *ones = xfloats(N), *zeros = xcalloc(N, sizeof(float)), *y[8];
-    for (int i = 0; i < N; i++)
-        ones[i] = 1;
-    for (int k = 0; k < 8; k++)
-        y[k] = xfloats(N);
+    for (int i = 0; i < N; i++) ones[i] = 1;
+    for (int k = 0; k < 8; k++) y[k] = xfloats(N);
     for (int n = 0; n < 3; n++) {
         const float p = n == 0 ? 0.1f : n == 1 ? 0.5f : 0.9f;
         for (int k = 0; k < 8; k++) // 2 layers with 3 places each, then two other streams
@@ -1621,15 +1492,13 @@ static void test_dropout(void)
             check(dropped + kept == N, "p = %g: something is neither 0 nor 1 / (1 - p)", p);
             for (int other = 0; other < k; other++) {
                 agree = 0;
-                for (int i = 0; i < N; i++)
-                    agree += (y[k][i] == 0) == (y[other][i] == 0);
+                for (int i = 0; i < N; i++) agree += (y[k][i] == 0) == (y[other][i] == 0);
                 check(fabs(agree - N * same) < 5 * sqrt(N * same * (1 - same)),
                       "masks %d and %d agree in %g of %d", k, other, agree, N);
             }
         }
     }
-    for (int k = 0; k < 8; k++)
-        free(y[k]);
+    for (int k = 0; k < 8; k++) free(y[k]);
     free(ones), free(zeros);
     // Attention draws for each row, head and key anew: 27 places, in 64 streams none like another.
     uint64_t drawn[27] = {0};
@@ -1678,8 +1547,7 @@ typedef struct {
 } Oracle;
 
 // GPT-2 from the formulas: the mean loss over scored rows; fills `logits`.
-static double oracle_loss(const void *context)
-{
+static double oracle_loss(const void *context) {
     const Oracle *o = context;
     const Config *config = &o->model->config;
     const Batch *batch = o->batch;
@@ -1702,8 +1570,7 @@ static double oracle_loss(const void *context)
             x[i] += out[i] * dropout_factor(dropout_at(o->dropout, l, DROP_PROJECTION), i);
         oracle_layernorm(normed, x, block[LN_2_WEIGHT], block[LN_2_BIAS], R, C);
         oracle_linear(wide, normed, block[FC_WEIGHT], block[FC_BIAS], R, C, F);
-        for (int i = 0; i < R * F; i++)
-            wide[i] = oracle_gelu(wide[i]);
+        for (int i = 0; i < R * F; i++) wide[i] = oracle_gelu(wide[i]);
         oracle_linear(out, wide, block[FC_PROJ_WEIGHT], block[FC_PROJ_BIAS], R, F, C);
         for (int i = 0; i < R * C; i++)
             x[i] += out[i] * dropout_factor(dropout_at(o->dropout, l, DROP_MLP), i);
@@ -1714,8 +1581,7 @@ static double oracle_loss(const void *context)
     for (int r = 0; r < R; r++) {
         for (int v = 0; v < V; v++) {
             o->logits[r * V + v] = 0;
-            for (int c = 0; c < C; c++)
-                o->logits[r * V + v] += normed[r * C + c] * head[v * C + c];
+            for (int c = 0; c < C; c++) o->logits[r * V + v] += normed[r * C + c] * head[v * C + c];
         }
         if (batch->target[r] >= 0)
             loss += oracle_cross_entropy(o->logits + r * V, batch->target[r], V) / batch->targets;
@@ -1726,8 +1592,7 @@ static double oracle_loss(const void *context)
 
 // Logits, loss, and the gradient of every tensor; tied and not, with dropout (masks must be drawn again alike
 // in the backward pass), --recompute, and more scored rows than fit into one chunk of logits.
-static void test_model(void)
-{
+static void test_model(void) {
     static const struct {
         int L, NH, C, F, lengths[4];
         bool tied, recompute;
@@ -1759,8 +1624,7 @@ static void test_model(void)
         for (int i = 0; i < model->tensor_count; i++)
             check_differences(model->tensors[i].name, oracle_loss, &oracle, oracle.value[i],
                               model->tensors[i].size, model->tensors[i].gradient, n == 4 ? 1 : 6);
-        for (int i = 0; i < model->tensor_count; i++)
-            free(oracle.value[i]);
+        for (int i = 0; i < model->tensor_count; i++) free(oracle.value[i]);
         free(oracle.value), free(oracle.logits), free(logits);
         batch_free(&batch);
         model_free(model);
@@ -1769,8 +1633,7 @@ static void test_model(void)
 
 // NaN at a token or a position of sequence 1, and another token there, reach nothing before and no other
 // sequence: to the bit. Nor does a row that is not seen by any scored row get a gradient.
-static void test_poison(void)
-{
+static void test_poison(void) {
     enum { V = 31, AT = 100 };
     static const int places[] = {1, 63, 64, 65, 128, 149};
     MatmulKind usual = matmul_kind;
@@ -1785,10 +1648,8 @@ static void test_poison(void)
             float *poison = n == 6 ? model_tensor(model, WTE, 0)->value + (V - 1) * 8
                                    : model_tensor(model, WPE, 0)->value + AT * 8,
                   value = *poison;
-            if (n < 7)
-                batch.token[first + t] = V - 1; // no other row has this token
-            if (n >= 6)
-                *poison = NAN; // no other row has token V - 1 or position AT
+            if (n < 7) batch.token[first + t] = V - 1; // no other row has this token
+            if (n >= 6) *poison = NAN;                 // no other row has token V - 1 or position AT
             float *logits = logits_of(model, &batch);
             check(same_bits(logits, clean, (size_t)(first + t) * V),
                   "case %d: what comes at %d is seen before", n, t);
@@ -1807,8 +1668,7 @@ static void test_poison(void)
         gradients_of(model, &batch, 1, (Dropout){0}, false);
         for (int t = AT - 20; t < 150; t++) {
             double sum = 0;
-            for (int c = 0; c < 8; c++)
-                sum += fabs(model_tensor(model, WPE, 0)->gradient[t * 8 + c]);
+            for (int c = 0; c < 8; c++) sum += fabs(model_tensor(model, WPE, 0)->gradient[t * 8 + c]);
             check(t < AT ? sum > 0 : sum == 0, "position %d has gradient %g", t, sum);
         }
         free(clean);
@@ -1820,8 +1680,7 @@ static void test_poison(void)
 
 // Padded batches (right, left, holes, none, all PAD; nonsense where PAD is) give what each sequence gives
 // alone, and zeros at PAD; labels are shifted by columns.
-static void test_padding(void)
-{
+static void test_padding(void) {
     enum { B = 5, T = 12, V = 23 };
     static const char *const masks[B] = {"111110000000", "000011111111", "011010011101", "111111111111",
                                          "000000000000"};
@@ -1837,8 +1696,7 @@ static void test_padding(void)
         Batch batch = {0};
         pack_padded(&batch, ids, mask, given ? positions : NULL, labels, B, T);
         float *packed = logits_of(model, &batch), padded[B * T * V];
-        for (int i = 0; i < B * T * V; i++)
-            padded[i] = NAN;
+        for (int i = 0; i < B * T * V; i++) padded[i] = NAN;
         unpack_rows(padded, packed, mask, B, T, V);
         int row = 0, wrong = 0, targets = 0;
         for (int b = 0; b < B; b++) {
@@ -1853,8 +1711,7 @@ static void test_padding(void)
             batch_end_sequence(&alone);
             float *logits = logits_of(model, &alone), expected[T * V] = {0};
             for (int t = 0, r = 0; t < T; t++)
-                if (mask[b * T + t])
-                    memcpy(expected + t * V, logits + r++ * V, V * sizeof(float));
+                if (mask[b * T + t]) memcpy(expected + t * V, logits + r++ * V, V * sizeof(float));
             double error = deviation_of_floats(padded + b * T * V, expected, T * V);
             check(error < 2e-6, "sequence %d: logits differ by %.1e from those it has alone", b, error);
             for (int t = 0; t < T; t++)
@@ -1872,8 +1729,7 @@ static void test_padding(void)
 
 // The same sequences in 1, 2 or 4 uneven micro-batches, one of them without targets, give the same loss and
 // gradients; an update without any target changes nothing.
-static void test_accumulation(void)
-{
+static void test_accumulation(void) {
     static const char *const splits[] = {"abcdefgh", "fg|a|bcde|h", "abcde|fgh", "h|gf||edcba"};
     Config config = tiny_config(23, 40, 2, 2, 8, 32, true);
     Model *model = tiny_model(config, 2, NULL), *whole = tiny_model(config, 2, NULL);
@@ -1890,15 +1746,13 @@ static void test_accumulation(void)
         double parts_loss = gradients_of(model, parts, count, (Dropout){0}, false);
         check(fabs(parts_loss - loss) < 1e-6 * loss, "%s: loss %.8g, not %.8g", splits[n], parts_loss, loss);
         check_gradients(model, whole, 1e-5, splits[n]);
-        for (int i = 0; i < count; i++)
-            batch_free(&parts[i]);
+        for (int i = 0; i < count; i++) batch_free(&parts[i]);
     }
     Activations a = {0};
     Options options;
     options_from_text(&options, "--weight-decay 0.1");
     Batch silent[2] = {{0}, {0}};
-    for (int s = 5; s < 7; s++)
-        batch_clear(&silent[s - 5]), append_sequence(&silent[s - 5], &all, s);
+    for (int s = 5; s < 7; s++) batch_clear(&silent[s - 5]), append_sequence(&silent[s - 5], &all, s);
     Update update = take_update(model, &a, silent, 2, &options, 0, 0.1);
     check(update.targets == 0 && update.loss == 0, "loss %g of no targets", update.loss);
     for (int i = 0; i < model->tensor_count; i++) {
@@ -1919,8 +1773,7 @@ static void test_accumulation(void)
                   model->tensors[i].name);
     gradients_of(model, &all, 1, (Dropout){0}, false);
     check_gradients(whole, model, 1e-9, "after a micro-batch without targets");
-    for (int i = 0; i < 2; i++)
-        batch_free(&silent[i]);
+    for (int i = 0; i < 2; i++) batch_free(&silent[i]);
     activations_free(&a);
     batch_free(&all);
     model_free(model);
@@ -1931,8 +1784,7 @@ static void test_accumulation(void)
 
 // Six updates against the formula in double precision, for gradients from 0 through 1e-8, where epsilon
 // decides, to 30; with clipping and decay. Frozen tensors keep their bits.
-static void test_adamw(void)
-{
+static void test_adamw(void) {
     static const float sizes[] = {0, 1e-12f, 1e-8f, 3e-8f, 1e-5f, 1e-2f, 1, 30};
     Config config = tiny_config(23, 10, 1, 2, 8, 32, false);
     Model *model = tiny_model(config, 4, "wpe|mlp.c_fc.weight|ln_f.bias"),
@@ -1993,8 +1845,7 @@ static void test_adamw(void)
     model_free(before);
 }
 
-static void update_that_overflows(void)
-{
+static void update_that_overflows(void) {
     omp_set_num_threads(1); // after a fork OpenMP must not start threads
     matmul_kind = MATMUL_BUILTIN;
     // Channel 1 dominates, normalised it is 8. The logits are 1.5e38 · 1e-38 · 8 with both signs: a loss of
@@ -2020,8 +1871,7 @@ static void update_that_overflows(void)
 
 // The norm of all gradients, the same on any number of threads; clipping as torch does it; what is not finite
 // is named.
-static void test_norm_and_clipping(void)
-{
+static void test_norm_and_clipping(void) {
     Model *model =
         tiny_model(tiny_config(3000, 10, 1, 2, 64, 8, true), 4, "wpe"); // wte: three blocks of NORM_BLOCK
     const Tensor *worst;
@@ -2061,8 +1911,7 @@ static void test_norm_and_clipping(void)
 }
 
 // transformers' get_*_schedule_with_warmup, in its own form, at every step; and some values by hand.
-static void test_schedule(void)
-{
+static void test_schedule(void) {
     enum { N = 20 };
     static const long warmups[] = {0, 1, 7, N};
     static const double finals[] = {0, 0.1, 1};
@@ -2103,8 +1952,7 @@ static void test_schedule(void)
 
 // For random choices of frozen tensors, and of whole lower parts, what is trained gets the same gradients to
 // the bit as in the full run, with --recompute too; and frozen lower blocks keep no activations.
-static void test_freezing(void)
-{
+static void test_freezing(void) {
     for (int n = 0; n < 48; n++) {
         Config config = tiny_config(23, 40, 3, 2, 8, 20, n % 2);
         Batch batch = ragged_batch(6, 23, 4, (int[]){12, 3, 40, 1});
@@ -2117,8 +1965,7 @@ static void test_freezing(void)
         for (int i = 0; i < full->tensor_count; i++) {
             const Tensor *tensor = &full->tensors[i];
             int depth = kind_is_per_layer(tensor->kind) ? tensor->layer : tensor->kind < LN_1_WEIGHT ? -1 : 3;
-            if (depth >= lowest && random_bits(random_stream(2, n), i) % 4 > (uint64_t)(n % 3))
-                continue;
+            if (depth >= lowest && random_bits(random_stream(2, n), i) % 4 > (uint64_t)(n % 3)) continue;
             text_append(&regex, "|", 1);
             text_append(&regex, tensor->name, strlen(tensor->name));
             frozen++;
@@ -2129,8 +1976,7 @@ static void test_freezing(void)
             gradients_of(model, &batch, 1, dropout, recompute);
             check_gradients(model, full, 0, recompute ? "frozen, recompute" : "frozen");
         }
-        for (int i = 0; i < model->tensor_count; i++)
-            frozen -= model->tensors[i].gradient == NULL;
+        for (int i = 0; i < model->tensor_count; i++) frozen -= model->tensors[i].gradient == NULL;
         check(frozen == 0, "%d frozen tensors have gradients", frozen);
         free(regex.data);
         batch_free(&batch);
@@ -2158,8 +2004,7 @@ static void test_freezing(void)
 }
 
 // Two updates with dropout, over more rows than a block of the built-in matmul has.
-static Model *updated_model(int threads)
-{
+static Model *updated_model(int threads) {
     Model *model = tiny_model(tiny_config(300, 320, 2, 2, 32, 128, true), 9, NULL);
     Batch batches[2] = {ragged_batch(1, 300, 3, (int[]){300, 250, 77}),
                         ragged_batch(2, 300, 2, (int[]){100, 1})};
@@ -2168,8 +2013,7 @@ static Model *updated_model(int threads)
     options_from_text(&options, "--dropout 0.1");
     int before = omp_get_max_threads();
     omp_set_num_threads(threads);
-    for (int step = 0; step < 2; step++)
-        take_update(model, &a, batches, 2, &options, step, 1e-3);
+    for (int step = 0; step < 2; step++) take_update(model, &a, batches, 2, &options, step, 1e-3);
     omp_set_num_threads(before);
     activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);
@@ -2178,8 +2022,7 @@ static Model *updated_model(int threads)
 
 // Weights, gradients and moments after two updates: the same bits in each run, and with the built-in matmul
 // on any number of threads.
-static void test_determinism(void)
-{
+static void test_determinism(void) {
     MatmulKind usual = matmul_kind;
     for (int n = 0; n < 4; n++) {
         matmul_kind = n == 0 ? usual : MATMUL_BUILTIN;
@@ -2202,8 +2045,7 @@ static void test_determinism(void)
 
 // Three samples fed to the cache in chunks (a long one, single tokens, a middling one): the logits at every
 // position are those of the full forward pass.
-static void test_cache(void)
-{
+static void test_cache(void) {
     enum { S = 3, T = 110, P = 120, V = 23, C = 8, NH = 2 };
     static const int chunks[] = {70, 1, 1, 1, 25, 1, 11};
     Model *model = tiny_model(tiny_config(V, P, 2, NH, C, 32, true), 7, NULL);
@@ -2217,10 +2059,8 @@ static void test_cache(void)
         int past = cache.past;
         batch_clear(&batch);
         for (int s = 0; s < S; s++, batch_end_sequence(&batch))
-            for (int t = past; t < past + chunks[n]; t++)
-                batch_add_row(&batch, full.token[s * T + t], t, -1);
-        for (int i = 0; i < batch.rows; i++)
-            rows[i] = i;
+            for (int t = past; t < past + chunks[n]; t++) batch_add_row(&batch, full.token[s * T + t], t, -1);
+        for (int i = 0; i < batch.rows; i++) rows[i] = i;
         activations_reserve(&a, model, batch.rows, false, false, false, false);
         model_forward(model, &a, &batch, &cache, (Dropout){0});
         head_forward(model, &a, rows, batch.rows);
@@ -2239,25 +2079,20 @@ static void test_cache(void)
 
 // Greedy generation without a cache: every token from a full forward pass over the window. A full window goes
 // on from its last half, as does a prompt that is longer than the context.
-static void generate_slowly(const Model *model, const Ids *prompt, int count, Ids *output)
-{
+static void generate_slowly(const Model *model, const Ids *prompt, int count, Ids *output) {
     const int V = model->config.vocab_size, P = model->config.n_positions;
     Ids all = {0};
     size_t begin = 0;
-    for (size_t i = 0; i < prompt->size; i++)
-        ids_push(&all, prompt->data[i]);
+    for (size_t i = 0; i < prompt->size; i++) ids_push(&all, prompt->data[i]);
     for (int n = 0; n < count; n++) {
         Batch batch = {0};
         batch_clear(&batch);
-        if (all.size - begin > (size_t)P)
-            begin = all.size - (size_t)(P > 1 ? P / 2 : 1);
-        for (size_t i = begin; i < all.size; i++)
-            batch_add_row(&batch, all.data[i], (int)(i - begin), -1);
+        if (all.size - begin > (size_t)P) begin = all.size - (size_t)(P > 1 ? P / 2 : 1);
+        for (size_t i = begin; i < all.size; i++) batch_add_row(&batch, all.data[i], (int)(i - begin), -1);
         batch_end_sequence(&batch);
         float *logits = logits_of(model, &batch), *last = logits + (size_t)(batch.rows - 1) * V;
         int best = 0;
-        for (int v = 0; v < V; v++)
-            best = last[v] > last[best] ? v : best;
+        for (int v = 0; v < V; v++) best = last[v] > last[best] ? v : best;
         ids_push(&all, best);
         ids_push(output, best);
         free(logits);
@@ -2266,16 +2101,14 @@ static void generate_slowly(const Model *model, const Ids *prompt, int count, Id
     free(all.data);
 }
 
-static bool begin_alike(const Ids *a, const Ids *b, size_t count)
-{
+static bool begin_alike(const Ids *a, const Ids *b, size_t count) {
     return a->size == count && b->size >= count &&
            (count == 0 || memcmp(a->data, b->data, count * sizeof(int)) == 0);
 }
 
 // Greedy text equals the slow one, for every sample, past the end of the context, and up to the token that
 // ends it; random samples differ, and do not depend on how many there are.
-static void test_generation(void)
-{
+static void test_generation(void) {
     enum { V = 31, COUNT = 50 };
     static const int cases[][2] = {
         {16, 3}, {16, 16}, {17, 40}, {1, 2}, {64, 5}}; // context, length of the prompt
@@ -2283,8 +2116,7 @@ static void test_generation(void)
         Model *model = tiny_model(tiny_config(V, cases[n][0], 2, 2, 8, 32, n % 2), 10 + n, NULL);
         Ids prompt = {0}, slow = {0};
         Sample fast[3] = {0}, ended = {0}, drawn[4] = {0};
-        for (int i = 0; i < cases[n][1]; i++)
-            ids_push(&prompt, (int)(random_bits(n, i) % V));
+        for (int i = 0; i < cases[n][1]; i++) ids_push(&prompt, (int)(random_bits(n, i) % V));
         generate_slowly(model, &prompt, COUNT, &slow);
         generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){0, 0, 1, 1, NULL}, fast);
         for (int s = 0; s < 3; s++)
@@ -2292,8 +2124,7 @@ static void test_generation(void)
                   s);
         int end = slow.data[COUNT / 2];
         size_t length = 0;
-        while (slow.data[length] != end)
-            length++;
+        while (slow.data[length] != end) length++;
         generate(model, NULL, &prompt, COUNT, 1, end, &(Sampling){0, 0, 1, 1, NULL}, &ended);
         check(begin_alike(&ended.ids, &slow, length), "case %d: %zu tokens before the end, not %zu", n,
               ended.ids.size, length);
@@ -2305,19 +2136,16 @@ static void test_generation(void)
                   !begin_alike(&drawn[1].ids, &drawn[2].ids, COUNT),
               "case %d: samples are the same", n);
         free(prompt.data), free(slow.data), sample_free(&ended);
-        for (int s = 0; s < 4; s++)
-            sample_free(&drawn[s]), s < 3 ? sample_free(&fast[s]) : (void)0;
+        for (int s = 0; s < 4; s++) sample_free(&drawn[s]), s < 3 ? sample_free(&fast[s]) : (void)0;
         model_free(model);
     }
 }
 
 // The distribution that is asked for: softmax, the k most likely, and of those the fewest that together reach
 // p (as transformers has it: those before which less than p lies).
-static void wanted_probabilities(double *p, const float *logits, int V, const Sampling *sampling)
-{
+static void wanted_probabilities(double *p, const float *logits, int V, const Sampling *sampling) {
     double largest = -HUGE_VAL, sum = 0;
-    for (int v = 0; v < V; v++)
-        largest = fmax(largest, logits[v]);
+    for (int v = 0; v < V; v++) largest = fmax(largest, logits[v]);
     for (int v = 0; v < V; v++) {
         int before = 0; // with top-k, what equals the k-th is kept as well
         for (int u = 0; u < V; u++)
@@ -2329,21 +2157,18 @@ static void wanted_probabilities(double *p, const float *logits, int V, const Sa
             kept ? sampling->temperature == 0 ? 1 : exp((logits[v] - largest) / sampling->temperature) : 0;
     }
     double full[64], rest = 0;
-    for (int v = 0; v < V; v++)
-        full[v] = p[v] / sum;
+    for (int v = 0; v < V; v++) full[v] = p[v] / sum;
     for (int v = 0; v < V; v++) {
         double before = 0;
         for (int u = 0; u < V; u++)
             before += logits[u] > logits[v] || (logits[u] == logits[v] && u < v) ? full[u] : 0;
         rest += p[v] = before < sampling->top_p ? full[v] : 0;
     }
-    for (int v = 0; v < V; v++)
-        p[v] /= rest;
+    for (int v = 0; v < V; v++) p[v] /= rest;
 }
 
 // Draws at equal distances give each token its share, up to one draw at each end of it.
-static void test_sampling(void)
-{
+static void test_sampling(void) {
     enum { N = 20000, V = 10 };
     static const Sampling cases[] = {{1, 0, 1, 0, NULL},    {0.7, 0, 1, 0, NULL},   {1.5, 5, 1, 0, NULL},
                                      {1, 0, 0.9, 0, NULL},  {1, 0, 0.5, 0, NULL},   {0.8, 6, 0.7, 0, NULL},
@@ -2357,8 +2182,7 @@ static void test_sampling(void)
             logits[v] = set < 2    ? 2 * random_normal((uint64_t)set, v)
                         : set == 2 ? (float)(v * 7 % 4)
                                    : logf(0.045f);
-            if (set == 3 && (v == 3 || v == 7))
-                logits[v] = logf(v == 3 ? 0.2f : 0.4f);
+            if (set == 3 && (v == 3 || v == 7)) logits[v] = logf(v == 3 ? 0.2f : 0.4f);
         }
         for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
             double wanted[V];
@@ -2380,8 +2204,7 @@ static void test_sampling(void)
 
 // ---- the table of tensors ----
 
-static void test_tensor_table(void)
-{
+static void test_tensor_table(void) {
     // name, shape, D: decayed by default; of a model with V 11, P 7, C 6, F 10
     static const char *const expected[] = {"transformer.wte.weight 11 6 D",
                                            "transformer.wpe.weight 7 6 D",
@@ -2476,8 +2299,7 @@ static void test_tensor_table(void)
 // $D, the tests' folder, and $TINY, the options of a model that trains in no time.
 
 // The path of a name in the tests' folder; the last 16 stay valid.
-static const char *in_tests(const char *name)
-{
+static const char *in_tests(const char *name) {
     static char paths[16][4400];
     static int next;
     char *path = paths[next++ % 16];
@@ -2486,8 +2308,7 @@ static const char *in_tests(const char *name)
 }
 
 // Unlike write_file this does not wait for the disk.
-static void put_file(const char *path, const void *bytes, size_t size)
-{
+static void put_file(const char *path, const void *bytes, size_t size) {
     FILE *file = fopen(path, "wb");
     if (!file || fwrite(bytes, 1, size, file) != size || fclose(file) != 0)
         die("%s: %s", path, strerror(errno));
@@ -2496,18 +2317,15 @@ static void put_file(const char *path, const void *bytes, size_t size)
 static void write_text(const char *name, const char *text) { put_file(in_tests(name), text, strlen(text)); }
 
 // A number that tells apart what is in a file, or in a folder with all that is below it: names and bytes.
-static uint64_t fingerprint(const char *path)
-{
+static uint64_t fingerprint(const char *path) {
     uint64_t sum = 0;
     if (is_folder(path)) {
         DIR *folder = opendir(path);
         for (struct dirent *entry; (entry = readdir(folder));) {
-            if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
-                continue;
+            if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
             char *inside = xprintf("%s/%s", path, entry->d_name);
             uint64_t name = 0;
-            for (const char *c = entry->d_name; *c; c++)
-                name = mix_bits(name ^ (unsigned char)*c);
+            for (const char *c = entry->d_name; *c; c++) name = mix_bits(name ^ (unsigned char)*c);
             sum += mix_bits(name ^ fingerprint(inside)); // folders are listed in any order
             free(inside);
         }
@@ -2515,36 +2333,30 @@ static uint64_t fingerprint(const char *path)
     } else if (file_exists(path)) {
         Text text = read_file(path);
         sum = mix_bits(text.size);
-        for (size_t i = 0; i < text.size; i++)
-            sum = mix_bits(sum ^ (unsigned char)text.data[i]);
+        for (size_t i = 0; i < text.size; i++) sum = mix_bits(sum ^ (unsigned char)text.data[i]);
         free(text.data);
     }
     return sum;
 }
 
-static bool same_files(const char *a, const char *b)
-{
+static bool same_files(const char *a, const char *b) {
     return file_exists(in_tests(a)) && fingerprint(in_tests(a)) == fingerprint(in_tests(b));
 }
 
-static size_t count_of(const char *text, const char *word)
-{
+static size_t count_of(const char *text, const char *word) {
     size_t count = 0;
-    for (const char *at = text; (at = strstr(at, word)); at += strlen(word))
-        count++;
+    for (const char *at = text; (at = strstr(at, word)); at += strlen(word)) count++;
     return count;
 }
 
 // Is this one line of ours that says `fragment`?
-static bool one_error_line(const Text *text, const char *fragment)
-{
+static bool one_error_line(const Text *text, const char *fragment) {
     return text->size > 0 && strchr(text->data, '\n') == text->data + text->size - 1 &&
            strncmp(text->data, "train_gpt2: ", 12) == 0 && strstr(text->data, fragment);
 }
 
 // Runs f in a child and checks that it ends with status 1 and one line that has `fragment`. No OpenMP in f!
-static void expect_death(void (*f)(void), const char *fragment, const char *what)
-{
+static void expect_death(void (*f)(void), const char *fragment, const char *what) {
     Text printed = {0};
     int status = run_child(f, &printed);
     check(status == 1 && one_error_line(&printed, fragment), "%.80s: status %d, '%s' expected in: %s", what,
@@ -2553,8 +2365,7 @@ static void expect_death(void (*f)(void), const char *fragment, const char *what
 }
 
 // Runs the trainer and checks its status, and that all it prints is one line that has `fragment`.
-static void expect_refusal(int wanted, const char *fragment, const char *words)
-{
+static void expect_refusal(int wanted, const char *fragment, const char *words) {
     Text printed = {0};
     int status = run_trainer(&printed, "%s", words);
     check(status == wanted && one_error_line(&printed, fragment), "%s: status %d, not %d, or '%s' not in: %s",
@@ -2563,8 +2374,7 @@ static void expect_refusal(int wanted, const char *fragment, const char *words)
 }
 
 // Runs the trainer, checks its status, and returns in `printed` (when it is not NULL) what it printed.
-static void expect_run(int wanted, Text *printed, const char *words)
-{
+static void expect_run(int wanted, Text *printed, const char *words) {
     Text text = {0};
     int status = run_trainer(&text, "%s", words);
     check(status == wanted, "%s: status %d, not %d: %s", words, status, wanted, text.data);
@@ -2575,8 +2385,7 @@ static void expect_run(int wanted, Text *printed, const char *words)
 }
 
 // Starts the trainer without waiting. file_limit: no file may become larger; 0: no limit.
-static pid_t start_trainer(rlim_t file_limit, const char *words)
-{
+static pid_t start_trainer(rlim_t file_limit, const char *words) {
     char *command = xprintf("exec '%s' --trainer %s >$D/printed 2>&1 </dev/null", self_path, words);
     fflush(stdout);
     pid_t child = fork();
@@ -2592,19 +2401,16 @@ static pid_t start_trainer(rlim_t file_limit, const char *words)
     return child;
 }
 
-static int wait_for(pid_t child)
-{
+static int wait_for(pid_t child) {
     int status;
     waitpid(child, &status, 0);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
 // Makes, once, what the runs need: a tokenizer of two merges (V = 259), texts, a model folder.
-static void make_inputs(void)
-{
+static void make_inputs(void) {
     static bool made = false;
-    if (made)
-        return;
+    if (made) return;
     made = true;
     setenv("D", temporary_folder(), 1);
     char *tiny = xprintf(
@@ -2644,15 +2450,13 @@ static const char *child_text, *child_path; // what a child process is to read
 
 static void child_json(void) { json_free(json_parse(child_text, strlen(child_text), "here")); }
 static void child_safetensors(void) { safetensors_open(child_path); }
-static void child_model(void)
-{
+static void child_model(void) {
     alarm(20); // what must not happen, a parallel region, would hang in a child
     model_free(model_load(child_path));
 }
 static void child_config(void) { config_read(child_path); }
 
-static void test_json(void)
-{
+static void test_json(void) {
     static const struct {
         const char *text, *string; // what the string means
     } strings[] = {
@@ -2747,8 +2551,7 @@ static void test_json(void)
         expect_death(child_json, wrong[i][1], child_text);
     }
     Text wide = {0}; // 500 values side by side are no nesting
-    for (int i = 0; i < 500; i++)
-        text_append(&wide, i ? ",[]" : "[[]", 3);
+    for (int i = 0; i < 500; i++) text_append(&wide, i ? ",[]" : "[[]", 3);
     text_append(&wide, "]", 1);
     json_free(json_parse(wide.data, wide.size, "here"));
     free(wide.data);
@@ -2770,8 +2573,7 @@ static void test_json(void)
 // ---- safetensors and model folders ----
 
 // A file of this header and `size` bytes of data, all zero.
-static void write_safetensors(const char *path, const char *header, size_t size)
-{
+static void write_safetensors(const char *path, const char *header, size_t size) {
     Text bytes = {0};
     uint64_t length = strlen(header);
     char *zeros = xcalloc(size, 1);
@@ -2783,8 +2585,7 @@ static void write_safetensors(const char *path, const char *header, size_t size)
     free(zeros);
 }
 
-static void test_safetensors(void)
-{
+static void test_safetensors(void) {
     int64_t whole[6] = {1, -2, 3, INT64_MAX, INT64_MIN, 0};
     float floats[3] = {1.5f, -0.0f, INFINITY};
     const StoredTensor written[] = {{"ids", "I64", 2, {2, 3}, 6, 48, (char *)whole},
@@ -2851,15 +2652,13 @@ static void test_safetensors(void)
     expect_death(child_safetensors, "at least 8 expected", "7 bytes");
 }
 
-static Model *small_model(bool tied)
-{
+static Model *small_model(bool tied) {
     Model *model = model_new((Config){32, 8, 2, 2, 8, 24, 3e-5f, tied});
     model_initialise(model, 3);
     return model;
 }
 
-static bool same_values(const Model *a, const Model *b)
-{
+static bool same_values(const Model *a, const Model *b) {
     bool same = a->tensor_count == b->tensor_count;
     for (int i = 0; i < a->tensor_count && same; i++)
         same = strcmp(a->tensors[i].name, b->tensors[i].name) == 0 &&
@@ -2868,8 +2667,7 @@ static bool same_values(const Model *a, const Model *b)
     return same;
 }
 
-static void test_model_folder(void)
-{
+static void test_model_folder(void) {
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
     for (int tied = 0; tied < 2; tied++) {
         Model *model = small_model(tied);
@@ -2947,8 +2745,7 @@ static void test_model_folder(void)
 }
 
 // Saves the small model with one tensor changed in the list of what is written.
-static void save_changed(StoredTensor change, const char *name)
-{
+static void save_changed(StoredTensor change, const char *name) {
     Model *model = small_model(true);
     StoredTensor list[64] = {{0}};
     size_t count = 0;
@@ -2957,8 +2754,7 @@ static void save_changed(StoredTensor change, const char *name)
         if (strcmp(list[count].name, name) == 0) {
             char *data = list[count].data;
             free((char *)list[count].name);
-            if (!change.name)
-                continue;
+            if (!change.name) continue;
             list[count] = change;
             list[count].name = xstrdup(change.name);
             list[count].data = data;
@@ -2966,13 +2762,11 @@ static void save_changed(StoredTensor change, const char *name)
         count++;
     }
     safetensors_write(in_tests("small/model.safetensors"), list, count);
-    for (size_t i = 0; i < count; i++)
-        free((char *)list[i].name);
+    for (size_t i = 0; i < count; i++) free((char *)list[i].name);
     model_free(model);
 }
 
-static void test_damaged_weights(void)
-{
+static void test_damaged_weights(void) {
     Model *model = small_model(true);
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
     model_save(model, NULL, folder);
@@ -3015,20 +2809,17 @@ static void test_damaged_weights(void)
     StoredTensor extra[64];
     for (int i = 0; i <= model->tensor_count; i++) {
         extra[i] = stored_tensor(&model->tensors[i % model->tensor_count], STORE_VALUE);
-        if (i == model->tensor_count)
-            memcpy((char *)extra[i].name, "transformer.xte", 15);
+        if (i == model->tensor_count) memcpy((char *)extra[i].name, "transformer.xte", 15);
     }
     safetensors_write(weights, extra, (size_t)model->tensor_count + 1);
     expect_death(child_model, "transformer.xte.weight", "one too many");
-    for (int i = 0; i <= model->tensor_count; i++)
-        free((char *)extra[i].name);
+    for (int i = 0; i <= model->tensor_count; i++) free((char *)extra[i].name);
     model_free(model);
     unlink(weights);
     expect_death(child_model, weights, "no weights");
 }
 
-static void test_config(void)
-{
+static void test_config(void) {
     const char *path = in_tests("config.json");
     write_text("config.json", "{\"model_type\": \"gpt2\"}");
     Config c = config_read(path);
@@ -3084,8 +2875,7 @@ static void test_config(void)
 // ---- data ----
 
 // Loads data with the tests' tokenizer; what it warns of goes to the file "warnings".
-static Dataset *load_quietly(const char *name, int seq_len)
-{
+static Dataset *load_quietly(const char *name, int seq_len) {
     make_inputs();
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
     int kept = dup(2), file = open(in_tests("warnings"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
@@ -3100,8 +2890,7 @@ static Dataset *load_quietly(const char *name, int seq_len)
 
 // Spells all examples, with $ for <|endoftext|>, | before the first scored token, a space between examples,
 // and compares. A byte's id is what GPT-2 gives it.
-static void expect_examples(const Dataset *data, const char *expected, const char *what)
-{
+static void expect_examples(const Dataset *data, const char *expected, const char *what) {
     Text got = {0};
     text_append(&got, "", 0);
     for (size_t i = 0; i < data->count; i++) {
@@ -3121,16 +2910,14 @@ static void expect_examples(const Dataset *data, const char *expected, const cha
     free(got.data);
 }
 
-static void expect_data(const char *name, const char *text, int seq_len, const char *expected)
-{
+static void expect_data(const char *name, const char *text, int seq_len, const char *expected) {
     write_text(name, text);
     Dataset *data = load_quietly(name, seq_len);
     expect_examples(data, expected, text);
     dataset_free(data);
 }
 
-static void test_text_data(void)
-{
+static void test_text_data(void) {
     expect_data("d.txt", "abc", 16, "$|abc");
     expect_data("d.txt", "ab\n<|endoftext|>\ncd\n", 16, "$|ab/$cd/");
     expect_data("d.txt", "<|endoftext|>\nab", 16, "$|ab");
@@ -3155,8 +2942,7 @@ static void test_text_data(void)
     expect_data("d.txt", "abc", 1, "$|a a|b b|c");
     for (int size = 1; size < 40; size += size < 20 ? 1 : 4) {
         char text[64] = "";
-        for (int i = 0; i < size; i++)
-            text[i] = (char)('A' + i);
+        for (int i = 0; i < size; i++) text[i] = (char)('A' + i);
         write_text("d.txt", text);
         for (int seq_len = 1; seq_len < 20; seq_len += 3) {
             data = load_quietly("d.txt", seq_len);
@@ -3192,8 +2978,7 @@ static void test_text_data(void)
     dataset_free(data);
 }
 
-static void test_jsonl_data(void)
-{
+static void test_jsonl_data(void) {
     static const struct {
         const char *text;
         int seq_len;
@@ -3239,12 +3024,10 @@ static void test_jsonl_data(void)
     dataset_free(data);
 }
 
-static void test_dataset_order(void)
-{
+static void test_dataset_order(void) {
     enum { COUNT_OF_EXAMPLES = 1003, GROUP = 4 };
     Dataset data = {.count = COUNT_OF_EXAMPLES, .examples = xcalloc(COUNT_OF_EXAMPLES, sizeof(Example))};
-    for (size_t i = 0; i < data.count; i++)
-        data.examples[i].size = 2 + (int)(random_bits(7, i) % 100);
+    for (size_t i = 0; i < data.count; i++) data.examples[i].size = 2 + (int)(random_bits(7, i) % 100);
     size_t *orders[4];
     for (int i = 0; i < 4; i++) { // seeds and epochs (1, 0), (1, 0), (1, 1), (2, 0)
         orders[i] = dataset_order(&data, i == 3 ? 2 : 1, i == 2, GROUP);
@@ -3271,14 +3054,12 @@ static void test_dataset_order(void)
           "the same seed and epoch, the same order");
     for (int i = 2; i < 4; i++) {
         size_t same = 0;
-        for (size_t j = 0; j < data.count; j++)
-            same += orders[0][j] == orders[i][j];
+        for (size_t j = 0; j < data.count; j++) same += orders[0][j] == orders[i][j];
         check(same < 30, "another %s, another order", i == 2 ? "epoch" : "seed");
         check(memcmp(orders[0] + 1000, orders[i] + 1000, 3 * sizeof(size_t)) != 0,
               "others are in the last, smaller group");
     }
-    for (int i = 0; i < 4; i++)
-        free(orders[i]);
+    for (int i = 0; i < 4; i++) free(orders[i]);
     data.count = 3; // fewer than a group
     size_t *few = dataset_order(&data, 1, 0, GROUP);
     check(few[0] + few[1] + few[2] == 3 && few[0] != few[1] && few[0] < 3 && few[1] < 3,
@@ -3287,8 +3068,7 @@ static void test_dataset_order(void)
     free(data.examples);
 }
 
-static void test_shards(void)
-{
+static void test_shards(void) {
     make_inputs();
     uint16_t shard[512 + 6] = {0};
     int32_t header[3] = {20240520, 1, 6};
@@ -3323,8 +3103,7 @@ static void test_shards(void)
 
 // ---- the command line ----
 
-static void test_wrong_input(void)
-{
+static void test_wrong_input(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model->config.n_embd = 8; // does not fit the weights
@@ -3419,24 +3198,18 @@ static void test_wrong_input(void)
 }
 
 // Are two values of an option the same?
-static bool same_option(const Option *option, const Options *a, const Options *b)
-{
+static bool same_option(const Option *option, const Options *a, const Options *b) {
     const char *x = (const char *)a + option->field, *y = (const char *)b + option->field;
-    if (option->kind == FLAG)
-        return *x == *y;
-    if (option->kind == WORD)
-        return strcmp(*(const char *const *)x, *(const char *const *)y) == 0;
-    if (option->kind != LIST)
-        return memcmp(x, y, 8) == 0; // long or double
+    if (option->kind == FLAG) return *x == *y;
+    if (option->kind == WORD) return strcmp(*(const char *const *)x, *(const char *const *)y) == 0;
+    if (option->kind != LIST) return memcmp(x, y, 8) == 0; // long or double
     const Patterns *p = (const Patterns *)x, *q = (const Patterns *)y;
     bool same = p->size == q->size;
-    for (size_t i = 0; same && i < p->size; i++)
-        same = strcmp(p->items[i], q->items[i]) == 0;
+    for (size_t i = 0; same && i < p->size; i++) same = strcmp(p->items[i], q->items[i]) == 0;
     return same;
 }
 
-static void test_options(void)
-{
+static void test_options(void) {
     static const char letters[] =
         "e init i train j val o out y resume b batch-size t seq-len x steps l learning-rate "
         "u warmup-steps k schedule q final-lr c weight-decay v val-every m val-batches s sample-every g "
@@ -3447,18 +3220,15 @@ static void test_options(void)
     expect_run(0, &help, "--help");
     size_t with_letter = 0;
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
-        if (!option->name)
-            continue;
+        if (!option->name) continue;
         char *row = xprintf(" --%s ", option->name), value[64] = "a[0-9],b", mode[32] = "", text[256];
         check(count_of(help.data, row) >= 1, "--help does not list%s", row);
         free(row);
         if (option->kind == COUNT || option->kind == REAL)
             snprintf(value, sizeof value, "%g",
                      option->kind == COUNT ? option->least + 6 : option->most * 0.75);
-        if (option->kind == CHOICE)
-            snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
-        if (!(option->modes & TRAIN))
-            strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
+        if (option->kind == CHOICE) snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
+        if (!(option->modes & TRAIN)) strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
         Options initial, by_name, by_letter, again;
         set_defaults(&initial);
         bool flag = option->kind == FLAG;
@@ -3508,8 +3278,7 @@ static void test_options(void)
           "resumed: --freeze has %zu patterns, --no-decay %zu", options.freeze.size, options.no_decay.size);
     Text saved = {0};
     Patterns list = options_to_save(&options);
-    for (size_t i = 0; i < list.size; i++)
-        text_append(&saved, list.items[i], strlen(list.items[i]));
+    for (size_t i = 0; i < list.size; i++) text_append(&saved, list.items[i], strlen(list.items[i]));
     check(strcmp(saved.data, "--steps=4--no-decay=x--freeze=c--freeze=d") == 0, "remembered: %s", saved.data);
     free(saved.data);
     unlink(in_tests("state.json"));
@@ -3542,8 +3311,7 @@ static void test_options(void)
 
 // What freezing skips, against the products counted by hand for two blocks of 16 channels, V = 259: a block's
 // matrices have 3072 weights, the head 4144; each has three products.
-static void test_skipped_work(void)
-{
+static void test_skipped_work(void) {
     const double all = 3 * (2 * 3072 + 4144);
     const struct {
         const char *freeze;
@@ -3557,10 +3325,12 @@ static void test_skipped_work(void)
                  {"h.[01]|wte|wpe", 4144 + 4 * 3072}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Text plan;
-        char *words = xprintf("$TINY --n-layer 2 --train $D/text.txt --plan --out $D/never --freeze '%s'", cases[i].freeze);
+        char *words = xprintf("$TINY --n-layer 2 --train $D/text.txt --plan --out $D/never --freeze '%s'",
+                              cases[i].freeze);
         char *share = xprintf("and %.0f %% of the products with weights", 100 * cases[i].skipped / all);
         expect_run(0, &plan, words);
-        check(strstr(plan.data, share) != NULL, "--freeze %s: not '%s' in %s", cases[i].freeze, share, plan.data);
+        check(strstr(plan.data, share) != NULL, "--freeze %s: not '%s' in %s", cases[i].freeze, share,
+              plan.data);
         free(plan.data);
         free(share);
         free(words);
@@ -3569,8 +3339,7 @@ static void test_skipped_work(void)
 
 // The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what was
 // there before is covered, and no escape sequence is sent.
-static void test_progress(void)
-{
+static void test_progress(void) {
     const char *lines[] = {
         "step 1/9  loss 1.2345  0:00:09 left  epoch 0.10  lr 1.00e-03  norm 1.000  99 tok/s", "step 2/9"};
     for (int columns = 40; columns <= 200; columns += 160) {
@@ -3584,8 +3353,7 @@ static void test_progress(void)
         ioctl(slave, TIOCSWINSZ, &window);
         fflush(stdout);
         dup2(slave, 1);
-        for (int i = 0; i < 2; i++)
-            show_progress(lines[i], true);
+        for (int i = 0; i < 2; i++) show_progress(lines[i], true);
         end_progress();
         fflush(stdout);
         dup2(kept, 1);
@@ -3595,8 +3363,7 @@ static void test_progress(void)
         while (size < strlen(expected)) {
             struct pollfd ready = {master, POLLIN, 0};
             ssize_t more = poll(&ready, 1, 2000) == 1 ? read(master, got + size, sizeof got - 1 - size) : 0;
-            if (more <= 0)
-                break;
+            if (more <= 0) break;
             size += (size_t)more;
         }
         got[size] = 0;
@@ -3619,8 +3386,7 @@ typedef struct {
 // Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order. Returns how
 // many lines. essence (unless NULL) gets what must be the same after a resume: all but the timing, and of
 // evaluations all but the rate.
-static size_t read_log(const char *out, LogLine lines[500], Text *essence)
-{
+static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     char *path = xprintf("%s/log.csv", in_tests(out));
     Text text = file_exists(path) ? read_file(path) : (Text){0};
     const char *header = "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n";
@@ -3631,12 +3397,10 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence)
          whole && (line = strsep(&at, "\n")) && *line && count < 500;) {
         char *rest = line, *field, *fields[16] = {0};
         int n = 0;
-        while (n < 16 && (field = strsep(&rest, ",")))
-            fields[n++] = field;
+        while (n < 16 && (field = strsep(&rest, ","))) fields[n++] = field;
         LogLine *l = &lines[count++];
         whole = n == 9 && (strcmp(fields[2], "val") == 0 || strcmp(fields[2], "train") == 0);
-        if (!whole)
-            break;
+        if (!whole) break;
         *l = (LogLine){atol(fields[0]), fields[2][0] == 'v', atof(fields[3])};
         whole = l->val ? l->step > evaluated && l->step == trained && !*fields[6] : l->step == trained + 1;
         *(l->val ? &evaluated : &trained) = l->step;
@@ -3652,8 +3416,7 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence)
 }
 
 // A model folder without tokenizer files works with token shards, and --generate says what is missing.
-static void test_without_tokenizer(void)
-{
+static void test_without_tokenizer(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model_save(model, NULL, in_tests("bare"));
@@ -3661,8 +3424,7 @@ static void test_without_tokenizer(void)
     uint16_t shard[512 + 200] = {0};
     const int32_t header[3] = {20240520, 1, 200};
     memcpy(shard, header, sizeof header);
-    for (int i = 0; i < 200; i++)
-        shard[512 + i] = (uint16_t)(i % 7);
+    for (int i = 0; i < 200; i++) shard[512 + i] = (uint16_t)(i % 7);
     put_file(in_tests("sevens.bin"), shard, sizeof shard);
     expect_run(0, NULL,
                "--init $D/bare --train $D/sevens.bin --steps 2 --matmul builtin --quiet --out $D/bare-run "
@@ -3682,8 +3444,7 @@ static void test_without_tokenizer(void)
 }
 
 // Weights in other formats: one line with the command that converts them.
-static void test_other_formats(void)
-{
+static void test_other_formats(void) {
     static const char *const names[] = {"llmc.bin", "torch/pytorch_model.bin",
                                         "torches/pytorch_model.bin.index.json",
                                         "sharded/model.safetensors.index.json"};
@@ -3718,8 +3479,7 @@ static void test_other_formats(void)
 
 // Any piece of a sample's text as --stop: each sample ends before the first place where its own text has it, and
 // what the prompt says does not count. Pieces begin and end inside tokens, and span several.
-static void test_stop(void)
-{
+static void test_stop(void) {
     enum { S = 3, COUNT = 60 };
     make_inputs();
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
@@ -3736,10 +3496,8 @@ static void test_stop(void)
         char stop[8] = "the cat";
         int length = 1 + n % 5;
         const Text *from = &whole[n % S].text;
-        if (n > 0)
-            snprintf(stop, sizeof stop, "%.*s", length, from->data + from->size / 2 + (size_t)n / 3);
-        if (stop[0] == 0)
-            continue;
+        if (n > 0) snprintf(stop, sizeof stop, "%.*s", length, from->data + from->size / 2 + (size_t)n / 3);
+        if (stop[0] == 0) continue;
         Sample ended[S] = {0};
         generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, stop}, ended);
         for (int s = 0; s < S; s++) {
@@ -3755,15 +3513,13 @@ static void test_stop(void)
         }
     }
     check(shortened > 24 && shortened < 24 * S, "%d samples ended early", shortened);
-    for (int s = 0; s < S; s++)
-        sample_free(&whole[s]);
+    for (int s = 0; s < S; s++) sample_free(&whole[s]);
     free(prompt.data);
     tokenizer_free(tokenizer);
     model_free(model);
 }
 
-static void test_run(void)
-{
+static void test_run(void) {
     LogLine lines[500];
     Text printed, again;
     make_inputs();
@@ -3855,8 +3611,7 @@ static void test_run(void)
         const char *from = all->data + (n < 40 ? 7 + n : all->size - 3);
         for (int i = 0; i < (n < 40 ? 4 : 2) && isprint((unsigned char)from[i]) && from[i] != '\''; i++)
             stop[i] = from[i];
-        if (n == 40)
-            strcat(stop, "~~");
+        if (n == 40) strcat(stop, "~~");
         const char *found = strstr(all->data + 7, stop);
         Text stopped;
         char *line = xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s --stop '%s'",
@@ -3869,8 +3624,7 @@ static void test_run(void)
         free(line), free(wanted), free(stopped.data);
     }
     check(stops >= 5, "--stop ended %d of 11 texts", stops);
-    for (int i = 0; i < 7; i++)
-        free(texts[i].data);
+    for (int i = 0; i < 7; i++) free(texts[i].data);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
     check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
           printed.data);
@@ -3890,15 +3644,13 @@ static void test_run(void)
 }
 
 // Waits until the log of a run has this many lines, or the run has ended.
-static void wait_for_lines(const char *out, size_t lines, pid_t child)
-{
+static void wait_for_lines(const char *out, size_t lines, pid_t child) {
     char *path = xprintf("%s/log.csv", in_tests(out));
     siginfo_t ended = {0};
     for (size_t count = 0; count < lines && ended.si_pid == 0;) {
         usleep(200);
         waitid(P_PID, (id_t)child, &ended, WEXITED | WNOHANG | WNOWAIT);
-        if (!file_exists(path))
-            continue;
+        if (!file_exists(path)) continue;
         Text text = read_file(path);
         count = count_of(text.data, "\n");
         free(text.data);
@@ -3911,8 +3663,7 @@ static const char RESUMABLE[] =
     "--dropout 0.1 --accumulate 2 --quiet --out $D/";
 
 // Checks that a run which was interrupted ended as the one that was not.
-static void expect_same_run(const char *out, const char *how)
-{
+static void expect_same_run(const char *out, const char *how) {
     Text whole = {0}, parts = {0};
     LogLine lines[500];
     char *model = xprintf("%s/model.safetensors", out);
@@ -3926,8 +3677,7 @@ static void expect_same_run(const char *out, const char *how)
     free(parts.data);
 }
 
-static void test_resume(void)
-{
+static void test_resume(void) {
     LogLine lines[500];
     make_inputs();
     double begin = now();
@@ -4005,8 +3755,7 @@ static void test_resume(void)
     expect_same_run("just-saved", "killed after a checkpoint");
 }
 
-static void test_checkpoints(void)
-{
+static void test_checkpoints(void) {
     LogLine lines[500];
     make_inputs();
     // Letters that training never shows: their loss rises. The best checkpoint is kept besides the newest,
@@ -4088,8 +3837,7 @@ static void test_checkpoints(void)
         Model *saved = model_load(path);
         size_t bad = 0;
         for (int t = 0; t < saved->tensor_count; t++)
-            for (size_t j = 0; j < saved->tensors[t].size; j++)
-                bad += !isfinite(saved->tensors[t].value[j]);
+            for (size_t j = 0; j < saved->tensors[t].size; j++) bad += !isfinite(saved->tensors[t].value[j]);
         check(bad == 0, "%s holds %zu values that are not finite", path, bad);
         model_free(saved);
         free(path);
@@ -4104,8 +3852,7 @@ static void test_checkpoints(void)
     model_initialise(steep, 5);
     for (size_t i = 0; i < steep->tensors[steep->tensor_count - 1].size; i++)
         model_tensor(steep, LM_HEAD, 0)->value[i] = random_bits(8, i) & 1 ? 3e38f : -3e38f;
-    for (int i = 0; i < 16; i++)
-        model_tensor(steep, LN_F_WEIGHT, 0)->value[i] = 1e-37f;
+    for (int i = 0; i < 16; i++) model_tensor(steep, LN_F_WEIGHT, 0)->value[i] = 1e-37f;
     model_save(steep, tokenizer, in_tests("steep"));
     model_free(steep);
     tokenizer_free(tokenizer);
@@ -4120,9 +3867,8 @@ static void test_checkpoints(void)
 // ---- documents ----
 
 // Texts that explain the code name its functions (`like_this`) and tests ("like: this"): all of them exist.
-static void test_documents(void)
-{
-    static const char *const documents[] = {"dev/derivations.md", "dev/tour.md"};
+static void test_documents(void) {
+    static const char *const documents[] = {"dev/derivations.md", "dev/tour.md", "README.md"};
     Text code = read_file("train_gpt2.c"), list = read_file("test_gpt2.c");
     for (size_t i = 0; i < sizeof documents / sizeof *documents; i++) {
         Text text = read_file(documents[i]);
@@ -4130,8 +3876,7 @@ static void test_documents(void)
         for (char *at = text.data; (at = strpbrk(at, "`\"")) != NULL; at++) {
             char *name = at + 1, quote = *at;
             size_t length = strcspn(name, "`\"\n");
-            if (name[length] != quote)
-                continue;
+            if (name[length] != quote) continue;
             name[length] = 0;
             at = name + length;
             if (quote == '"' && strstr(name, ": ")) {
@@ -4141,8 +3886,7 @@ static void test_documents(void)
             } else if (quote == '`' && strchr(name, '_') &&
                        name[strspn(name, "abcdefghijklmnopqrstuvwxyz_")] == 0) {
                 const char *found = code.data; // as a whole word: a function, or a member of a struct
-                while ((found = strstr(found, name)) && !strchr("(,; ", found[length]))
-                    found++;
+                while ((found = strstr(found, name)) && !strchr("(,; [", found[length])) found++;
                 functions++;
                 check(found != NULL, "%s: there is no `%s` in train_gpt2.c", documents[i], name);
             }
@@ -4217,19 +3961,16 @@ static const struct {
     {"documents: the functions and tests that they name exist", test_documents},
 };
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     snprintf(self_path, sizeof self_path, "%s", argv[0]);
-    if (argc > 1 && strcmp(argv[1], "--trainer") == 0)
-        return train_gpt2_main(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "--trainer") == 0) return train_gpt2_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "--reference") == 0) {
         const char *dump = argc > 3 && strcmp(argv[argc - 2], "--dump") == 0 ? argv[argc - 1] : NULL;
         int folders = argc - 2 - (dump ? 2 : 0), failed = 0;
         program_name = "test_gpt2";
         if (folders < 1 || (dump && folders > 1))
             die_usage("--reference DIR..., or --reference DIR --dump FILE");
-        for (int i = 2; i < 2 + folders; i++)
-            failed += !compare_reference(argv[i], dump, false, false);
+        for (int i = 2; i < 2 + folders; i++) failed += !compare_reference(argv[i], dump, false, false);
         printf("%d passed, %d failed\n", folders - failed, failed);
         return failed > 0;
     }
@@ -4237,10 +3978,8 @@ int main(int argc, char **argv)
     double started = now();
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         bool wanted = argc == 1;
-        for (int j = 1; j < argc; j++)
-            wanted = wanted || strstr(tests[i].name, argv[j]);
-        if (!wanted)
-            continue;
+        for (int j = 1; j < argc; j++) wanted = wanted || strstr(tests[i].name, argv[j]);
+        if (!wanted) continue;
         double begin = now();
         current_test = tests[i].name;
         failures_of_test = 0;

@@ -48,8 +48,7 @@ typedef struct {
 } Reader;
 
 // Adds text up to `stop` as spans of moderate size.
-static void reader_add(Reader *reader, size_t stop)
-{
+static void reader_add(Reader *reader, size_t stop) {
     while (reader->done < stop) {
         size_t start = reader->done, left = stop - start, size = 0;
         for (size_t window = SPAN_BYTES; window < left && size == 0; window *= 2)
@@ -64,28 +63,23 @@ static void reader_add(Reader *reader, size_t stop)
 
 // Looks for the next separator line; returns where it starts, or the buffer's size, and where it ends. If
 // more text must be read to tell, *end is 0.
-static size_t find_separator(const Reader *reader, bool file_ended, size_t *end)
-{
+static size_t find_separator(const Reader *reader, bool file_ended, size_t *end) {
     const char *text = reader->buffer.data;
     size_t size = reader->buffer.size, at = reader->done;
     for (const char *found; (found = memmem(text + at, size - at, END_OF_TEXT, END_OF_TEXT_SIZE)); at++) {
         at = (size_t)(found - text);
-        if (at > reader->done ? text[at - 1] != '\n' : !reader->starts_document)
-            continue;
+        if (at > reader->done ? text[at - 1] != '\n' : !reader->starts_document) continue;
         size_t after = at + END_OF_TEXT_SIZE;
-        if (after < size && text[after] == '\r')
-            after++;
+        if (after < size && text[after] == '\r') after++;
         *end = after < size ? after + 1 : file_ended ? size : 0;
-        if (after >= size || text[after] == '\n')
-            return at;
+        if (after >= size || text[after] == '\n') return at;
     }
     *end = size;
     return size;
 }
 
 // Turns the buffer into spans: all of it where a file has ended, otherwise up to the last safe cut.
-static void reader_split(Reader *reader, bool file_ended)
-{
+static void reader_split(Reader *reader, bool file_ended) {
     while (reader->done < reader->buffer.size) {
         size_t end = reader->buffer.size;
         size_t stop = reader->documents ? find_separator(reader, file_ended, &end) : end;
@@ -94,48 +88,40 @@ static void reader_split(Reader *reader, bool file_ended)
             stop = reader->done +
                    tokenizer_cut(reader->t, reader->buffer.data + reader->done, stop - reader->done);
         reader_add(reader, stop);
-        if (!separator)
-            break;
+        if (!separator) break;
         reader->done = end;
         reader->starts_document = true;
     }
 }
 
 // Reads the next chunk; false when nothing is left.
-static bool reader_next(Reader *reader)
-{
+static bool reader_next(Reader *reader) {
     Text *buffer = &reader->buffer;
     buffer->size -= reader->done;
-    if (buffer->size)
-        memmove(buffer->data, buffer->data + reader->done, buffer->size);
+    if (buffer->size) memmove(buffer->data, buffer->data + reader->done, buffer->size);
     reader->done = reader->span_count = 0;
     size_t wanted = CHUNK_BYTES;
     for (;;) {
         if (!reader->file) {
             const char *path = *reader->paths;
-            if (!path)
-                break;
+            if (!path) break;
             reader->file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-            if (!reader->file)
-                die("%s: cannot be opened: %s", path, strerror(errno));
+            if (!reader->file) die("%s: cannot be opened: %s", path, strerror(errno));
             reader->starts_document = true;
         }
         buffer->data = grow(buffer->data, wanted, &buffer->capacity, 1);
         size_t room = wanted - buffer->size, got = fread(buffer->data + buffer->size, 1, room, reader->file);
         buffer->size += got;
-        if (ferror(reader->file))
-            die("%s: cannot be read: %s", *reader->paths, strerror(errno));
+        if (ferror(reader->file)) die("%s: cannot be read: %s", *reader->paths, strerror(errno));
         if (got < room) {
             reader_split(reader, true);
-            if (reader->file != stdin)
-                fclose(reader->file);
+            if (reader->file != stdin) fclose(reader->file);
             reader->file = NULL;
             reader->paths++;
             continue;
         }
         reader_split(reader, false);
-        if (reader->done > 0)
-            break;
+        if (reader->done > 0) break;
         wanted *= 2; // one piece longer than the buffer: it must be seen as a whole
     }
     for (size_t group = 0, i = 0; group <= GROUPS; group++) {
@@ -147,18 +133,15 @@ static bool reader_next(Reader *reader)
     return reader->span_count > 0 || *reader->paths;
 }
 
-static void reader_free(Reader *reader)
-{
+static void reader_free(Reader *reader) {
     free(reader->buffer.data);
     free(reader->spans);
 }
 
 // The files that the arguments name: each is a file, a quoted glob, or "-"; none means standard input.
-static char **find_files(char **arguments, int count)
-{
+static char **find_files(char **arguments, int count) {
     static char *standard_input[] = {"-"};
-    if (count == 0)
-        return find_files(standard_input, 1);
+    if (count == 0) return find_files(standard_input, 1);
     char **files = NULL;
     size_t n = 0, capacity = 0;
     for (int i = 0; i < count; i++) {
@@ -167,21 +150,16 @@ static char **find_files(char **arguments, int count)
         if (!plain && glob(arguments[i], 0, NULL, &found) != 0)
             die("%s: there is no such file, and no file matches it", arguments[i]);
         files = grow(files, n + found.gl_pathc + 2, &capacity, sizeof *files);
-        if (plain)
-            files[n++] = xstrdup(arguments[i]);
-        for (size_t k = 0; k < found.gl_pathc; k++)
-            files[n++] = xstrdup(found.gl_pathv[k]);
-        if (!plain)
-            globfree(&found);
+        if (plain) files[n++] = xstrdup(arguments[i]);
+        for (size_t k = 0; k < found.gl_pathc; k++) files[n++] = xstrdup(found.gl_pathv[k]);
+        if (!plain) globfree(&found);
     }
     files[n] = NULL;
     return files;
 }
 
-static void free_files(char **files)
-{
-    for (char **file = files; *file; file++)
-        free(*file);
+static void free_files(char **files) {
+    for (char **file = files; *file; file++) free(*file);
     free(files);
 }
 
@@ -189,57 +167,48 @@ static void free_files(char **files)
 // 2. Output
 // =====================================================================================================
 
-static void finish_output(void)
-{
+static void finish_output(void) {
     if (fflush(stdout) != 0 || ferror(stdout))
         die("standard output: could not be written: %s", strerror(errno));
 }
 
-static void write_text(const Text *text)
-{
-    if (text->size && fwrite(text->data, 1, text->size, stdout) != text->size)
-        finish_output();
+static void write_text(const Text *text) {
+    if (text->size && fwrite(text->data, 1, text->size, stdout) != text->size) finish_output();
 }
 
 // Appends an id's digits and a newline.
-static void text_append_line(Text *text, int number)
-{
+static void text_append_line(Text *text, int number) {
     char digits[16], *at = digits + sizeof digits;
     *--at = '\n';
-    do
-        *--at = (char)('0' + number % 10);
+    do *--at = (char)('0' + number % 10);
     while (number /= 10);
     text_append(text, at, (size_t)(digits + sizeof digits - at));
 }
 
 // Encodes one group of spans; with `marks`, each document starts with <|endoftext|>. The work is done on a copy
 // of *result: the results of groups lie side by side, and threads would fight for the cache line they share.
-static void encode_group(Tokenizer *t, const Reader *reader, int group, bool special, bool marks, Ids *result)
-{
+static void encode_group(Tokenizer *t, const Reader *reader, int group, bool special, bool marks,
+                         Ids *result) {
     Ids ids = *result;
     ids.size = 0;
     for (size_t i = reader->groups[group]; i < reader->groups[group + 1]; i++) {
         Span span = reader->spans[i];
-        if (span.starts_document && marks)
-            ids_push(&ids, t->end_of_text);
+        if (span.starts_document && marks) ids_push(&ids, t->end_of_text);
         tokenizer_encode(t, &ids, reader->buffer.data + span.start, span.size, special);
     }
     *result = ids;
 }
 
 // One id per line.
-static void format_ids(const Ids *ids, Text *result)
-{
+static void format_ids(const Ids *ids, Text *result) {
     Text lines = *result; // a copy, for the same reason
     lines.size = 0;
-    for (size_t i = 0; i < ids->size; i++)
-        text_append_line(&lines, ids->data[i]);
+    for (size_t i = 0; i < ids->size; i++) text_append_line(&lines, ids->data[i]);
     *result = lines;
 }
 
 // encode: one id per line. The threads also write the digits, which takes as long as finding the ids.
-static void command_encode(Tokenizer *t, const Settings *settings, char **files)
-{
+static void command_encode(Tokenizer *t, const Settings *settings, char **files) {
     Reader reader = {.t = t, .paths = files};
     Ids ids[GROUPS] = {{0}};
     Text lines[GROUPS] = {{0}};
@@ -249,8 +218,7 @@ static void command_encode(Tokenizer *t, const Settings *settings, char **files)
             encode_group(t, &reader, g, settings->special, false, &ids[g]);
             format_ids(&ids[g], &lines[g]);
         }
-        for (int g = 0; g < GROUPS; g++)
-            write_text(&lines[g]);
+        for (int g = 0; g < GROUPS; g++) write_text(&lines[g]);
     }
     finish_output();
     for (int g = 0; g < GROUPS; g++) {
@@ -261,8 +229,7 @@ static void command_encode(Tokenizer *t, const Settings *settings, char **files)
 }
 
 // count: how many ids and bytes each file has, like wc.
-static void command_count(Tokenizer *t, const Settings *settings, char **files)
-{
+static void command_count(Tokenizer *t, const Settings *settings, char **files) {
     size_t all_tokens = 0, all_bytes = 0;
     printf("%12s %14s %11s  file\n", "tokens", "bytes", "bytes/token");
     for (char **path = files; *path; path++) {
@@ -278,8 +245,7 @@ static void command_count(Tokenizer *t, const Settings *settings, char **files)
                 tokens += ids[g].size;
             }
         }
-        for (int g = 0; g < GROUPS; g++)
-            free(ids[g].data);
+        for (int g = 0; g < GROUPS; g++) free(ids[g].data);
         reader_free(&reader);
         printf("%12zu %14zu %11.3f  %s\n", tokens, bytes, tokens ? (double)bytes / (double)tokens : 0, *path);
         all_tokens += tokens;
@@ -292,14 +258,12 @@ static void command_count(Tokenizer *t, const Settings *settings, char **files)
 }
 
 // decode: ids separated by white space become exactly their bytes, as soon as they are read.
-static void command_decode(Tokenizer *t, char **files)
-{
+static void command_decode(Tokenizer *t, char **files) {
     Text text = {0};
     char *chunk = xmalloc(SPAN_BYTES);
     for (char **path = files; *path; path++) {
         FILE *file = strcmp(*path, "-") == 0 ? stdin : fopen(*path, "rb");
-        if (!file)
-            die("%s: cannot be opened: %s", *path, strerror(errno));
+        if (!file) die("%s: cannot be opened: %s", *path, strerror(errno));
         size_t line = 1;
         long id = -1; // -1: between numbers
         for (ssize_t got = 1; got > 0;) {
@@ -327,19 +291,16 @@ static void command_decode(Tokenizer *t, char **files)
             finish_output();
             text.size = 0;
         }
-        if (file != stdin)
-            fclose(file);
+        if (file != stdin) fclose(file);
     }
     finish_output();
     free(chunk);
     free(text.data);
 }
 
-static void print_ids(const char *name, const int *ids, long count)
-{
+static void print_ids(const char *name, const int *ids, long count) {
     printf("\"%s\": [", name);
-    for (long i = 0; i < count; i++)
-        printf(i ? ", %d" : "%d", ids[i]);
+    for (long i = 0; i < count; i++) printf(i ? ", %d" : "%d", ids[i]);
     putchar(']');
 }
 
@@ -347,8 +308,7 @@ static void print_ids(const char *name, const int *ids, long count)
 // <|endoftext|> on one side; the mask has 1 for ids and 0 for filling, as transformers gives with
 // padding="max_length".
 //   "Hello world", --pad left --length 3 -> {"input_ids": [50256, 15496, 995], "attention_mask": [0, 1, 1]}
-static void command_pad(Tokenizer *t, const Settings *settings, char **files)
-{
+static void command_pad(Tokenizer *t, const Settings *settings, char **files) {
     long length = settings->length;
     bool left = strcmp(settings->pad, "left") == 0;
     int *row = xcalloc((size_t)length, sizeof(int)), *mask = xcalloc((size_t)length, sizeof(int));
@@ -357,8 +317,7 @@ static void command_pad(Tokenizer *t, const Settings *settings, char **files)
     size_t capacity = 0;
     for (char **path = files; *path && !ferror(stdout); path++) {
         FILE *file = strcmp(*path, "-") == 0 ? stdin : fopen(*path, "rb");
-        if (!file)
-            die("%s: cannot be opened: %s", *path, strerror(errno));
+        if (!file) die("%s: cannot be opened: %s", *path, strerror(errno));
         for (ssize_t size; (size = getline(&line, &capacity, file)) >= 0 && !ferror(stdout);) {
             size -= size > 0 && line[size - 1] == '\n';
             ids.size = 0;
@@ -374,10 +333,8 @@ static void command_pad(Tokenizer *t, const Settings *settings, char **files)
             print_ids("attention_mask", mask, length);
             puts("}");
         }
-        if (ferror(file))
-            die("%s: cannot be read: %s", *path, strerror(errno));
-        if (file != stdin)
-            fclose(file);
+        if (ferror(file)) die("%s: cannot be read: %s", *path, strerror(errno));
+        if (file != stdin) fclose(file);
     }
     finish_output();
     free(row);
@@ -387,8 +344,7 @@ static void command_pad(Tokenizer *t, const Settings *settings, char **files)
 }
 
 // A shard: 256 int32 (20240520, version 1, number of tokens, zeros), then the tokens as uint16.
-static void write_shard_header(FILE *file, const char *path, size_t tokens)
-{
+static void write_shard_header(FILE *file, const char *path, size_t tokens) {
     int32_t header[256] = {20240520, 1, (int32_t)tokens};
     if (tokens > INT32_MAX)
         die("%s: %zu tokens are too many for one shard: expected at most %d, give fewer files at a time",
@@ -400,22 +356,19 @@ static void write_shard_header(FILE *file, const char *path, size_t tokens)
 
 // Where the validation part starts, of which `wanted` is the ideal place: at the next start of a document, or
 // right there when none is near.
-static size_t find_split(FILE *file, size_t wanted, size_t total, int end_of_text)
-{
+static size_t find_split(FILE *file, size_t wanted, size_t total, int end_of_text) {
     uint16_t tokens[4096];
     size_t limit = wanted + (total - wanted) / 2;
     fseeko(file, (off_t)(1024 + 2 * wanted), SEEK_SET);
     for (size_t at = wanted, got; at < limit && (got = fread(tokens, 2, 4096, file)) > 0; at += got)
         for (size_t i = 0; i < got && at + i < limit; i++)
-            if (tokens[i] == end_of_text)
-                return at + i;
+            if (tokens[i] == end_of_text) return at + i;
     return wanted;
 }
 
 // shard: writes PREFIX_train.bin, and PREFIX_val.bin with the last part of the tokens. How many there will be
 // is not known before the end, so all go into the first file, and the last part is moved then.
-static void command_shard(Tokenizer *t, const Settings *settings, char **files)
-{
+static void command_shard(Tokenizer *t, const Settings *settings, char **files) {
     if (t->vocab_size > UINT16_MAX + 1)
         die("%s: %d tokens do not fit the 16 bits that a shard has for each", settings->tokenizer,
             t->vocab_size);
@@ -428,8 +381,7 @@ static void command_shard(Tokenizer *t, const Settings *settings, char **files)
     size_t total = 0, documents = 0;
     while (reader_next(&reader)) {
 #pragma omp parallel for schedule(dynamic, 1)
-        for (int g = 0; g < GROUPS; g++)
-            encode_group(t, &reader, g, settings->special, true, &ids[g]);
+        for (int g = 0; g < GROUPS; g++) encode_group(t, &reader, g, settings->special, true, &ids[g]);
         for (int g = 0; g < GROUPS; g++) {
             for (size_t i = 0; i < ids[g].size; i++) {
                 uint16_t token = (uint16_t)ids[g].data[i];
@@ -437,29 +389,23 @@ static void command_shard(Tokenizer *t, const Settings *settings, char **files)
             }
             total += ids[g].size;
         }
-        if (ferror(train))
-            die("%s: could not be written: %s", train_path, strerror(errno));
-        for (size_t i = 0; i < reader.span_count; i++)
-            documents += reader.spans[i].starts_document;
+        if (ferror(train)) die("%s: could not be written: %s", train_path, strerror(errno));
+        for (size_t i = 0; i < reader.span_count; i++) documents += reader.spans[i].starts_document;
     }
-    if (total == 0)
-        die("there is no text: expected at least one document");
+    if (total == 0) die("there is no text: expected at least one document");
 
     size_t split = total - (size_t)((double)total * settings->val_fraction);
     if (split < total) {
         char *temporary = xprintf("%s.tmp", train_path); // the name it has until finish_file
         FILE *back = fflush(train) == 0 ? fopen(temporary, "rb") : NULL;
-        if (!back)
-            die("%s: cannot be read back: %s", temporary, strerror(errno));
+        if (!back) die("%s: cannot be read back: %s", temporary, strerror(errno));
         split = find_split(back, split, total, t->end_of_text);
         FILE *val = create_file(val_path);
         write_shard_header(val, val_path, total - split);
         fseeko(back, (off_t)(1024 + 2 * split), SEEK_SET);
         uint16_t tokens[4096];
-        for (size_t got; (got = fread(tokens, 2, 4096, back)) > 0;)
-            fwrite(tokens, 2, got, val);
-        if (ferror(back))
-            die("%s: cannot be read back: %s", temporary, strerror(errno));
+        for (size_t got; (got = fread(tokens, 2, 4096, back)) > 0;) fwrite(tokens, 2, got, val);
+        if (ferror(back)) die("%s: cannot be read back: %s", temporary, strerror(errno));
         fclose(back);
         free(temporary);
         finish_file(val, val_path);
@@ -469,23 +415,19 @@ static void command_shard(Tokenizer *t, const Settings *settings, char **files)
         die("%s: could not be written: %s", train_path, strerror(errno));
     finish_file(train, train_path);
     printf("%s: %zu tokens\n", train_path, split);
-    if (split < total)
-        printf("%s: %zu tokens\n", val_path, total - split);
+    if (split < total) printf("%s: %zu tokens\n", val_path, total - split);
     printf("%zu documents\n", documents);
     finish_output();
-    for (int g = 0; g < GROUPS; g++)
-        free(ids[g].data);
+    for (int g = 0; g < GROUPS; g++) free(ids[g].data);
     reader_free(&reader);
     free(train_path);
     free(val_path);
 }
 
-static void command_info(const Tokenizer *t)
-{
+static void command_info(const Tokenizer *t) {
     int longest = 0;
     for (int id = 1; id < t->vocab_size; id++)
-        if (strlen(t->names[id]) > strlen(t->names[longest]))
-            longest = id;
+        if (strlen(t->names[id]) > strlen(t->names[longest])) longest = id;
     printf("vocab_size %d\nmerges %d\n", t->vocab_size, t->merge_count);
     printf("end_of_text %d\n", t->end_of_text);
     printf("longest_token %d %s\n", longest, t->names[longest]);
@@ -517,8 +459,7 @@ typedef struct {
     size_t used, mask;
 } WordTable;
 
-static uint64_t hash_bytes(const char *bytes, size_t size)
-{
+static uint64_t hash_bytes(const char *bytes, size_t size) {
     uint64_t hash = size, block;
     for (; size >= 8; bytes += 8, size -= 8) {
         memcpy(&block, bytes, 8);
@@ -531,17 +472,14 @@ static uint64_t hash_bytes(const char *bytes, size_t size)
 }
 
 // Adds `count` occurrences of a word.
-static void count_word(WordTable *table, const char *bytes, size_t size, uint64_t hash, uint64_t count)
-{
+static void count_word(WordTable *table, const char *bytes, size_t size, uint64_t hash, uint64_t count) {
     if (2 * table->used >= table->mask) { // more than half full, or empty: make it twice as large
         size_t mask = table->mask ? 2 * table->mask + 1 : 4095;
         Word *slots = xcalloc(mask + 1, sizeof *slots);
         for (size_t i = 0; table->slots && i <= table->mask; i++) {
             size_t at = table->slots[i].hash & mask;
-            while (slots[at].count)
-                at = (at + 1) & mask;
-            if (table->slots[i].count)
-                slots[at] = table->slots[i];
+            while (slots[at].count) at = (at + 1) & mask;
+            if (table->slots[i].count) slots[at] = table->slots[i];
         }
         free(table->slots);
         table->slots = slots;
@@ -560,8 +498,7 @@ static void count_word(WordTable *table, const char *bytes, size_t size, uint64_
 }
 
 // Counts the pieces of all files: each thread in a table of its own, put together at the end.
-static WordTable count_words(const Tokenizer *t, char **files, size_t *bytes)
-{
+static WordTable count_words(const Tokenizer *t, char **files, size_t *bytes) {
     int threads = omp_get_max_threads();
     WordTable *tables = xcalloc((size_t)threads, sizeof *tables);
     Reader reader = {.t = t, .paths = files, .documents = true};
@@ -578,8 +515,7 @@ static WordTable count_words(const Tokenizer *t, char **files, size_t *bytes)
                     count_word(&tables[omp_get_thread_num()], text + at, end - at, hash, 1);
                 }
             }
-        for (size_t i = 0; i < reader.span_count; i++)
-            *bytes += reader.spans[i].size;
+        for (size_t i = 0; i < reader.span_count; i++) *bytes += reader.spans[i].size;
     }
     reader_free(&reader);
     for (int k = 1; k < threads; k++) {
@@ -633,18 +569,15 @@ typedef struct {
     size_t heap_size, heap_capacity;
 } Trainer;
 
-static size_t pair_slot(const Trainer *trainer, int left, int right)
-{
+static size_t pair_slot(const Trainer *trainer, int left, int right) {
     size_t at = mix_bits((uint64_t)(unsigned)left << 32 | (unsigned)right) & trainer->pair_mask;
     for (int i; (i = trainer->pair_slots[at]) >= 0; at = (at + 1) & trainer->pair_mask)
-        if (trainer->pairs[i].left == left && trainer->pairs[i].right == right)
-            break;
+        if (trainer->pairs[i].left == left && trainer->pairs[i].right == right) break;
     return at;
 }
 
 // Changes how often a pair was seen, by what one place in a word adds or takes away.
-static void pair_change(Trainer *trainer, int left, int right, int64_t change, int word)
-{
+static void pair_change(Trainer *trainer, int left, int right, int64_t change, int word) {
     if (2 * trainer->pair_count >= trainer->pair_mask) {
         trainer->pair_mask = trainer->pair_mask ? 2 * trainer->pair_mask + 1 : (1 << 16) - 1;
         trainer->pair_slots = xrealloc(trainer->pair_slots, (trainer->pair_mask + 1) * sizeof(int));
@@ -660,8 +593,7 @@ static void pair_change(Trainer *trainer, int left, int right, int64_t change, i
     }
     Pair *pair = &trainer->pairs[trainer->pair_slots[slot]];
     pair->count += change;
-    if (change < 0)
-        return;
+    if (change < 0) return;
     WordList *fresh = &pair->fresh;
     if (fresh->size == 0) {
         trainer->touched =
@@ -678,15 +610,12 @@ static void pair_change(Trainer *trainer, int left, int right, int64_t change, i
 }
 
 // Which candidate goes first: the more frequent one, then the smaller left id, then the smaller right id.
-static bool goes_first(const PairEntry *a, const PairEntry *b)
-{
-    if (a->count != b->count)
-        return a->count > b->count;
+static bool goes_first(const PairEntry *a, const PairEntry *b) {
+    if (a->count != b->count) return a->count > b->count;
     return a->left != b->left ? a->left < b->left : a->right < b->right;
 }
 
-static void entry_push(Trainer *trainer, PairEntry candidate)
-{
+static void entry_push(Trainer *trainer, PairEntry candidate) {
     trainer->heap = grow(trainer->heap, trainer->heap_size + 1, &trainer->heap_capacity, sizeof(PairEntry));
     size_t at = trainer->heap_size++;
     for (; at > 0 && goes_first(&candidate, &trainer->heap[(at - 1) / 2]); at = (at - 1) / 2)
@@ -694,15 +623,12 @@ static void entry_push(Trainer *trainer, PairEntry candidate)
     trainer->heap[at] = candidate;
 }
 
-static PairEntry entry_pop(Trainer *trainer)
-{
+static PairEntry entry_pop(Trainer *trainer) {
     PairEntry *heap = trainer->heap, top = heap[0], last = heap[--trainer->heap_size];
     size_t size = trainer->heap_size, at = 0;
     for (size_t child; (child = 2 * at + 1) < size; at = child) {
-        if (child + 1 < size && goes_first(&heap[child + 1], &heap[child]))
-            child++;
-        if (!goes_first(&heap[child], &last))
-            break;
+        if (child + 1 < size && goes_first(&heap[child + 1], &heap[child])) child++;
+        if (!goes_first(&heap[child], &last)) break;
         heap[at] = heap[child];
     }
     heap[at] = last;
@@ -710,8 +636,7 @@ static PairEntry entry_pop(Trainer *trainer)
 }
 
 // Moves pairs that were brought together since the last call into the heap.
-static void push_touched(Trainer *trainer)
-{
+static void push_touched(Trainer *trainer) {
     for (size_t i = 0; i < trainer->touched_count; i++) {
         Pair *pair = &trainer->pairs[trainer->touched[i]];
         if (pair->count > 0)
@@ -728,8 +653,7 @@ static void push_touched(Trainer *trainer)
 // The count of the pair itself stays: nothing asks for it any more, unless a token can be made in two ways;
 // then BpeTrainer counts on from there, and so do we.
 //   x l r y -> x id y:   (x, l) and (r, y) are seen less often, (x, id) and (id, y) more
-static void merge_word(Trainer *trainer, int word, int left, int right, int id)
-{
+static void merge_word(Trainer *trainer, int word, int left, int right, int id) {
     int *symbols = trainer->symbols + trainer->starts[word];
     size_t length = trainer->lengths[word], kept = 0;
     int64_t count = trainer->counts[word];
@@ -752,10 +676,8 @@ static void merge_word(Trainer *trainer, int word, int left, int right, int id)
     trainer->lengths[word] = kept;
 }
 
-static void trainer_free(Trainer *trainer)
-{
-    for (size_t i = 0; i < trainer->heap_size; i++)
-        free(trainer->heap[i].words.data);
+static void trainer_free(Trainer *trainer) {
+    for (size_t i = 0; i < trainer->heap_size; i++) free(trainer->heap[i].words.data);
     free(trainer->heap);
     free(trainer->symbols);
     free(trainer->starts);
@@ -767,16 +689,14 @@ static void trainer_free(Trainer *trainer)
 }
 
 // train: learns a vocabulary of 256 bytes, merges, and <|endoftext|>, and writes it into a folder.
-static void command_train(const Settings *settings, char **files)
-{
+static void command_train(const Settings *settings, char **files) {
     double start = now();
     Tokenizer *t = tokenizer_new((size_t)settings->vocab_size, (size_t)settings->vocab_size);
     find_byte_ids(t, true, "");
     size_t bytes;
     WordTable words = count_words(t, files, &bytes);
     double counted = now();
-    if (words.used == 0)
-        die("there is no text: expected at least one document");
+    if (words.used == 0) die("there is no text: expected at least one document");
     Trainer trainer = {0};
     trainer.symbols = xmalloc(words.arena.size * sizeof(int));
     trainer.starts = xcalloc(words.used, sizeof(size_t));
@@ -785,8 +705,7 @@ static void command_train(const Settings *settings, char **files)
     for (size_t i = 0; i < words.arena.size; i++)
         trainer.symbols[i] = t->byte_ids[(unsigned char)words.arena.data[i]];
     for (size_t i = 0; i <= words.mask; i++) {
-        if (words.slots[i].count == 0)
-            continue;
+        if (words.slots[i].count == 0) continue;
         size_t w = trainer.word_count++;
         trainer.starts[w] = words.slots[i].start;
         trainer.lengths[w] = words.slots[i].size;
@@ -881,8 +800,7 @@ static const char HELP[] =
     "Exit status: 0 done, 1 something is wrong with a file, 2 something is wrong with the command line.\n";
 
 // Reads a number from `least` to `most`, or ends the program with what to write instead.
-static double parse_number(const char *option, const char *text, double least, double most, bool whole)
-{
+static double parse_number(const char *option, const char *text, double least, double most, bool whole) {
     char *end;
     double value = strtod(text, &end);
     if (end == text || *end || !(value >= least && value <= most) || (whole && value != floor(value)))
@@ -891,8 +809,7 @@ static double parse_number(const char *option, const char *text, double least, d
     return value;
 }
 
-int main(int count, char **arguments)
-{
+int main(int count, char **arguments) {
     enum { TOKENIZER = 1, SPECIAL, PAD, LENGTH, VOCAB_SIZE, OUT, VAL_FRACTION, THREADS, HELP_WANTED };
     static const struct option options[] = {{"tokenizer", required_argument, NULL, TOKENIZER},
                                             {"special", no_argument, NULL, SPECIAL},
@@ -930,8 +847,7 @@ int main(int count, char **arguments)
         return 0;
     }
     int command = 0;
-    while (command < COMMANDS && strcmp(commands[command].name, settings.command) != 0)
-        command++;
+    while (command < COMMANDS && strcmp(commands[command].name, settings.command) != 0) command++;
     if (command == COMMANDS)
         die_usage("%s: expected a command: encode, decode, count, shard, train or info", settings.command);
 
@@ -940,10 +856,8 @@ int main(int count, char **arguments)
     for (int option, at = optind; (option = getopt_long(count, arguments, ":h", options, NULL)) != -1;
          at = optind) {
         const char *written = arguments[at < count ? at : count - 1];
-        if (option == ':')
-            die_usage("%s: expected a value after it", written);
-        if (option == '?')
-            die_usage("%s: there is no such option; --help lists them", written);
+        if (option == ':') die_usage("%s: expected a value after it", written);
+        if (option == '?') die_usage("%s: there is no such option; --help lists them", written);
         if (option < HELP_WANTED && option != THREADS && !(commands[command].takes >> option & 1))
             die_usage("--%s does not apply to %s; --help tells where it does", options[option - 1].name,
                       settings.command);
@@ -983,8 +897,7 @@ int main(int count, char **arguments)
         die_usage("%s: expected --pad and --length together", settings.command);
     if (takes == 1 << TOKENIZER && strcmp(settings.command, "info") == 0 && optind < count)
         die_usage("%s: info takes no file", arguments[optind]);
-    if (settings.threads)
-        omp_set_num_threads((int)settings.threads);
+    if (settings.threads) omp_set_num_threads((int)settings.threads);
 
     char **files = find_files(arguments + optind, count - optind);
     if (strcmp(settings.command, "train") == 0) {

@@ -78,8 +78,7 @@ static const char *program_name = "train_gpt2";
 static bool progress_line_open = false; // a progress line stands unfinished on the terminal
 
 // Prints "program: message" on a line of its own.
-static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...)
-{
+static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     fflush(stdout);
@@ -95,8 +94,7 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...)
 #define die(...) (warn(__VA_ARGS__), exit(1))
 #define die_usage(...) (warn(__VA_ARGS__), exit(2))
 
-static void *xrealloc(void *pointer, size_t size)
-{
+static void *xrealloc(void *pointer, size_t size) {
     void *result = realloc(pointer, size ? size : 1);
     if (!result) die("out of memory: %zu bytes were asked for", size);
     return result;
@@ -104,16 +102,14 @@ static void *xrealloc(void *pointer, size_t size)
 
 static void *xmalloc(size_t size) { return xrealloc(NULL, size); }
 
-static void *xcalloc(size_t count, size_t size)
-{
+static void *xcalloc(size_t count, size_t size) {
     void *result = calloc(count ? count : 1, size ? size : 1);
     if (!result) die("out of memory: %zu x %zu bytes were asked for", count, size);
     return result;
 }
 
 // Returns count floats, not cleared, aligned to a cache line. Freed with free().
-static float *xfloats(size_t count)
-{
+static float *xfloats(size_t count) {
     void *result = NULL;
     if (count > SIZE_MAX / sizeof(float) || posix_memalign(&result, 64, count ? count * sizeof(float) : 64))
         die("out of memory: %.1f MB were asked for", (double)count * sizeof(float) / 1e6);
@@ -121,8 +117,7 @@ static float *xfloats(size_t count)
 }
 
 // printf into fresh memory.
-static char *__attribute__((format(printf, 1, 2))) xprintf(const char *format, ...)
-{
+static char *__attribute__((format(printf, 1, 2))) xprintf(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     char *result = NULL;
@@ -134,8 +129,7 @@ static char *__attribute__((format(printf, 1, 2))) xprintf(const char *format, .
 static char *xstrdup(const char *string) { return xprintf("%s", string); }
 
 // Makes room for `needed` elements in a growing array: capacity doubles, so appending is cheap.
-static void *grow(void *data, size_t needed, size_t *capacity, size_t element_size)
-{
+static void *grow(void *data, size_t needed, size_t *capacity, size_t element_size) {
     if (needed <= *capacity) return data;
     size_t larger = *capacity ? *capacity * 2 : 64;
     *capacity = larger < needed ? needed : larger;
@@ -155,14 +149,12 @@ typedef struct {
     size_t size, capacity;
 } Text;
 
-static void ids_push(Ids *ids, int id)
-{
+static void ids_push(Ids *ids, int id) {
     ids->data = grow(ids->data, ids->size + 1, &ids->capacity, sizeof(int));
     ids->data[ids->size++] = id;
 }
 
-static void text_append(Text *text, const char *bytes, size_t size)
-{
+static void text_append(Text *text, const char *bytes, size_t size) {
     text->data = grow(text->data, text->size + size + 1, &text->capacity, 1);
     if (size) memcpy(text->data + text->size, bytes, size);
     text->size += size;
@@ -173,8 +165,7 @@ static void text_append(Text *text, const char *bytes, size_t size)
 
 // printf for names of files. The result lies in one of 16 places that are used in turn: it need not be freed,
 // and is good until 16 more are asked for.
-static const char *__attribute__((format(printf, 1, 2))) path_of(const char *format, ...)
-{
+static const char *__attribute__((format(printf, 1, 2))) path_of(const char *format, ...) {
     static char places[16][PATH_MAX];
     static unsigned used;
     char *path = places[used++ % 16];
@@ -188,29 +179,25 @@ static const char *__attribute__((format(printf, 1, 2))) path_of(const char *for
 
 static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
 
-static bool is_folder(const char *path)
-{
+static bool is_folder(const char *path) {
     struct stat status;
     return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
 }
 
-static bool ends_with(const char *string, const char *ending)
-{
+static bool ends_with(const char *string, const char *ending) {
     size_t n = strlen(string), m = strlen(ending);
     return n >= m && strcmp(string + n - m, ending) == 0;
 }
 
 // Appends what is left in `file` to `text`; `path` only names it in errors.
-static void read_stream(Text *text, FILE *file, const char *path)
-{
+static void read_stream(Text *text, FILE *file, const char *path) {
     char buffer[1 << 16];
     for (size_t got = 1; got > 0; text_append(text, buffer, got)) got = fread(buffer, 1, sizeof buffer, file);
     if (ferror(file)) die("%s: cannot be read: %s", path, strerror(errno));
 }
 
 // Reads a whole file, or standard input when path is "-". Free the result's data.
-static Text read_file(const char *path)
-{
+static Text read_file(const char *path) {
     Text text = {0};
     FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
     if (!file) die("%s: cannot be opened: %s", path, strerror(errno));
@@ -225,8 +212,7 @@ typedef struct {
     size_t size;
 } Mapping;
 
-static Mapping map_file(const char *path)
-{
+static Mapping map_file(const char *path) {
     int descriptor = open(path, O_RDONLY);
     struct stat status;
     if (descriptor < 0 || fstat(descriptor, &status) < 0)
@@ -240,37 +226,32 @@ static Mapping map_file(const char *path)
     return mapping;
 }
 
-static void unmap_file(Mapping *mapping)
-{
+static void unmap_file(Mapping *mapping) {
     if (mapping->data) munmap(mapping->data, mapping->size);
 }
 
 // Files are written under a temporary name, and get their own only when all bytes are on the disk: under a
 // final name there is never half a file.
-static FILE *create_file(const char *path)
-{
+static FILE *create_file(const char *path) {
     FILE *file = fopen(path_of("%s.tmp", path), "wb");
     if (!file) die("%s.tmp: cannot be written: %s", path, strerror(errno));
     return file;
 }
 
-static void finish_file(FILE *file, const char *path)
-{
+static void finish_file(FILE *file, const char *path) {
     bool failed = ferror(file) || fflush(file) != 0 || fsync(fileno(file)) != 0;
     if (fclose(file) != 0 || failed || rename(path_of("%s.tmp", path), path) != 0)
         die("%s: could not be written whole: %s", path, strerror(errno));
 }
 
-static void write_file(const char *path, const void *bytes, size_t size)
-{
+static void write_file(const char *path, const void *bytes, size_t size) {
     FILE *file = create_file(path);
     fwrite(bytes, 1, size, file); // finish_file sees an error
     finish_file(file, path);
 }
 
 // Makes a folder and those above it.
-static void make_folder(const char *path)
-{
+static void make_folder(const char *path) {
     char *above = xstrdup(path), *slash = strrchr(above, '/');
     if (slash && slash > above) {
         *slash = 0;
@@ -282,8 +263,7 @@ static void make_folder(const char *path)
 }
 
 // Deletes a folder with what is in it; one that is not there is no error.
-static void remove_folder(const char *path)
-{
+static void remove_folder(const char *path) {
     DIR *folder = opendir(path);
     for (struct dirent *entry; folder && (entry = readdir(folder));) {
         char *inside = xprintf("%s/%s", path, entry->d_name);
@@ -296,8 +276,7 @@ static void remove_folder(const char *path)
 }
 
 // Makes the renames and deletions in a folder last through a power cut.
-static void sync_folder(const char *path)
-{
+static void sync_folder(const char *path) {
     int descriptor = open(path, O_RDONLY);
     if (descriptor >= 0) {
         fsync(descriptor);
@@ -306,8 +285,7 @@ static void sync_folder(const char *path)
 }
 
 // Seconds on a clock that never goes back.
-static double now(void)
-{
+static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -318,8 +296,7 @@ static double now(void)
 // again (dropout in the backward pass, shuffling after a resume) and threads need no shared state.
 // The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
 
-static uint64_t mix_bits(uint64_t x)
-{
+static uint64_t mix_bits(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
@@ -329,20 +306,17 @@ static uint64_t mix_bits(uint64_t x)
 // A stream of its own for each pair, for instance (seed, epoch).
 static uint64_t random_stream(uint64_t seed, uint64_t purpose) { return mix_bits(mix_bits(seed) ^ purpose); }
 
-static uint64_t random_bits(uint64_t stream, uint64_t index)
-{
+static uint64_t random_bits(uint64_t stream, uint64_t index) {
     return mix_bits(stream + index * 0xd1342543de82ef95u);
 }
 
 // Uniform in [0, 1), a multiple of 2^-24: exactly representable.
-static float random_uniform(uint64_t stream, uint64_t index)
-{
+static float random_uniform(uint64_t stream, uint64_t index) {
     return (float)(random_bits(stream, index) >> 40) * 0x1p-24f;
 }
 
 // Standard normal, by Box and Muller (1958).
-static float random_normal(uint64_t stream, uint64_t index)
-{
+static float random_normal(uint64_t stream, uint64_t index) {
     double u = ((double)(random_bits(stream, 2 * index) >> 11) + 0.5) * 0x1p-53;
     double v = (double)(random_bits(stream, 2 * index + 1) >> 11) * 0x1p-53;
     return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
@@ -367,8 +341,7 @@ typedef struct {
     const char *where;     // file, or file:line, for errors
 } JsonReader;
 
-static void __attribute__((noreturn)) json_die(const JsonReader *reader, const char *expected)
-{
+static void __attribute__((noreturn)) json_die(const JsonReader *reader, const char *expected) {
     size_t line = 1;
     const char *start = reader->text; // of the line
     for (const char *p = reader->text; p < reader->at; p++)
@@ -378,21 +351,18 @@ static void __attribute__((noreturn)) json_die(const JsonReader *reader, const c
 }
 
 // The character that comes next, white space passed over; 0 at the end.
-static char json_peek(JsonReader *reader)
-{
+static char json_peek(JsonReader *reader) {
     reader->at += strspn(reader->at, " \t\r\n");
     return *reader->at;
 }
 
-static bool json_accept(JsonReader *reader, char wanted)
-{
+static bool json_accept(JsonReader *reader, char wanted) {
     if (json_peek(reader) != wanted) return false;
     reader->at++;
     return true;
 }
 
-static unsigned json_hex4(JsonReader *reader)
-{
+static unsigned json_hex4(JsonReader *reader) {
     char digits[5];
     snprintf(digits, sizeof digits, "%.4s", reader->at);
     if (strspn(digits, "0123456789abcdefABCDEF") != 4) json_die(reader, "four hexadecimal digits");
@@ -401,8 +371,7 @@ static unsigned json_hex4(JsonReader *reader)
 }
 
 // The code point that a \u, already taken, and what follows it spell. A lone surrogate becomes U+FFFD.
-static unsigned json_code_point(JsonReader *reader)
-{
+static unsigned json_code_point(JsonReader *reader) {
     unsigned code = json_hex4(reader);
     if (code >= 0xd800 && code < 0xdc00 && strncmp(reader->at, "\\u", 2) == 0) {
         const char *before = reader->at;
@@ -415,8 +384,7 @@ static unsigned json_code_point(JsonReader *reader)
 }
 
 // Writes a code point as UTF-8 and returns the number of bytes, 1 to 4.
-static int utf8_write(char *out, unsigned code)
-{
+static int utf8_write(char *out, unsigned code) {
     int extra = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
     static const unsigned char lead[4] = {0, 0xc0, 0xe0, 0xf0};
     for (int i = extra; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 63));
@@ -425,8 +393,7 @@ static int utf8_write(char *out, unsigned code)
 }
 
 // Reads a string, its opening quote already taken.
-static Text json_string(JsonReader *reader)
-{
+static Text json_string(JsonReader *reader) {
     Text string = {0};
     for (;;) {
         const char *plain = reader->at;
@@ -450,8 +417,7 @@ static Text json_string(JsonReader *reader)
     }
 }
 
-static Json *json_value(JsonReader *reader, int depth)
-{
+static Json *json_value(JsonReader *reader, int depth) {
     Json *node = xcalloc(1, sizeof *node);
     if (depth > 200) json_die(reader, "at most 200 levels of nesting");
     char c = json_peek(reader);
@@ -495,8 +461,7 @@ static Json *json_value(JsonReader *reader, int depth)
 }
 
 // Reads one JSON value that fills the text; ends the program with file, line and column when it is not valid.
-static Json *json_parse(const char *text, size_t size, const char *where)
-{
+static Json *json_parse(const char *text, size_t size, const char *where) {
     Text copy = {0}; // which a NUL ends
     text_append(&copy, text, size);
     JsonReader reader = {copy.data, copy.data, where};
@@ -507,16 +472,14 @@ static Json *json_parse(const char *text, size_t size, const char *where)
     return node;
 }
 
-static Json *json_read_file(const char *path)
-{
+static Json *json_read_file(const char *path) {
     Text text = read_file(path);
     Json *node = json_parse(text.data, text.size, path);
     free(text.data);
     return node;
 }
 
-static void json_free(Json *node)
-{
+static void json_free(Json *node) {
     while (node) {
         Json *next = node->next;
         json_free(node->child);
@@ -528,22 +491,19 @@ static void json_free(Json *node)
 }
 
 // The member called `key`, or NULL (also when `object` is NULL or no object).
-static const Json *json_get(const Json *object, const char *key)
-{
+static const Json *json_get(const Json *object, const char *key) {
     if (!object || object->kind != JSON_OBJECT) return NULL;
     for (const Json *member = object->child; member; member = member->next)
         if (strcmp(member->key, key) == 0) return member;
     return NULL;
 }
 
-static bool json_is_text(const Json *node, const char *text)
-{
+static bool json_is_text(const Json *node, const char *text) {
     return node && node->kind == JSON_STRING && strcmp(node->string, text) == 0;
 }
 
 // The number called `key`, or `otherwise` when it is missing or null. `where` names the file in errors.
-static double json_number(const Json *object, const char *key, double otherwise, const char *where)
-{
+static double json_number(const Json *object, const char *key, double otherwise, const char *where) {
     const Json *member = json_get(object, key);
     if (!member || member->kind == JSON_NULL) return otherwise;
     if (member->kind != JSON_NUMBER) die("%s: \"%s\" must be a number", where, key);
@@ -551,8 +511,7 @@ static double json_number(const Json *object, const char *key, double otherwise,
 }
 
 // Writes a string with its quotes; bytes that are not ASCII pass through.
-static void json_write_string(FILE *file, const char *string, size_t length)
-{
+static void json_write_string(FILE *file, const char *string, size_t length) {
     fputc('"', file);
     for (size_t i = 0; i < length; i++) {
         unsigned char c = (unsigned char)string[i];
@@ -629,8 +588,7 @@ static const int letter_and_number_runs[] = {
 // clang-format on
 
 // Unfolds the table into one byte per code point. Pages that are never looked at cost no memory.
-static unsigned char *classes_make(void)
-{
+static unsigned char *classes_make(void) {
     static const unsigned short spaces[] = {0x09,   0x0a,   0x0b,   0x0c,   0x0d,   0x20,   0x85,
                                             0xa0,   0x1680, 0x2000, 0x2001, 0x2002, 0x2003, 0x2004,
                                             0x2005, 0x2006, 0x2007, 0x2008, 0x2009, 0x200a, 0x2028,
@@ -647,8 +605,7 @@ static unsigned char *classes_make(void)
 }
 
 // Reads one UTF-8 character (RFC 3629) and returns its length, 1 to 4, or 0 if the bytes are not valid.
-static int utf8_read(const char *bytes, size_t size, unsigned *code)
-{
+static int utf8_read(const char *bytes, size_t size, unsigned *code) {
     static const unsigned smallest[5] = {0, 0, 0x80, 0x800, 0x10000}; // longer forms are not valid
     if (size == 0) return 0;
     unsigned char lead = (unsigned char)bytes[0];
@@ -665,8 +622,7 @@ static int utf8_read(const char *bytes, size_t size, unsigned *code)
 
 // The length of the longest prefix that does not end inside a character: what a stream may show already.
 // "caf\xc3" -> 3, since \xa9 may follow and make it é; "caf\xff" -> 4, since no byte can make \xff valid.
-static size_t utf8_whole(const char *bytes, size_t size)
-{
+static size_t utf8_whole(const char *bytes, size_t size) {
     for (size_t back = 1; back <= 3 && back <= size; back++) {
         char low[4] = {'\x80', '\x80', '\x80', '\x80'}, high[4] = {'\xbf', '\xbf', '\xbf', '\xbf'};
         memcpy(low, bytes + size - back, back);
@@ -705,8 +661,7 @@ typedef struct {
 // ---- cutting text into pieces ----
 
 // The class of the character at text[at], and its length.
-static inline int class_at(const Tokenizer *t, const char *text, size_t at, size_t size, size_t *length)
-{
+static inline int class_at(const Tokenizer *t, const char *text, size_t at, size_t size, size_t *length) {
     unsigned code = (unsigned char)text[at];
     int found = code < 0x80 ? 1 : utf8_read(text + at, size - at, &code);
     *length = found ? (size_t)found : 1;
@@ -714,8 +669,7 @@ static inline int class_at(const Tokenizer *t, const char *text, size_t at, size
 }
 
 // Where the run of characters of one class that goes on at text[at] ends.
-static size_t run_end(const Tokenizer *t, const char *text, size_t at, size_t size, int class)
-{
+static size_t run_end(const Tokenizer *t, const char *text, size_t at, size_t size, int class) {
     for (;;) {
         while (at < size && (unsigned char)text[at] < 0x80 && t->classes[(unsigned char)text[at]] == class)
             at++; // the fast path: ASCII
@@ -732,8 +686,7 @@ static size_t run_end(const Tokenizer *t, const char *text, size_t at, size_t si
 //   \s+(?!\S)                white space, but its last character is left to what follows
 //   \s+                      white space
 // "I'll  pay $100!\n" -> "I" "'ll" " " " pay" " $" "100" "!" "\n"
-static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t size)
-{
+static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t size) {
     if (text[at] == '\'' && at + 1 < size) {
         char a = text[at + 1], b = at + 2 < size ? text[at + 2] : 0;
         if (a == 's' || a == 'd' || a == 'm' || a == 't') return at + 2;
@@ -752,8 +705,7 @@ static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t
 // whole; 0 if there is none. That is before white space which follows something else: every piece ends there,
 // whatever comes before or after, and <|endoftext|> has no white space inside.
 // "one two  th" -> 7: "one two" can be encoded now, "  th" must wait for more text.
-static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size)
-{
+static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size) {
     for (size_t length, at = size; at-- > 1;) {
         if (class_at(t, text, at, size, &length) != CLASS_SPACE) continue;
         size_t before = at - 1; // where the character before starts; white space has 1 to 3 bytes
@@ -765,14 +717,14 @@ static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size)
 
 // ---- encoding ----
 
-enum { CACHED_BYTES = 24, CACHED_IDS = 9, CACHE_SLOTS = 1 << 15 };
+enum { CACHED_BYTES = 16, CACHED_IDS = 3, CACHE_SLOTS = 1 << 17 };
 
 // Text repeats its words: the ids of short pieces are kept, each in the one slot that its hash names.
 typedef struct {
-    uint64_t piece[CACHED_BYTES / 8]; // its bytes, filled up with zeros
-    unsigned char size, count;        // size 0: an empty slot
+    uint64_t piece[2];         // its bytes, filled up with zeros
+    unsigned char size, count; // size 0: an empty slot
     int ids[CACHED_IDS];
-} CacheSlot;
+} CacheSlot; // half a cache line; 4 MB of them for each thread
 
 // A token of the piece at work, chained to its neighbours; -1: none.
 typedef struct {
@@ -803,19 +755,19 @@ struct Encoder {
 };
 
 // Takes an idle encoder, or makes one: any number of threads may encode at once with one tokenizer.
-static Encoder *encoder_take(Tokenizer *t)
-{
+static Encoder *encoder_take(Tokenizer *t) {
     Encoder *encoder;
 #pragma omp critical(idle_encoders)
     {
         encoder = t->idle;
         t->idle = encoder ? encoder->next : NULL;
     }
-    return encoder ? encoder : xcalloc(1, sizeof *encoder);
+    if (!encoder) // where a cache line starts, so that no slot lies in two
+        encoder = memset(xfloats(sizeof *encoder / sizeof(float)), 0, sizeof *encoder);
+    return encoder;
 }
 
-static void encoder_give_back(Tokenizer *t, Encoder *encoder)
-{
+static void encoder_give_back(Tokenizer *t, Encoder *encoder) {
 #pragma omp critical(idle_encoders)
     {
         encoder->next = t->idle;
@@ -824,8 +776,7 @@ static void encoder_give_back(Tokenizer *t, Encoder *encoder)
 }
 
 // The slot that holds the rank of a pair's merge, or -1 when the two are never joined.
-static inline int *merge_slot(const Tokenizer *t, int left, int right)
-{
+static inline int *merge_slot(const Tokenizer *t, int left, int right) {
     uint64_t hash = ((uint64_t)(unsigned)left << 32 | (unsigned)right) * 0x9e3779b97f4a7c15u;
     for (size_t i = (size_t)(hash >> 32) & t->merge_mask;; i = (i + 1) & t->merge_mask) {
         int rank = t->merge_slots[i];
@@ -834,16 +785,14 @@ static inline int *merge_slot(const Tokenizer *t, int left, int right)
     }
 }
 
-static void bucket_add(Bucket *bucket, uint64_t entry)
-{
+static void bucket_add(Bucket *bucket, uint64_t entry) {
     bucket->entries = grow(bucket->entries, bucket->size + 1, &bucket->capacity, sizeof(uint64_t));
     bucket->entries[bucket->size++] = entry;
 }
 
 // Adds an entry. Odd vocabularies (two merges make one token, or merges out of order) may bring in a rank
 // lower than the one at work: then all start again from bucket 32.
-static void queue_put(Encoder *encoder, uint64_t entry)
-{
+static void queue_put(Encoder *encoder, uint64_t entry) {
     uint32_t rank = (uint32_t)(entry >> 32), difference;
     if (rank < encoder->rank && encoder->rank != UINT32_MAX) {
         for (int b = 0; b < 32; b++) {
@@ -858,15 +807,13 @@ static void queue_put(Encoder *encoder, uint64_t entry)
     bucket_add(&encoder->buckets[difference ? 32 - __builtin_clz(difference) : 0], entry);
 }
 
-static int compare_entries(const void *a, const void *b)
-{
+static int compare_entries(const void *a, const void *b) {
     uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
     return x < y ? -1 : x > y;
 }
 
 // When bucket 0 is done: takes the lowest rank in the next bucket that has entries, and lets them sink.
-static void queue_next_rank(Encoder *encoder)
-{
+static void queue_next_rank(Encoder *encoder) {
     Bucket *first = &encoder->buckets[0], *from = first + 1;
     while (from->size == 0) from++;
     uint64_t lowest = from->entries[0];
@@ -883,16 +830,14 @@ static void queue_next_rank(Encoder *encoder)
         }
 }
 
-static uint64_t queue_take(Encoder *encoder)
-{
+static uint64_t queue_take(Encoder *encoder) {
     if (encoder->taken == encoder->buckets[0].size) queue_next_rank(encoder);
     encoder->queued--;
     return encoder->buckets[0].entries[encoder->taken++];
 }
 
 // Queues the merge of a symbol with its next one, if there is such a merge.
-static void queue_merge(const Tokenizer *t, Encoder *encoder, int position)
-{
+static void queue_merge(const Tokenizer *t, Encoder *encoder, int position) {
     const Symbol *symbol = &encoder->symbols[position];
     int rank = symbol->next < 0 ? -1 : *merge_slot(t, symbol->id, encoder->symbols[symbol->next].id);
     if (rank < 0) return;
@@ -904,8 +849,7 @@ static void queue_merge(const Tokenizer *t, Encoder *encoder, int position)
 // entry of the queue is out of date when its symbol was swallowed or has another next one; since a rank
 // belongs to one pair only, it is enough to look whether the pair there still has it. At most n log n steps.
 // " low" with merges "o w", "l ow", "Ġ low": Ġ l o w -> Ġ l ow -> Ġ low -> Ġlow
-static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *piece, size_t size)
-{
+static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *piece, size_t size) {
     if (size > INT_MAX)
         die("the text has %zu bytes without any place to cut them: expected less than 2 GB", size);
     Symbol *symbols = grow(encoder->symbols, size, &encoder->symbol_capacity, sizeof(Symbol));
@@ -933,8 +877,7 @@ static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
 }
 
 // Appends the ids of text without special tokens.
-static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *text, size_t size)
-{
+static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *text, size_t size) {
     for (size_t at = 0, end; at < size; at = end) {
         end = find_piece(t, text, at, size);
         size_t n = end - at, before = ids->size;
@@ -942,12 +885,18 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
             merge_piece(t, encoder, ids, text + at, n);
             continue;
         }
-        uint64_t key[CACHED_BYTES / 8] = {0};
-        memcpy(key, text + at, n);
-        uint64_t hash = (key[0] ^ key[1] * 0x9e3779b97f4a7c15u ^ key[2] * 0xbf58476d1ce4e5b9u) + n;
+        uint64_t key[2] = {0};
+        if (size - at < CACHED_BYTES)
+            memcpy(key, text + at, n);
+        else { // faster: all 16 bytes, and those behind the piece taken off
+            memcpy(key, text + at, CACHED_BYTES);
+            key[0] &= n < 8 ? ~0ull >> (64 - 8 * n) : ~0ull;
+            key[1] &= n > 8 ? ~0ull >> (128 - 8 * n) : 0;
+        }
+        uint64_t hash = (key[0] ^ key[1] * 0x9e3779b97f4a7c15u) + n;
         hash = (hash ^ hash >> 32) * 0x94d049bb133111ebu;
         CacheSlot *slot = &encoder->cache[(hash >> 32) % CACHE_SLOTS];
-        if (slot->size == n && memcmp(slot->piece, key, sizeof key) == 0) {
+        if (slot->size == n && slot->piece[0] == key[0] && slot->piece[1] == key[1]) {
             for (int i = 0; i < slot->count; i++) ids_push(ids, slot->ids[i]);
             continue;
         }
@@ -962,8 +911,7 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
 }
 
 // Appends the ids of a text; with `special`, "<|endoftext|>" in it becomes its one id.
-static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special)
-{
+static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special) {
     Encoder *encoder = encoder_take(t);
     const char *end = text + size, *found;
     while (special && t->end_of_text >= 0 &&
@@ -980,8 +928,7 @@ static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size, b
 // a parallel region a large text is cut into parts that the threads share, and the ids are the same.
 // special: "<|endoftext|>" in the text becomes its id; otherwise it is text like any other.
 //   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>", special -> 31373 220 50256
-static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special)
-{
+static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special) {
     enum { PART_BYTES = 1 << 17 };
     size_t part_count = size / PART_BYTES;
     if (part_count < 2 || omp_get_max_threads() == 1 || omp_in_parallel()) {
@@ -1012,8 +959,7 @@ static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t si
 // in rising order, are U+0100, U+0101, ...: a space (32) is Ġ (U+0120), a newline Ċ (U+010A).
 
 // Slots for `count` entries, at most half of them in use; -1: empty.
-static int *slots_make(size_t count, size_t *mask)
-{
+static int *slots_make(size_t count, size_t *mask) {
     if (count > INT_MAX / 4)
         die("a vocabulary of %zu tokens or merges is too large: expected at most %d", count, INT_MAX / 4);
     for (*mask = 1023; *mask < 2 * count;) *mask = 2 * *mask + 1;
@@ -1021,8 +967,7 @@ static int *slots_make(size_t count, size_t *mask)
 }
 
 // A tokenizer that knows characters and spelling, with room for so many tokens and merges, and none yet.
-static Tokenizer *tokenizer_new(size_t tokens, size_t merges)
-{
+static Tokenizer *tokenizer_new(size_t tokens, size_t merges) {
     Tokenizer *t = xcalloc(1, sizeof *t);
     t->end_of_text = -1;
     t->name_slots = slots_make(tokens, &t->name_mask);
@@ -1038,8 +983,7 @@ static Tokenizer *tokenizer_new(size_t tokens, size_t merges)
     return t;
 }
 
-static void tokenizer_free(Tokenizer *t)
-{
+static void tokenizer_free(Tokenizer *t) {
     if (!t) return;
     for (Encoder *encoder = t->idle, *next; encoder; encoder = next) {
         next = encoder->next;
@@ -1057,8 +1001,7 @@ static void tokenizer_free(Tokenizer *t)
 }
 
 // The slot that holds the id of the token with this name, or -1 when there is none.
-static int *name_slot(const Tokenizer *t, const char *name)
-{
+static int *name_slot(const Tokenizer *t, const char *name) {
     uint64_t hash = 0;
     for (const char *c = name; *c; c++) hash = (hash ^ (unsigned char)*c) * 0x9e3779b97f4a7c15u;
     for (size_t i = (size_t)(hash >> 32) & t->name_mask;; i = (i + 1) & t->name_mask) {
@@ -1068,8 +1011,7 @@ static int *name_slot(const Tokenizer *t, const char *name)
 }
 
 // Gives the next id to a name that has none yet; returns the name's id.
-static int name_add(Tokenizer *t, const char *name)
-{
+static int name_add(Tokenizer *t, const char *name) {
     int *slot = name_slot(t, name);
     if (*slot < 0) {
         *slot = t->vocab_size++;
@@ -1079,8 +1021,7 @@ static int name_add(Tokenizer *t, const char *name)
 }
 
 // Notes the token of each byte; adds it if `add`, in the order of the characters that spell bytes.
-static void find_byte_ids(Tokenizer *t, bool add, const char *path)
-{
+static void find_byte_ids(Tokenizer *t, bool add, const char *path) {
     for (unsigned code = 0; code < SPELLING_CODES; code++) {
         char name[5] = {0};
         int byte = t->spelled[code];
@@ -1093,8 +1034,7 @@ static void find_byte_ids(Tokenizer *t, bool add, const char *path)
 }
 
 // Takes {"token": id, ...}, in any order, for all the tokenizer's tokens.
-static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const char *path)
-{
+static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const char *path) {
     for (const Json *token = json->child; token; token = token->next) {
         double id = token->number;
         int *slot = name_slot(t, token->key);
@@ -1109,8 +1049,7 @@ static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const 
 }
 
 // Takes the lines of merges.txt. Without a vocabulary each merge makes a token, which gets the next id.
-static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const char *path)
-{
+static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const char *path) {
     size_t number = 1;
     Text joined = {0};
     for (char *line = text->data, *end = line + text->size, *next; line < end; line = next, number++) {
@@ -1147,8 +1086,7 @@ static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const cha
 
 // Takes tokenizer.json, the one file that newer versions of transformers write, if it says GPT-2's rules:
 // returns its vocabulary, and its merges, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
-static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path)
-{
+static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path) {
     const Json *model = json_get(json, "model"), *rules = json_get(json, "pre_tokenizer");
     const Json *prefix = json_get(rules, "add_prefix_space"), *normalizer = json_get(json, "normalizer");
     if (!json_is_text(json_get(model, "type"), "BPE") ||
@@ -1179,8 +1117,7 @@ static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path
 }
 
 // The files of a tokenizer in a folder, vocabulary first: one of three pairs; NULL when it has none of them.
-static bool tokenizer_files(const char *folder, const char *files[2])
-{
+static bool tokenizer_files(const char *folder, const char *files[2]) {
     static const char *const pairs[][2] = {
         {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}, {"tokenizer.json", "tokenizer.json"}};
     for (int i = 0; i < 3; i++) {
@@ -1194,8 +1131,7 @@ static bool tokenizer_files(const char *folder, const char *files[2])
 // Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
 // tokenizer.json), or from a merges file alone: then the ids are the 256 bytes as ordered above ("!" is 0),
 // the merges, <|endoftext|>, as in GPT-2. Whatever is wrong with a file ends the program with one line.
-static Tokenizer *tokenizer_load(const char *path)
-{
+static Tokenizer *tokenizer_load(const char *path) {
     const char *files[2] = {path, path};
     const bool folder = is_folder(path);
     if (!folder && (ends_with(path, ".bin") || ends_with(path, ".tiktoken")))
@@ -1230,8 +1166,7 @@ static Tokenizer *tokenizer_load(const char *path)
 }
 
 // Writes vocab.json and merges.txt into a folder, to the byte as Hugging Face's tokenizers writes them.
-static void tokenizer_save(const Tokenizer *t, const char *folder)
-{
+static void tokenizer_save(const Tokenizer *t, const char *folder) {
     make_folder(folder);
     const char *vocabulary = path_of("%s/vocab.json", folder), *merges = path_of("%s/merges.txt", folder);
     FILE *file = create_file(vocabulary);
@@ -1254,8 +1189,7 @@ static void tokenizer_save(const Tokenizer *t, const char *folder)
 // Appends the bytes of one id; ends the program if there is no such id. A token may end inside a UTF-8
 // character: the bytes of several ids put together are the text. 995 -> " world" in GPT-2's vocabulary.
 // A token that no bytes can spell (a special token with a space, say) stands for its name.
-static void tokenizer_decode(const Tokenizer *t, Text *text, int id)
-{
+static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
     if (id < 0 || id >= t->vocab_size)
         die("token id %d is not in the vocabulary: expected 0 to %d", id, t->vocab_size - 1);
     const char *name = t->names[id];
@@ -1298,14 +1232,12 @@ typedef struct {
     size_t row_capacity, sequence_capacity;
 } Batch;
 
-static void batch_clear(Batch *batch)
-{
+static void batch_clear(Batch *batch) {
     batch->first_row = grow(batch->first_row, 1, &batch->sequence_capacity, sizeof(int));
     batch->sequences = batch->rows = batch->targets = batch->first_row[0] = 0;
 }
 
-static void batch_free(Batch *batch)
-{
+static void batch_free(Batch *batch) {
     free(batch->first_row);
     free(batch->token);
     free(batch->position);
@@ -1314,8 +1246,7 @@ static void batch_free(Batch *batch)
 }
 
 // Appends a row to the sequence that is being built.
-static void batch_add_row(Batch *batch, int token, int position, int target)
-{
+static void batch_add_row(Batch *batch, int token, int position, int target) {
     size_t row = (size_t)batch->rows++, capacity = batch->row_capacity;
     batch->token = grow(batch->token, row + 1, &batch->row_capacity, sizeof(int));
     if (batch->row_capacity > capacity) { // the other two keep pace
@@ -1329,8 +1260,7 @@ static void batch_add_row(Batch *batch, int token, int position, int target)
 }
 
 // Ends the sequence that is being built; it may be empty.
-static void batch_end_sequence(Batch *batch)
-{
+static void batch_end_sequence(Batch *batch) {
     size_t needed = (size_t)batch->sequences + 2;
     batch->first_row = grow(batch->first_row, needed, &batch->sequence_capacity, sizeof(int));
     batch->first_row[++batch->sequences] = batch->rows;
@@ -1433,22 +1363,19 @@ static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < L
 
 // Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT], ...,
 // t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. `layer` matters for these kinds only.
-static Tensor *model_tensor(const Model *model, int kind, int layer)
-{
+static Tensor *model_tensor(const Model *model, int kind, int layer) {
     if (!kind_is_per_layer(kind)) layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
 // The output head (V, C): wte itself when they are tied.
-static Tensor *model_head(const Model *model)
-{
+static Tensor *model_head(const Model *model) {
     return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
 
 // Ends the program when a size is out of range or does not fit the others. `where` names the file or the
 // options.
-static void check_config(Config config, const char *where)
-{
+static void check_config(Config config, const char *where) {
     for (int i = 0; i < CONFIG_SIZES; i++)
         if (*config_size(&config, i) < 1 || *config_size(&config, i) > config_sizes[i].largest)
             die("%s: %s must be between 1 and %d", where, config_sizes[i].name, config_sizes[i].largest);
@@ -1459,8 +1386,7 @@ static void check_config(Config config, const char *where)
 }
 
 // Makes the list of tensors, without values: everything trainable, nothing decayed.
-static Model *model_new(Config config)
-{
+static Model *model_new(Config config) {
     const size_t C = (size_t)config.n_embd;
     const size_t size_of[] = {['V'] = (size_t)config.vocab_size,
                               ['P'] = (size_t)config.n_positions,
@@ -1487,8 +1413,7 @@ static Model *model_new(Config config)
     return model;
 }
 
-static void model_free(Model *model)
-{
+static void model_free(Model *model) {
     for (int i = 0; i < model->tensor_count; i++) free(model->tensors[i].name);
     free(model->tensors);
     free(model->value_memory);
@@ -1499,8 +1424,7 @@ static void model_free(Model *model)
 }
 
 // How many parameters there are: all, or only those that are trained.
-static size_t count_parameters(const Model *model, bool only_trainable)
-{
+static size_t count_parameters(const Model *model, bool only_trainable) {
     size_t count = 0;
     for (int i = 0; i < model->tensor_count; i++)
         if (!(only_trainable && model->tensors[i].frozen)) count += model->tensors[i].size;
@@ -1510,8 +1434,7 @@ static size_t count_parameters(const Model *model, bool only_trainable)
 // Lengths inside one block of memory are rounded up, so that each tensor starts on a cache line.
 static size_t aligned_size(size_t size) { return (size + 15) / 16 * 16; }
 
-static void model_allocate_values(Model *model)
-{
+static void model_allocate_values(Model *model) {
     size_t total = 0;
     for (int i = 0; i < model->tensor_count; i++) total += aligned_size(model->tensors[i].size);
     float *at = model->value_memory = xfloats(total);
@@ -1522,8 +1445,7 @@ static void model_allocate_values(Model *model)
 }
 
 // A model to be trained from nothing: GPT-2's initial values, the same for a given seed on any machine.
-static void model_initialise(Model *model, uint64_t seed)
-{
+static void model_initialise(Model *model, uint64_t seed) {
     model_allocate_values(model);
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
@@ -1545,8 +1467,7 @@ typedef struct {
     size_t size, capacity;
 } Patterns;
 
-static bool patterns_match(const Patterns *patterns, const char *name)
-{
+static bool patterns_match(const Patterns *patterns, const char *name) {
     for (size_t i = 0; i < patterns->size; i++) {
         regex_t regex;
         int error = regcomp(&regex, patterns->items[i], REG_EXTENDED | REG_NOSUB);
@@ -1562,9 +1483,10 @@ static bool patterns_match(const Patterns *patterns, const char *name)
     return false;
 }
 
-// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go.
-static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay)
-{
+// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay pulls towards 0,
+// which keeps matrices, embeddings among them, from growing without need. A layernorm's weight is at home at 1, and
+// biases are few and hardly overfit: they are left out.
+static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay) {
     model->lowest = model->config.n_layer;
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
@@ -1578,8 +1500,7 @@ static void model_set_training(Model *model, const Patterns *freeze, const Patte
 
 // Makes room for gradients and AdamW's moments (zero at first) of what is trained; without moments when they
 // come from a checkpoint.
-static void model_allocate_training(Model *model, bool with_moments)
-{
+static void model_allocate_training(Model *model, bool with_moments) {
     size_t total = 0;
     for (int i = 0; i < model->tensor_count; i++)
         total += model->tensors[i].frozen ? 0 : aligned_size(model->tensors[i].size);
@@ -1648,8 +1569,7 @@ static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 // C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
 // computed more than once, beyond the right edge the panel holds anything: neither is stored.
 static void matmul_tile(float *C, size_t ldc, const float *A, size_t lda, const float *panel, size_t rows,
-                        size_t columns, size_t depth, bool add)
-{
+                        size_t columns, size_t depth, bool add) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
     const float *a[TILE_ROWS];
     for (size_t i = 0; i < TILE_ROWS; i++) {
@@ -1670,8 +1590,8 @@ static void matmul_tile(float *C, size_t ldc, const float *A, size_t lda, const 
 }
 
 // to (columns, rows) = from (rows, columns), transposed: four by four, which fits in registers.
-static void transpose(float *to, size_t to_ld, const float *from, size_t from_ld, size_t rows, size_t columns)
-{
+static void transpose(float *to, size_t to_ld, const float *from, size_t from_ld, size_t rows,
+                      size_t columns) {
     for (size_t i = 0; i < rows; i += 4)
         for (size_t j = 0; j < columns; j += 4) {
             const float *a = from + i * from_ld + j;
@@ -1689,8 +1609,7 @@ static void transpose(float *to, size_t to_ld, const float *from, size_t from_ld
 
 // Copies the rows k.. (depth of them) and columns j.. (panel by panel) of op(B).
 static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, size_t depth, size_t j,
-                        size_t width)
-{
+                        size_t width) {
     const float *B = p->B + (p->transpose_b ? j * p->ldb + k : k * p->ldb + j);
     for (size_t c = 0; p->transpose_b && c < width; c += TILE_COLUMNS, panel += size)
         transpose(panel, TILE_COLUMNS, B + c * p->ldb, p->ldb, smaller(width - c, TILE_COLUMNS), depth);
@@ -1707,8 +1626,7 @@ static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, s
 }
 
 // One block of C, for all of K.
-static void matmul_block(const Product *p, size_t block)
-{
+static void matmul_block(const Product *p, size_t block) {
     static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
     size_t row = block / p->across * p->rows, end = smaller(row + p->rows, p->M);
     size_t column = block % p->across * p->columns, columns = smaller(p->columns, p->N - column);
@@ -1739,8 +1657,7 @@ static void matmul_block(const Product *p, size_t block)
 enum { FEW = 8 };
 
 // Columns column .. end - 1 of A · Bᵀ: dot products with the rows of B.
-static void few_rows_transposed(const Product *p, size_t column, size_t end)
-{
+static void few_rows_transposed(const Product *p, size_t column, size_t end) {
     for (size_t j = column; j < end; j++) {
         const float *B = p->B + j * p->ldb;
         for (size_t k = 0; k < p->K; k += 16) __builtin_prefetch(B + (1 + 2048 / p->K) * p->ldb + k);
@@ -1763,8 +1680,7 @@ static void few_rows_transposed(const Product *p, size_t column, size_t end)
 }
 
 // Columns column .. end - 1 of A · B: eight rows of B at a time, each times its elements of A.
-static void few_rows_plain(const Product *p, size_t column, size_t end)
-{
+static void few_rows_plain(const Product *p, size_t column, size_t end) {
     const size_t ahead = 8 + 2048 / (end - column); // rows to prefetch
     for (size_t i = 0; !p->accumulate && i < p->M; i++)
         memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
@@ -1792,15 +1708,13 @@ static void few_rows_plain(const Product *p, size_t column, size_t end)
     }
 }
 
-static void matmul_few_rows(const Product *p, size_t block)
-{
+static void matmul_few_rows(const Product *p, size_t block) {
     size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
     (p->transpose_b ? few_rows_transposed : few_rows_plain)(p, column, end);
 }
 
 // Cuts C into blocks and shares them out. Inside a parallel region the calling thread works alone.
-static void matmul_builtin(Product p)
-{
+static void matmul_builtin(Product p) {
     if (p.M == 0 || p.N == 0) return;
     bool few = (p.M <= FEW && !p.transpose_a) || p.K == 0;
     bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
@@ -1835,8 +1749,7 @@ static MatmulKind matmul_kind = MATMUL_BUILTIN;
 // C (M, N) = op(A) (M, K) · op(B) (K, N), or C +=, as Product says. Uses all threads, or only the calling one
 // inside a parallel region.
 static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
-                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate)
-{
+                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate) {
 #ifdef USE_CBLAS
     bool empty = M == 0 || N == 0 || K == 0;
     bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
@@ -1855,8 +1768,7 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
 // exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where eight terms of the series
 // suffice: the relative error stays below 2e-7. Unlike expf it is plain arithmetic, so the compiler
 // vectorises loops around it. Below -87 the result stays at 1.6e-38 in place of denormals; NaN stays NaN.
-static inline float fast_exp(float x)
-{
+static inline float fast_exp(float x) {
     const float rounder = 12582912.0f; // 1.5 · 2^23: adding it leaves the rounded integer in the low bits
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     union {
@@ -1880,8 +1792,7 @@ static inline float fast_exp(float x)
 
 // The largest of x (n), or -INFINITY. Sixteen maxima side by side, because compilers keep the order of
 // comparisons.
-static float largest_of(const float *x, int n)
-{
+static float largest_of(const float *x, int n) {
     float largest[16];
     int i = 0;
     for (int lane = 0; lane < 16; lane++) largest[lane] = -INFINITY;
@@ -1902,15 +1813,13 @@ typedef struct {
     uint64_t stream;
 } Dropout;
 
-static inline float dropout_factor(Dropout dropout, uint64_t index)
-{
+static inline float dropout_factor(Dropout dropout, uint64_t index) {
     return random_uniform(dropout.stream, index) < dropout.probability ? 0 : 1 / (1 - dropout.probability);
 }
 
 // y = residual + dropout(x), or y = dropout(x) when residual is NULL; y may be x. All (R, C).
 // Backward: dx = dropout(dy), which is the same function with the same Dropout.
-static void dropout_add(float *y, const float *residual, const float *x, Dropout dropout, int R, int C)
-{
+static void dropout_add(float *y, const float *residual, const float *x, Dropout dropout, int R, int C) {
 #pragma omp parallel for
     for (size_t i = 0; i < (size_t)R * C; i++)
         y[i] = (residual ? residual[i] : 0) + x[i] * dropout_factor(dropout, i);
@@ -1920,8 +1829,7 @@ static void dropout_add(float *y, const float *residual, const float *x, Dropout
 // x[r] = wte[token[r]] + wpe[position[r]]
 //   x (R, C); wte (V, C); wpe (P, C); token, position (R)
 static void embedding_forward(float *x, const float *wte, const float *wpe, const int *token,
-                              const int *position, int R, int C)
-{
+                              const int *position, int R, int C) {
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         const float *t = wte + (size_t)token[r] * C, *p = wpe + (size_t)position[r] * C;
@@ -1935,8 +1843,7 @@ enum { COLUMN_SLAB = 64 };
 
 // dtable[index[r]] += dx[r], for wte by token and for wpe by position.
 //   dx (R, C); dtable (V or P, C)
-static void embedding_backward(float *dtable, const float *dx, const int *index, int R, int C)
-{
+static void embedding_backward(float *dtable, const float *dx, const int *index, int R, int C) {
 #pragma omp parallel for
     for (int slab = 0; slab < C; slab += COLUMN_SLAB) {
         int end = slab + COLUMN_SLAB < C ? slab + COLUMN_SLAB : C;
@@ -1953,8 +1860,7 @@ static void embedding_backward(float *dtable, const float *dx, const int *index,
 //   y, residual (R, N); x (R, K); weight (K, N); bias (N)
 // The bias (and residual) are put into y first, and the product is added to them: no pass of its own.
 static void linear_forward(float *y, const float *residual, const float *x, const float *weight,
-                           const float *bias, int R, int K, int N)
-{
+                           const float *bias, int R, int K, int N) {
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *to = y + (size_t)r * N;
@@ -1968,8 +1874,7 @@ static void linear_forward(float *y, const float *residual, const float *x, cons
 // accumulate.
 //   dy, x (R, N); mean, rstd (R); out (N)
 static void column_sums(float *out, const float *dy, const float *x, const float *mean, const float *rstd,
-                        bool accumulate, int R, int N)
-{
+                        bool accumulate, int R, int N) {
 #pragma omp parallel for
     for (int slab = 0; slab < N; slab += COLUMN_SLAB) {
         int width = N - slab < COLUMN_SLAB ? N - slab : COLUMN_SLAB;
@@ -1987,8 +1892,7 @@ static void column_sums(float *out, const float *dy, const float *x, const float
 //   dx (R, K) is overwritten; dweight, dbias are overwritten, or added to when accumulate; each of the three may be
 //   NULL: not wanted (what is frozen costs nothing).
 static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
-                            const float *weight, bool accumulate, int R, int K, int N)
-{
+                            const float *weight, bool accumulate, int R, int K, int N) {
     if (dweight) matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
     if (dbias) column_sums(dbias, dy, NULL, NULL, NULL, accumulate, R, N);
     if (dx) matmul(dx, K, dy, N, false, weight, N, true, R, K, N, false);
@@ -1999,8 +1903,7 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
 //   x, y (R, C); mean, rstd (R) are kept for the backward pass; weight, bias (C)
 // y is not kept: where the backward pass wants it, this is called again.
 static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight,
-                              const float *bias, float eps, int R, int C)
-{
+                              const float *bias, float eps, int R, int C) {
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         const float *xr = x + (size_t)r * C;
@@ -2023,8 +1926,7 @@ static void layernorm_forward(float *y, float *mean, float *rstd, const float *x
 // dx is added to, because x is the residual stream and has a second use; dweight and dbias may be NULL.
 static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                                const float *mean, const float *rstd, const float *weight, bool accumulate,
-                               int R, int C)
-{
+                               int R, int C) {
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         const float *xr = x + (size_t)r * C, *dyr = dy + (size_t)r * C;
@@ -2054,16 +1956,14 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
 
 // Multiplies p[i, 0 .. keys - 1] of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
-static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys)
-{
+static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
     uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
     for (int j = 0; j < keys && dropout.probability > 0; j++)
         p[j] *= dropout_factor(dropout, index + (uint64_t)j);
 }
 
 // Floats of scratch that each thread needs when the longest sequence has `longest` keys.
-static size_t attention_scratch(int longest)
-{
+static size_t attention_scratch(int longest) {
     size_t forward = (size_t)QUERY_TILE * longest, backward = (size_t)QUERY_TILE * (2 * KEY_BLOCK + 1);
     return aligned_size(forward > backward ? forward : backward);
 }
@@ -2076,8 +1976,7 @@ static size_t attention_scratch(int longest)
 static void attention_forward(float *out, float *log_sum_exp, const float *query, size_t ldq,
                               const float *key, const float *value, size_t ldk, size_t key_head,
                               int sequences, const int *first_row, const int *first_key, int past,
-                              Dropout dropout, float *scratch, size_t scratch_size, int NH, int HS)
-{
+                              Dropout dropout, float *scratch, size_t scratch_size, int NH, int HS) {
     const float scale = 1 / sqrtf((float)HS);
     const int C = NH * HS;
 #pragma omp parallel
@@ -2125,8 +2024,7 @@ static void attention_forward(float *out, float *log_sum_exp, const float *query
 //   dqkv, qkv (R, 3C): query, key, value side by side; dout, out (R, C); log_sum_exp (R, NH)
 static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out,
                                const float *log_sum_exp, int sequences, const int *first_row, Dropout dropout,
-                               float *scratch, size_t scratch_size, int NH, int HS)
-{
+                               float *scratch, size_t scratch_size, int NH, int HS) {
     const float scale = 1 / sqrtf((float)HS);
     const size_t C = (size_t)NH * HS, ld = 3 * C;
 #pragma omp parallel
@@ -2180,21 +2078,18 @@ static void attention_backward(float *dqkv, const float *dout, const float *qkv,
 // ---- gelu ----
 // gelu(x) = x/2 (1 + tanh(u)) = x · g with u = sqrt(2/pi) (x + 0.044715 x³) and g = 1 / (1 + exp(-2u))
 // (Hendrycks, Gimpel 2016, the tanh form that GPT-2 uses). gelu'(x) = g + x · g (1 - g) · 2u'
-static inline float gelu_gate(float x)
-{
+static inline float gelu_gate(float x) {
     return 1 / (1 + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x))); // 1.5957691216 = 2 sqrt(2/pi)
 }
 
-static void gelu_forward(float *y, const float *x, size_t size)
-{
+static void gelu_forward(float *y, const float *x, size_t size) {
 #pragma omp parallel for simd
     for (size_t i = 0; i < size; i++) y[i] = x[i] * gelu_gate(x[i]);
 }
 
 // dy becomes dx, and x becomes gelu(x), which the projection behind it needs for its weight gradient: so the
 // output of gelu is not stored either.
-static void gelu_backward(float *dy, float *x, size_t size)
-{
+static void gelu_backward(float *dy, float *x, size_t size) {
 #pragma omp parallel for simd
     for (size_t i = 0; i < size; i++) {
         float g = gelu_gate(x[i]), slope = 1.5957691216f * (1 + 3 * 0.044715f * x[i] * x[i]);
@@ -2209,8 +2104,7 @@ static void gelu_backward(float *dy, float *x, size_t size)
 // `backward`
 //   logits (R, V); target, loss, hit (R)
 static void cross_entropy(float *logits, float *loss, bool *hit, const int *target, bool backward,
-                          float weight, int R, int V)
-{
+                          float weight, int R, int V) {
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *row = logits + (size_t)r * V, largest = largest_of(row, V), sum = 0, wanted = row[target[r]];
@@ -2274,8 +2168,7 @@ typedef struct {
 // `training`: nothing is kept for a backward pass. With measure_only nothing is allocated: memory_size tells
 // what would be.
 static void activations_reserve(Activations *a, const Model *model, int rows, bool training, bool recompute,
-                                bool dropout, bool measure_only)
-{
+                                bool dropout, bool measure_only) {
     const Config *config = &model->config;
     a->rows = rows;
     a->recompute = recompute;
@@ -2319,8 +2212,7 @@ static void activations_reserve(Activations *a, const Model *model, int rows, bo
     a->hit = xrealloc(a->hit, R * sizeof(bool));
 }
 
-static void activations_free(Activations *a)
-{
+static void activations_free(Activations *a) {
     free(a->memory);
     free(a->scored);
     free(a->hit);
@@ -2328,8 +2220,7 @@ static void activations_free(Activations *a)
 }
 
 // The stream before a block, or after the last one: layer L.
-static float *residual_at(const Activations *a, const Model *model, int layer)
-{
+static float *residual_at(const Activations *a, const Model *model, int layer) {
     size_t place = layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
     return a->residual + place * a->rows * model->config.n_embd;
 }
@@ -2343,8 +2234,7 @@ typedef struct {
     float *mean_1, *rstd_1, *mean_2, *rstd_2; // (R) of the two layernorms
 } Block;
 
-static Block block_at(const Activations *a, const Model *model, int layer)
-{
+static Block block_at(const Activations *a, const Model *model, int layer) {
     const Config *config = &model->config;
     const size_t place = a->recompute || layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
     const size_t R = (size_t)a->rows, C = (size_t)config->n_embd;
@@ -2371,8 +2261,7 @@ typedef struct {
 // Where dropout happens; each place in each block draws from a stream of its own.
 enum { DROP_EMBEDDING, DROP_ATTENTION, DROP_PROJECTION, DROP_MLP, DROP_PLACES };
 
-static Dropout dropout_at(Dropout dropout, int layer, int place)
-{
+static Dropout dropout_at(Dropout dropout, int layer, int place) {
     dropout.stream = random_stream(dropout.stream, (uint64_t)layer * DROP_PLACES + place);
     return dropout;
 }
@@ -2380,8 +2269,7 @@ static Dropout dropout_at(Dropout dropout, int layer, int place)
 // y = residual + dropout(x · weight + bias): how a branch joins the stream.
 //   y, residual, branch (R, C); x (R, K)
 static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
-                        const Tensor *bias, float *branch, Dropout dropout, int R, int K, int C)
-{
+                        const Tensor *bias, float *branch, Dropout dropout, int R, int K, int C) {
     if (dropout.probability == 0) {
         linear_forward(y, residual, x, weight->value, bias->value, R, K, C);
     } else {
@@ -2392,8 +2280,7 @@ static void join_stream(float *y, const float *residual, const float *x, const T
 
 // One block, from residual_at(layer) to residual_at(layer + 1); the latter only if `finish`.
 static void block_forward(const Model *model, Activations *a, const Batch *batch, int layer, Cache *cache,
-                          Dropout dropout, bool finish)
-{
+                          Dropout dropout, bool finish) {
     const Config *config = &model->config;
     const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
     const float epsilon = config->layer_norm_epsilon;
@@ -2439,8 +2326,7 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
 // Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
 // the gradients of what is trained in the block. Each step differentiates the line that is quoted.
 static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
-                           bool accumulate)
-{
+                           bool accumulate) {
     const Config *config = &model->config;
     const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
     const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
@@ -2485,8 +2371,7 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
 
 // Embeddings and all blocks: fills a->residual_at(L). With a cache the batch continues what is in it.
 static void model_forward(const Model *model, Activations *a, const Batch *batch, Cache *cache,
-                          Dropout dropout)
-{
+                          Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
     const Tensor *t = model->tensors;
     float *x = residual_at(a, model, 0);
@@ -2498,8 +2383,7 @@ static void model_forward(const Model *model, Activations *a, const Batch *batch
 
 // a->logits (count, V) = layernorm_f(residual[chosen rows]) · headᵀ, for at most LOGIT_ROWS chosen rows.
 // Leaves the rows in a->chosen and their normalised form in a->normed.
-static void head_forward(const Model *model, Activations *a, const int *rows, int count)
-{
+static void head_forward(const Model *model, Activations *a, const int *rows, int count) {
     const int C = model->config.n_embd, V = model->config.vocab_size;
     const float *residual = residual_at(a, model, model->config.n_layer);
     const float *weight = model_tensor(model, LN_F_WEIGHT, 0)->value;
@@ -2516,8 +2400,7 @@ static void head_forward(const Model *model, Activations *a, const int *rows, in
 //   Fills a->scored, a->loss and a->hit for each scored row; when `backward`, also the gradient of
 //   weight · (sum of losses) in a->d_residual and in the head's tensors. Returns the sum of losses.
 static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward, float weight,
-                         bool accumulate)
-{
+                         bool accumulate) {
     const int C = model->config.n_embd, V = model->config.vocab_size;
     const Tensor *head = model_head(model), *ln_weight = model_tensor(model, LN_F_WEIGHT, 0);
     const Tensor *ln_bias = model_tensor(model, LN_F_BIAS, 0);
@@ -2551,8 +2434,7 @@ static double classifier(const Model *model, Activations *a, const Batch *batch,
 // Gradients of weight · (sum of losses over the batch): added to those that are there when accumulate, else
 // they are written new. Returns the sum of losses. Blocks below the lowest trainable tensor are not visited.
 static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float weight,
-                                     bool accumulate, Dropout dropout)
-{
+                                     bool accumulate, Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
     // Blocks write their gradients. Embeddings are added to row by row, and without targets the head adds
     // nothing: their sums begin at zero.
@@ -2590,8 +2472,7 @@ enum { NORM_BLOCK = 1 << 16 };
 // The L2 norm of all gradients together. Blocks of fixed size are summed one by one, in double, and then in
 // order, so that the result does not depend on the number of threads. *worst gets the first tensor whose
 // gradient is not finite, or NULL.
-static double gradient_norm(const Model *model, const Tensor **worst)
-{
+static double gradient_norm(const Model *model, const Tensor **worst) {
     double total = 0;
     *worst = NULL;
     for (int i = 0; i < model->tensor_count; i++) {
@@ -2619,8 +2500,7 @@ static double gradient_norm(const Model *model, const Tensor **worst)
 
 // What gradients are multiplied by so that their norm is at most `largest` (0: no limit), as torch's
 // clip_grad_norm_ does it.
-static float clip_factor(double norm, double largest)
-{
+static float clip_factor(double norm, double largest) {
     return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
 }
 
@@ -2629,8 +2509,7 @@ static float clip_factor(double norm, double largest)
 //   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²          averages (exp_avg, exp_avg_sq)
 //   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)    averages started at 0: corrected
 // g is the gradient times `clip`.
-static void adamw_update(const Model *model, const Adam *adam, double learning_rate, long t, float clip)
-{
+static void adamw_update(const Model *model, const Adam *adam, double learning_rate, long t, float clip) {
     const float b2 = (float)adam->beta2, one_minus_b1 = (float)(1 - adam->beta1),
                 one_minus_b2 = (float)(1 - adam->beta2);
     const float epsilon = (float)adam->epsilon;
@@ -2657,8 +2536,7 @@ typedef enum { SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_CONSTANT } Schedule;
 // The learning rate of update `step` = 0, 1, ..., steps - 1, relative to the highest: up from 0 in a line
 // during `warmup` updates, then down to `final`, as transformers' get_*_schedule_with_warmup. The first
 // update has rate 0 (if there is a warm-up): it only starts AdamW's averages.
-static double schedule_factor(Schedule schedule, long step, long warmup, long steps, double final)
-{
+static double schedule_factor(Schedule schedule, long step, long warmup, long steps, double final) {
     if (step < warmup) return (double)step / (double)warmup;
     double progress = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1;
     if (progress > 1) progress = 1;
@@ -2695,16 +2573,14 @@ typedef struct {
     int token;
 } Candidate;
 
-static int compare_candidates(const void *a, const void *b)
-{
+static int compare_candidates(const void *a, const void *b) {
     const Candidate *x = a, *y = b;
     if (x->probability != y->probability) return x->probability < y->probability ? 1 : -1;
     return (x->token > y->token) - (x->token < y->token);
 }
 
 // The k-th largest of x (n), 1 <= k <= n: the k largest so far are kept sorted, and few of the rest get in.
-static float kth_largest(const float *x, int n, int k)
-{
+static float kth_largest(const float *x, int n, int k) {
     float *kept = xmalloc((size_t)k * sizeof *kept), result;
     for (int i = 0, count = 0; i < n; i++) {
         if (count == k && x[i] <= kept[k - 1]) continue;
@@ -2721,8 +2597,7 @@ static float kth_largest(const float *x, int n, int k)
 // then to the top p, as transformers does.
 //   logits (V); draw: uniform in [0, 1); candidates: room for V
 static int sample_token(const float *logits, int V, const Sampling *sampling, float draw,
-                        Candidate *candidates)
-{
+                        Candidate *candidates) {
     int best = 0, count = 0, kept = 0;
     for (int v = 1; v < V; v++)
         if (logits[v] > logits[best]) best = v;
@@ -2753,8 +2628,7 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
 }
 
 // Appends a token; false: its text completed `stop`, and the sample's text ends before that.
-static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer, const char *stop)
-{
+static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer, const char *stop) {
     Text *text = &sample->text;
     size_t length = stop ? strlen(stop) : 0, from = text->size > length ? text->size - length : 0;
     ids_push(&sample->ids, token);
@@ -2766,8 +2640,7 @@ static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer,
 
 // Prints what is new in text, except for an end that only later tokens decide: a part of a character, or what
 // may be the beginning of `stop`. All of it when `last`.
-static void stream_text(const Text *text, size_t *printed, const char *stop, bool last)
-{
+static void stream_text(const Text *text, size_t *printed, const char *stop, bool last) {
     size_t size = text->size, part = stop && !last ? strlen(stop) : 0;
     while (part > 0 && (part > size || memcmp(text->data + size - part, stop, part) != 0)) part--;
     size = last ? size : utf8_whole(text->data, size - part);
@@ -2781,8 +2654,7 @@ static void stream_text(const Text *text, size_t *printed, const char *stop, boo
 // on from its last half. Without a tokenizer there is no text, only ids; with one, a single sample is printed
 // as it comes.
 static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
-                     int samples, int end_of_text, const Sampling *sampling, Sample *outputs)
-{
+                     int samples, int end_of_text, const Sampling *sampling, Sample *outputs) {
     const Config *config = &model->config;
     const int V = config->vocab_size, P = config->n_positions;
     Activations a = {0};
@@ -2840,8 +2712,7 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
     activations_free(&a);
 }
 
-static void sample_free(Sample *sample)
-{
+static void sample_free(Sample *sample) {
     free(sample->ids.data);
     free(sample->text.data);
 }
@@ -2878,8 +2749,7 @@ typedef struct {
 } SafeTensors;
 
 // The bytes of one element, or 0 for a type that nobody knows.
-static size_t dtype_size(const char *dtype)
-{
+static size_t dtype_size(const char *dtype) {
     static const char *const names[] = {"F64",  "I64", "U64", "F32", "I32", "U32", "F16",
                                         "BF16", "I16", "U16", "I8",  "U8",  "BOOL"};
     for (int i = 0; i < 13; i++)
@@ -2888,8 +2758,7 @@ static size_t dtype_size(const char *dtype)
 }
 
 // A non-negative whole number out of a header, or the end of the program.
-static size_t json_size(const Json *node, const char *path, const char *name)
-{
+static size_t json_size(const Json *node, const char *path, const char *name) {
     if (!node || node->kind != JSON_NUMBER || node->number < 0 || node->number > 0x1p53 ||
         node->number != floor(node->number))
         die("%s: tensor %s: shape and data_offsets must be whole numbers", path, name);
@@ -2897,15 +2766,13 @@ static size_t json_size(const Json *node, const char *path, const char *name)
 }
 
 // In the order of their data; of two at one place the empty one comes first.
-static int compare_places(const void *a, const void *b)
-{
+static int compare_places(const void *a, const void *b) {
     const StoredTensor *x = a, *y = b;
     return x->data != y->data ? (x->data > y->data ? 1 : -1) : (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
 
 // Maps a safetensors file and checks every size and offset in it against the file's length.
-static SafeTensors safetensors_open(const char *path)
-{
+static SafeTensors safetensors_open(const char *path) {
     SafeTensors file = {.path = path, .mapping = map_file(path)};
     uint64_t length = 0;
     if (file.mapping.size < 8)
@@ -2959,21 +2826,18 @@ static SafeTensors safetensors_open(const char *path)
 }
 
 // Frees the lists; the mapping stays when the caller has taken it over.
-static void safetensors_close(SafeTensors *file, bool keep_mapping)
-{
+static void safetensors_close(SafeTensors *file, bool keep_mapping) {
     json_free(file->header);
     free(file->tensors);
     if (!keep_mapping) unmap_file(&file->mapping);
 }
 
 // Hugging Face's names come with or without this prefix.
-static const char *without_prefix(const char *name)
-{
+static const char *without_prefix(const char *name) {
     return strncmp(name, "transformer.", 12) == 0 ? name + 12 : name;
 }
 
-static StoredTensor *safetensors_find(const SafeTensors *file, const char *name)
-{
+static StoredTensor *safetensors_find(const SafeTensors *file, const char *name) {
     for (size_t i = 0; i < file->count; i++)
         if (strcmp(without_prefix(file->tensors[i].name), without_prefix(name)) == 0)
             return &file->tensors[i];
@@ -2981,8 +2845,7 @@ static StoredTensor *safetensors_find(const SafeTensors *file, const char *name)
 }
 
 // Writes tensors to a safetensors file; of a StoredTensor it uses name, dtype, shape, bytes and data.
-static void safetensors_write(const char *path, const StoredTensor *tensors, size_t count)
-{
+static void safetensors_write(const char *path, const StoredTensor *tensors, size_t count) {
     char *header = NULL;
     size_t size = 0, offset = 0;
     FILE *text = open_memstream(&header, &size), *file = create_file(path);
@@ -3009,8 +2872,7 @@ static void safetensors_write(const char *path, const StoredTensor *tensors, siz
 // ---- model folders ----
 
 // The stored tensor of this name, which must have the shape of `tensor`, or the end of the program.
-static StoredTensor *safetensors_need(const SafeTensors *file, const char *name, const Tensor *tensor)
-{
+static StoredTensor *safetensors_need(const SafeTensors *file, const char *name, const Tensor *tensor) {
     StoredTensor *stored = safetensors_find(file, name);
     if (!stored) die("%s: tensor %s is missing", file->path, name);
     char expected[64], found[256] = "[";
@@ -3025,8 +2887,7 @@ static StoredTensor *safetensors_need(const SafeTensors *file, const char *name,
 }
 
 // One float from BF16 (the upper half of a float) or F16 (5 bits of exponent, 10 of fraction).
-static float widen(uint16_t bits, bool is_bf16)
-{
+static float widen(uint16_t bits, bool is_bf16) {
     union {
         uint32_t u;
         float f;
@@ -3040,8 +2901,7 @@ static float widen(uint16_t bits, bool is_bf16)
 // Gives every tensor of the model its value. F32 tensors stay in the file's private mapping; F16 and BF16 are
 // widened. A tensor that is missing, misshaped or unknown ends the program; stored causal masks are passed
 // over.
-static void model_load_values(Model *model, const char *path)
-{
+static void model_load_values(Model *model, const char *path) {
     SafeTensors file = safetensors_open(path);
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
     bool mapped = true;
@@ -3081,15 +2941,13 @@ static void model_load_values(Model *model, const char *path)
     free(stored);
 }
 
-static bool json_is_true(const Json *object, const char *key, bool otherwise)
-{
+static bool json_is_true(const Json *object, const char *key, bool otherwise) {
     const Json *member = json_get(object, key);
     return member && member->kind != JSON_NULL ? member->kind == JSON_TRUE : otherwise;
 }
 
 // Reads config.json, and refuses by name the variants of GPT-2 that this program does not compute.
-static Config config_read(const char *path)
-{
+static Config config_read(const char *path) {
     Json *json = json_read_file(path);
     const Json *type = json_get(json, "model_type"), *activation = json_get(json, "activation_function");
     if (!json_is_text(type, "gpt2")) die("%s: model_type must be \"gpt2\"", path);
@@ -3116,8 +2974,7 @@ static Config config_read(const char *path)
 }
 
 // Loads a model folder; its tokenizer is loaded apart, by tokenizer_load.
-static Model *model_load(const char *folder)
-{
+static Model *model_load(const char *folder) {
     const char *config = path_of("%s/config.json", folder),
                *weights = path_of("%s/model.safetensors", folder);
     if (!file_exists(config))
@@ -3133,8 +2990,7 @@ static Model *model_load(const char *folder)
 // Which of a tensor's three arrays a file holds.
 typedef enum { STORE_VALUE, STORE_EXP_AVG, STORE_EXP_AVG_SQ } Stored;
 
-static StoredTensor stored_tensor(const Tensor *tensor, Stored what)
-{
+static StoredTensor stored_tensor(const Tensor *tensor, Stored what) {
     float *data = what == STORE_VALUE     ? tensor->value
                   : what == STORE_EXP_AVG ? tensor->exp_avg
                                           : tensor->exp_avg_sq;
@@ -3149,8 +3005,7 @@ static StoredTensor stored_tensor(const Tensor *tensor, Stored what)
 }
 
 // Writes all values, or AdamW's moments of what is trained.
-static void model_write_tensors(const Model *model, const char *path, bool moments)
-{
+static void model_write_tensors(const Model *model, const char *path, bool moments) {
     const Stored first = moments ? STORE_EXP_AVG : STORE_VALUE,
                  last = moments ? STORE_EXP_AVG_SQ : STORE_VALUE;
     StoredTensor *list = xcalloc(2 * (size_t)model->tensor_count, sizeof *list);
@@ -3164,15 +3019,13 @@ static void model_write_tensors(const Model *model, const char *path, bool momen
 }
 
 // Writes FOLDER/NAME and frees the text.
-static void save_text(const char *folder, const char *name, char *text)
-{
+static void save_text(const char *folder, const char *name, char *text) {
     write_file(path_of("%s/%s", folder, name), text, strlen(text));
     free(text);
 }
 
 // Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load. tokenizer may be NULL.
-static void model_save(const Model *model, const Tokenizer *tokenizer, const char *folder)
-{
+static void model_save(const Model *model, const Tokenizer *tokenizer, const char *folder) {
     const Config *c = &model->config;
     const bool has_end = tokenizer && tokenizer->end_of_text >= 0;
     make_folder(folder);
@@ -3211,8 +3064,7 @@ static void model_save(const Model *model, const Tokenizer *tokenizer, const cha
 
 // AdamW's moments, mapped privately from a checkpoint's optimizer.safetensors. A missing one ends the
 // program.
-static void model_load_moments(Model *model, const char *path)
-{
+static void model_load_moments(Model *model, const char *path) {
     SafeTensors file = safetensors_open(path);
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
@@ -3229,15 +3081,13 @@ static void model_load_moments(Model *model, const char *path)
     safetensors_close(&file, true);
 }
 
-static const char *checkpoint_path(const char *out, long step)
-{
+static const char *checkpoint_path(const char *out, long step) {
     return path_of("%s/checkpoint-%06ld", out, step);
 }
 
 // The steps of all whole checkpoints in a folder, ascending; *count tells how many. Deletes what is left of
 // those whose writing was cut off, if `clean`.
-static long *list_checkpoints(const char *out, size_t *count, bool clean)
-{
+static long *list_checkpoints(const char *out, size_t *count, bool clean) {
     long *steps = NULL;
     size_t capacity = *count = 0;
     DIR *folder = opendir(out);
@@ -3292,31 +3142,27 @@ typedef struct {
     bool is_part;              // split off another dataset, which owns sources and examples
 } Dataset;
 
-static int dataset_token(const Dataset *data, const Example *example, int i)
-{
+static int dataset_token(const Dataset *data, const Example *example, int i) {
     const Source *source = &data->sources[example->source];
     size_t at = example->start + (size_t)i;
     return source->shorts ? source->shorts[at] : source->ids.data[at];
 }
 
 // Adds tokens start .. start + size - 1 of the newest source as an example.
-static void dataset_add(Dataset *data, size_t start, size_t size, size_t prompt)
-{
+static void dataset_add(Dataset *data, size_t start, size_t size, size_t prompt) {
     data->examples = grow(data->examples, data->count + 1, &data->capacity, sizeof *data->examples);
     data->examples[data->count++] = (Example){(int)data->source_count - 1, start, (int)size, (int)prompt};
 }
 
 // Cuts a stream of tokens into windows of seq_len rows; neighbours share a token, since the last one of a
 // window is only a target. A last, shorter window is kept.
-static void add_windows(Dataset *data, size_t tokens, size_t seq_len)
-{
+static void add_windows(Dataset *data, size_t tokens, size_t seq_len) {
     for (size_t start = 0; start + 1 < tokens; start += seq_len)
         dataset_add(data, start, tokens - start > seq_len ? seq_len + 1 : tokens - start, 1);
 }
 
 // Finds the line at *at, without its end, and moves *at behind it. Returns false at the end of the text.
-static bool next_line(const char **at, const char *end, const char **line, size_t *length)
-{
+static bool next_line(const char **at, const char *end, const char **line, size_t *length) {
     if (*at >= end) return false;
     const char *newline = memchr(*at, '\n', (size_t)(end - *at));
     *line = *at;
@@ -3326,8 +3172,7 @@ static bool next_line(const char **at, const char *end, const char **line, size_
     return true;
 }
 
-static void load_text(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len)
-{
+static void load_text(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
     Text text = read_file(path);
     const char *at = text.data, *end = at + text.size, *document = at, *line;
     for (size_t length; document < end;) {
@@ -3345,8 +3190,7 @@ static void load_text(Dataset *data, Source *source, const char *path, Tokenizer
     add_windows(data, source->ids.size, (size_t)seq_len);
 }
 
-static void load_shard(Dataset *data, Source *source, const char *path, int seq_len, int vocab_size)
-{
+static void load_shard(Dataset *data, Source *source, const char *path, int seq_len, int vocab_size) {
     source->shard = map_file(path);
     const int32_t *header = (const int32_t *)source->shard.data;
     if (source->shard.size < 1024 || header[0] != 20240520 || header[1] != 1)
@@ -3364,16 +3208,14 @@ static void load_shard(Dataset *data, Source *source, const char *path, int seq_
 
 // Appends the tokens of the string called `key`; a missing one ends the program with the line's number.
 static void encode_member(Tokenizer *tokenizer, Ids *ids, const Json *object, const char *key,
-                          const char *where)
-{
+                          const char *where) {
     const Json *member = json_get(object, key);
     if (!member || member->kind != JSON_STRING)
         die("%s: {\"prompt\": \"...\", \"completion\": \"...\"} or {\"text\": \"...\"} expected", where);
     tokenizer_encode(tokenizer, ids, member->string, member->length, false);
 }
 
-static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len)
-{
+static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
     Text text = read_file(path);
     Ids *ids = &source->ids;
     const int end_of_text = tokenizer->end_of_text;
@@ -3410,8 +3252,7 @@ static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenize
 }
 
 // Loads a file, or all files that a glob matches. tokenizer may be NULL when there are only shards.
-static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size)
-{
+static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size) {
     Dataset *data = xcalloc(1, sizeof *data);
     glob_t found;
     data->path = pattern;
@@ -3443,8 +3284,7 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
 }
 
 // Splits the last part off as a dataset of its own, at least one example. It lives no longer than the whole.
-static Dataset *dataset_split(Dataset *data, double fraction)
-{
+static Dataset *dataset_split(Dataset *data, double fraction) {
     size_t count = (size_t)((double)data->count * fraction + 0.5);
     count = count < 1 ? 1 : count;
     if (count >= data->count)
@@ -3459,8 +3299,7 @@ static Dataset *dataset_split(Dataset *data, double fraction)
     return part;
 }
 
-static void dataset_free(Dataset *data)
-{
+static void dataset_free(Dataset *data) {
     if (!data) return;
     for (size_t i = 0; i < data->source_count && !data->is_part; i++) {
         free(data->sources[i].ids.data);
@@ -3474,8 +3313,7 @@ static void dataset_free(Dataset *data)
 }
 
 // How many rows (tokens that the model reads) and how many of them are scored.
-static void dataset_size(const Dataset *data, size_t *rows, size_t *targets)
-{
+static void dataset_size(const Dataset *data, size_t *rows, size_t *targets) {
     *rows = *targets = 0;
     for (size_t i = 0; i < data->count; i++) {
         *rows += (size_t)data->examples[i].size - 1;
@@ -3483,15 +3321,13 @@ static void dataset_size(const Dataset *data, size_t *rows, size_t *targets)
     }
 }
 
-static int compare_keys(const void *a, const void *b)
-{
+static int compare_keys(const void *a, const void *b) {
     uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
 // Fills list with 0 .. count - 1 in random order, as Fisher and Yates do it.
-static void shuffled(size_t *list, size_t count, uint64_t stream)
-{
+static void shuffled(size_t *list, size_t count, uint64_t stream) {
     for (size_t i = 0; i < count; i++) list[i] = i;
     for (size_t i = count; i > 1; i--) {
         size_t j = random_bits(stream, i) % i, kept = list[i - 1];
@@ -3503,8 +3339,7 @@ static void shuffled(size_t *list, size_t count, uint64_t stream)
 // The order of examples in an epoch: (count) indices; each run of `group` makes an update. Examples are
 // shuffled, sorted by length within pools of 50 groups, so that those of like length come together, and then
 // whole groups are shuffled. What is left over makes the last, smaller update.
-static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, size_t group)
-{
+static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, size_t group) {
     uint64_t stream = random_stream(seed, 0x6f72646572u + (uint64_t)epoch);
     size_t groups = data->count / group, whole = groups * group, pool = 50 * group;
     size_t *order = xmalloc(data->count * sizeof *order), *sorted = xmalloc(data->count * sizeof *sorted);
@@ -3527,8 +3362,7 @@ static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, siz
 // Packs examples first .. first + count - 1 of the list `indices`, or of the file when it is NULL, into a
 // batch.
 static void dataset_batch(const Dataset *data, const size_t *indices, size_t first, size_t count,
-                          Batch *batch)
-{
+                          Batch *batch) {
     batch_clear(batch);
     for (size_t i = first; i < first + count; i++) {
         const Example *example = &data->examples[indices ? indices[i] : i];
@@ -3587,8 +3421,7 @@ static volatile sig_atomic_t stop_signal = 0;
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
 
 // Mean loss, accuracy and exact match over run->val, or its first --val-batches batches.
-static Evaluation evaluate(Run *run)
-{
+static Evaluation evaluate(Run *run) {
     const Options *options = run->options;
     Evaluation result = {0};
     Batch batch = {0};
@@ -3622,8 +3455,7 @@ static Evaluation evaluate(Run *run)
 }
 
 // "1:02:03".
-static const char *clock_time(double seconds, char text[32])
-{
+static const char *clock_time(double seconds, char text[32]) {
     long s = (long)(seconds + 0.5);
     snprintf(text, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
     return text;
@@ -3631,8 +3463,7 @@ static const char *clock_time(double seconds, char text[32])
 
 // On a terminal the line is written over the one before, cut or filled with blanks to the window's width;
 // nothing but a carriage return is asked of the terminal. In a pipe each line stands.
-static void show_progress(const char *line, bool on_terminal)
-{
+static void show_progress(const char *line, bool on_terminal) {
     struct winsize window = {0};
     int width =
         on_terminal && ioctl(1, TIOCGWINSZ, &window) == 0 && window.ws_col > 1 ? window.ws_col - 1 : 79;
@@ -3644,15 +3475,13 @@ static void show_progress(const char *line, bool on_terminal)
     fflush(stdout);
 }
 
-static void end_progress(void)
-{
+static void end_progress(void) {
     if (progress_line_open) putchar('\n');
     progress_line_open = false;
 }
 
 // The learning rate of update `step` = 0, 1, ...
-static double rate_of(const Run *run, long step)
-{
+static double rate_of(const Run *run, long step) {
     const Options *o = run->options;
     return o->learning_rate *
            schedule_factor((Schedule)o->schedule, step, run->warmup, run->steps, o->final_lr);
@@ -3661,8 +3490,7 @@ static double rate_of(const Run *run, long step)
 static double epoch_of(const Run *run, long step) { return (double)step / (double)run->steps_per_epoch; }
 
 // Opens OUT/log.csv to append to it. A resumed run first takes off what comes after its checkpoint.
-static FILE *open_log(const Run *run)
-{
+static FILE *open_log(const Run *run) {
     const char *path = path_of("%s/log.csv", run->options->out);
     Text old = run->step > 0 && file_exists(path) ? read_file(path) : (Text){0};
     const char *at = old.data, *line;
@@ -3680,8 +3508,7 @@ static FILE *open_log(const Run *run)
 }
 
 // Saves everything that is needed to go on, and deletes checkpoints that are neither new nor the best.
-static void save_checkpoint(const Run *run)
-{
+static void save_checkpoint(const Run *run) {
     const char *out = run->options->out;
     char *temporary = xprintf("%s.tmp", checkpoint_path(out, run->step)), *state = NULL;
     size_t size, count;
@@ -3718,8 +3545,7 @@ static void save_checkpoint(const Run *run)
 }
 
 // Goes on from the checkpoint `folder` of update `step`, whose weights the model already has.
-static void load_trainer_state(Run *run, const char *folder, long step)
-{
+static void load_trainer_state(Run *run, const char *folder, long step) {
     const char *path = path_of("%s/trainer_state.json", folder);
     model_load_moments(run->model, path_of("%s/optimizer.safetensors", folder));
     Json *json = json_read_file(path);
@@ -3742,8 +3568,7 @@ typedef struct {
 // together, so it does not matter how examples fall into micro-batches. Nothing is changed when nothing is
 // scored (then targets is 0), and the program ends before the update when loss or gradient is not finite.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
-                          const Options *options, long step, double learning_rate)
-{
+                          const Options *options, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
     double loss = 0;
     size_t hits = 0;
@@ -3775,8 +3600,7 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 }
 
 // Shows what the model writes after <|endoftext|>.
-static void print_sample(const Run *run)
-{
+static void print_sample(const Run *run) {
     Ids prompt = {0};
     Sample output = {0};
     Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
@@ -3793,8 +3617,7 @@ static void print_sample(const Run *run)
 
 // Evaluates, reports, and judges: is this the best model so far? One that a signal cut short counts for
 // nothing, and is made up for after --resume.
-static bool evaluate_and_judge(Run *run, FILE *log)
-{
+static bool evaluate_and_judge(Run *run, FILE *log) {
     Evaluation e = evaluate(run);
     if (stop_signal) return false;
     end_progress();
@@ -3819,8 +3642,7 @@ static bool evaluate_and_judge(Run *run, FILE *log)
 
 // Packs the examples of update `step` into at most --accumulate micro-batches; returns how many. *order and
 // *order_epoch remember the order of the examples of the current epoch.
-static long next_batches(const Run *run, Batch *batches, size_t **order, long *order_epoch)
-{
+static long next_batches(const Run *run, Batch *batches, size_t **order, long *order_epoch) {
     const size_t B = (size_t)run->options->batch_size, group = (size_t)run->options->accumulate * B;
     long step = run->options->overfit ? 0 : run->step, epoch = step / run->steps_per_epoch;
     if (epoch != *order_epoch) {
@@ -3837,8 +3659,7 @@ static long next_batches(const Run *run, Batch *batches, size_t **order, long *o
 }
 
 // OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
-static void save_result(const Run *run)
-{
+static void save_result(const Run *run) {
     const char *out = run->options->out;
     char text[32];
     bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
@@ -3853,8 +3674,7 @@ static void save_result(const Run *run)
 // Trains from run->step to run->steps, or until a signal or --patience ends it; saves the final model in OUT.
 // Returns the exit status of the program. With --overfit nothing is saved, and the status says whether it
 // passed.
-static int train(Run *run)
-{
+static int train(Run *run) {
     const Options *options = run->options;
     const bool on_terminal = isatty(1);
     const long plain_every = run->steps / 40 > 0 ? run->steps / 40 : 1; // about 40 lines in a pipe
@@ -4018,15 +3838,13 @@ static const Option option_table[] = {
 enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
 enum { AUTO_CHOICE, OPENBLAS_CHOICE, BUILTIN_CHOICE }; // of --matmul
 
-static void add_pattern(Patterns *patterns, const char *item)
-{
+static void add_pattern(Patterns *patterns, const char *item) {
     patterns->items = grow(patterns->items, patterns->size + 1, &patterns->capacity, sizeof *patterns->items);
     patterns->items[patterns->size++] = item;
 }
 
 // The word of a CHOICE that has this number, a copy; NULL when there are not so many.
-static char *choice_word(const Option *option, long number)
-{
+static char *choice_word(const Option *option, long number) {
     char *words = xstrdup(option->argument), *word = strsep(&words, "|");
     while (word && number-- > 0) word = strsep(&words, "|");
     return word;
@@ -4034,8 +3852,7 @@ static char *choice_word(const Option *option, long number)
 
 // Sets one option from its text; `again`: a LIST goes on. Ends the program with status 2 when the text is
 // wrong.
-static void set_option(Options *options, const Option *option, const char *text, bool again)
-{
+static void set_option(Options *options, const Option *option, const char *text, bool again) {
     char *field = (char *)options + option->field, *end = NULL;
     if (option->kind == FLAG) {
         *(bool *)field = true;
@@ -4065,16 +3882,14 @@ static void set_option(Options *options, const Option *option, const char *text,
     }
 }
 
-static void set_defaults(Options *options)
-{
+static void set_defaults(Options *options) {
     *options = (Options){0};
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++)
         if (option->name && option->kind != FLAG) set_option(options, option, option->initial, false);
 }
 
 // What a checkpoint remembers: "--name=value" for each option that has another value than its default.
-static Patterns options_to_save(const Options *options)
-{
+static Patterns options_to_save(const Options *options) {
     Patterns saved = {0};
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         const char *field = (const char *)options + option->field, *initial = option->initial;
@@ -4097,8 +3912,7 @@ static Patterns options_to_save(const Options *options)
 }
 
 // Sets the options that the words after the first one give. A LIST's first word replaces what was there before.
-static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words)
-{
+static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words) {
     struct option names[OPTION_COUNT + 1] = {{0}};
     char letters[3 * OPTION_COUNT + 2] = ":";
     bool taken[OPTION_COUNT] = {false};
@@ -4134,8 +3948,7 @@ static void take_words(Options *options, bool given[OPTION_COUNT], int count, ch
 
 // Reads the command line, on top of the options that the checkpoint `state` (or NULL) remembers: what is said
 // again replaces what was said then. Ends the program with status 2 and one line when it is wrong.
-static void parse_options(Options *options, const char *state, int argc, char **argv)
-{
+static void parse_options(Options *options, const char *state, int argc, char **argv) {
     bool given[OPTION_COUNT] = {false};
     set_defaults(options);
     Json *json = state ? json_read_file(state) : NULL;
@@ -4155,8 +3968,7 @@ static void parse_options(Options *options, const char *state, int argc, char **
                       option_table[i].modes & GENERATE ? "; it goes with --generate N" : "");
 }
 
-static void print_help(void)
-{
+static void print_help(void) {
     printf("train_gpt2: train, fine-tune, evaluate and sample GPT-2 on CPU cores\n\n"
            "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
            "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
@@ -4185,8 +3997,7 @@ static void print_help(void)
 // Gives each thread a core of its own when there are as many threads as cores. Left alone, the system puts
 // two of them on one core as soon as another program runs, and each waits out the other's turn at every
 // barrier.
-static void pin_threads(void)
-{
+static void pin_threads(void) {
 #if defined(__linux__) && defined(_OPENMP)
     cpu_set_t allowed;
     if (getenv("OMP_PROC_BIND") || sched_getaffinity(0, sizeof allowed, &allowed) != 0 ||
@@ -4206,8 +4017,7 @@ static void pin_threads(void)
 
 // Times both matmuls on one shape, the best of three, and takes the built-in one when it is over 1.2 times
 // faster.
-static void choose_matmul(Options *options)
-{
+static void choose_matmul(Options *options) {
 #ifdef USE_OPENBLAS
     if (openblas_get_parallel() ==
         1) // its own pool of threads would fight with OpenMP's: the built-in one wins
@@ -4244,29 +4054,25 @@ static void choose_matmul(Options *options)
 static const int sizes[][2] = {{4, 256}, {6, 384}, {12, 768}, {24, 1024}, {36, 1280}, {48, 1600}};
 
 // The row of a size such as d12 in the table; NULL: then it is the name of a folder.
-static const int *find_size(const char *name)
-{
+static const int *find_size(const char *name) {
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (strcmp(name, path_of("d%d", sizes[i][0])) == 0) return sizes[i];
     return NULL;
 }
 
-static bool has_file(const char *folder, const char *name)
-{
+static bool has_file(const char *folder, const char *name) {
     return file_exists(path_of("%s/%s", folder, name));
 }
 
 // The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
-static Tokenizer *load_tokenizer(const char *given, const char *folder)
-{
+static Tokenizer *load_tokenizer(const char *given, const char *folder) {
     const char *files[2];
     return *given ? tokenizer_load(given) : tokenizer_files(folder, files) ? tokenizer_load(folder) : NULL;
 }
 
 // A model of a size of the table with random values, or (size NULL) the one in a folder.
 static Model *start_model(const Options *options, const int *size, const char *folder,
-                          const Tokenizer *tokenizer)
-{
+                          const Tokenizer *tokenizer) {
     if (!size) {
         Model *model = model_load(folder);
         if (tokenizer && tokenizer->vocab_size > model->config.vocab_size)
@@ -4292,8 +4098,7 @@ static Model *start_model(const Options *options, const int *size, const char *f
 
 // What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as
 // --init says, and the datasets that are named.
-static Run start_run(Options *options, const char *checkpoint)
-{
+static Run start_run(Options *options, const char *checkpoint) {
     const int *size = checkpoint ? NULL : find_size(options->init);
     const char *folder = checkpoint ? checkpoint : options->init;
     if (!find_size(options->init) &&
@@ -4328,8 +4133,7 @@ static Run start_run(Options *options, const char *checkpoint)
 }
 
 // Rows of the largest batch: that of the longest examples.
-static int largest_batch(const Dataset *data, long batch_size, int seq_len)
-{
+static int largest_batch(const Dataset *data, long batch_size, int seq_len) {
     size_t *counts = xcalloc((size_t)seq_len + 1, sizeof *counts), rows = 0;
     for (size_t i = 0; i < data->count; i++) counts[data->examples[i].size - 1]++;
     for (int length = seq_len; length > 0 && batch_size > 0; length--) {
@@ -4343,8 +4147,7 @@ static int largest_batch(const Dataset *data, long batch_size, int seq_len)
 }
 
 // The number of warm-up steps from `300`, `10%` or `1ep`.
-static long warmup_of(const Options *options, long steps, long steps_per_epoch)
-{
+static long warmup_of(const Options *options, long steps, long steps_per_epoch) {
     const char *text = options->warmup_steps;
     if (!*text) text = !find_size(options->init) && steps > steps_per_epoch ? "1ep" : "10%";
     char *unit;
@@ -4360,8 +4163,7 @@ static long warmup_of(const Options *options, long steps, long steps_per_epoch)
 
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
-static void print_plan(const Run *run)
-{
+static void print_plan(const Run *run) {
     const Model *model = run->model;
     const Options *options = run->options;
     size_t decayed = 0, trainable = count_parameters(model, true), all = count_parameters(model, false);
@@ -4413,8 +4215,7 @@ static void print_plan(const Run *run)
     printf("  (warm-up %ld updates)\n", run->warmup);
 }
 
-static void end_run(Run *run)
-{
+static void end_run(Run *run) {
     activations_free(&run->activations);
     dataset_free(run->val);
     dataset_free(run->train);
@@ -4422,8 +4223,7 @@ static void end_run(Run *run)
     if (run->tokenizer) tokenizer_free(run->tokenizer);
 }
 
-static int run_training(Options *options, int argc, char **argv)
-{
+static int run_training(Options *options, int argc, char **argv) {
     char *checkpoint = NULL;
     size_t count;
     long *steps = list_checkpoints(options->out, &count, false), newest = count > 0 ? steps[count - 1] : 0;
@@ -4485,8 +4285,7 @@ static int run_training(Options *options, int argc, char **argv)
     return status;
 }
 
-static int run_evaluation(Options *options)
-{
+static int run_evaluation(Options *options) {
     if (!options->val[0]) die_usage("--eval needs --val FILE");
     Run run = start_run(options, NULL);
     Evaluation e = evaluate(&run);
@@ -4501,8 +4300,7 @@ static int run_evaluation(Options *options)
     return 0;
 }
 
-static int run_generation(Options *options)
-{
+static int run_generation(Options *options) {
     Run run = start_run(options, NULL);
     const Tokenizer *tokenizer = run.tokenizer;
     if (!tokenizer)
@@ -4544,8 +4342,7 @@ static int run_generation(Options *options)
 }
 
 // The whole program; the tests call it too.
-static int train_gpt2_main(int argc, char **argv)
-{
+static int train_gpt2_main(int argc, char **argv) {
     Options options;
     parse_options(&options, NULL, argc, argv);
     if (options.help) {

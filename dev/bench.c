@@ -14,14 +14,12 @@
 
 enum { PRODUCTS = 19, MOST = 64 };
 
-static int compare_doubles(const void *a, const void *b)
-{
+static int compare_doubles(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-static double median(double *values, int count)
-{
+static double median(double *values, int count) {
     qsort(values, (size_t)count, sizeof *values, compare_doubles);
     return values[count / 2];
 }
@@ -37,14 +35,12 @@ typedef struct {
     double seconds;
 } Shape;
 
-static size_t product_size(const Shape *p)
-{
+static size_t product_size(const Shape *p) {
     return aligned_size(p->M * p->K) + aligned_size(p->K * p->N) + aligned_size(p->M * p->N);
 }
 
 // The median time of a product, on operands that are not in the cache from the call before.
-static double time_product(const Shape *p, float *arena, size_t arena_size)
-{
+static double time_product(const Shape *p, float *arena, size_t arena_size) {
     size_t a = p->M * p->K, b = p->K * p->N, size = product_size(p), copies = arena_size / size, copy = 0;
     size_t lda = p->transpose_a ? p->M : p->K, ldb = p->transpose_b ? p->K : p->N;
     double times[MOST], begun = now();
@@ -72,8 +68,7 @@ static double time_product(const Shape *p, float *arena, size_t arena_size)
 }
 
 // Seconds for one pass like AdamW's over `floats` parameters: four arrays read, three written.
-static double time_update_pass(float *arena, size_t floats)
-{
+static double time_update_pass(float *arena, size_t floats) {
     double times[5];
     float *p = arena, *m = p + floats, *v = m + floats;
     const float *g = v + floats;
@@ -91,15 +86,13 @@ static double time_update_pass(float *arena, size_t floats)
 }
 
 // Seconds to read `floats` floats once: what a generated token cannot go below.
-static double time_read_pass(const float *arena, size_t floats)
-{
+static double time_read_pass(const float *arena, size_t floats) {
     double times[5], total = 0;
     for (int i = 0; i < 5; i++) {
         double start = now();
         float sum = 0;
 #pragma omp parallel for simd reduction(+ : sum)
-        for (size_t j = 0; j < floats; j++)
-            sum += arena[j];
+        for (size_t j = 0; j < floats; j++) sum += arena[j];
         total += sum;
         times[i] = now() - start;
     }
@@ -107,8 +100,7 @@ static double time_read_pass(const float *arena, size_t floats)
 }
 
 // GFLOP/s of all threads with nothing but multiply-adds in registers: no product can be faster.
-static double peak_rate(void)
-{
+static double peak_rate(void) {
     enum { SUMS = 12, STEPS = 4000000 };
     double best = 0;
     for (int repeat = 0; repeat < 3; repeat++) {
@@ -116,13 +108,10 @@ static double peak_rate(void)
 #pragma omp parallel
         {
             Vector sum[SUMS];
-            for (int v = 0; v < SUMS; v++)
-                sum[v] = (Vector){0} + (float)v; // else all would be one
+            for (int v = 0; v < SUMS; v++) sum[v] = (Vector){0} + (float)v; // else all would be one
             for (int i = 0; i < STEPS; i++)
-                for (int v = 0; v < SUMS; v++)
-                    sum[v] = sum[v] * 0.5f + 1.0f;
-            for (int v = 1; v < SUMS; v++)
-                sum[0] += sum[v];
+                for (int v = 0; v < SUMS; v++) sum[v] = sum[v] * 0.5f + 1.0f;
+            for (int v = 1; v < SUMS; v++) sum[0] += sum[v];
             if (sum[0][0] == 0.5f) // never: keeps the loop
                 printf("%g\n", sum[0][0]);
         }
@@ -134,8 +123,7 @@ static double peak_rate(void)
 // ---- kernels ----
 
 static double time_kernel(void (*kernel)(const Model *, Activations *, const Batch *), const Model *model,
-                          Activations *a, const Batch *batch)
-{
+                          Activations *a, const Batch *batch) {
     double times[MOST], begun = now();
     int count = 0;
     while (count < 3 || (count < MOST && now() - begun < 0.15)) {
@@ -159,74 +147,62 @@ static double time_kernel(void (*kernel)(const Model *, Activations *, const Bat
     (void)F;                                                                                                 \
     (void)NH
 
-KERNEL(run_embedding_forward)
-{
+KERNEL(run_embedding_forward) {
     SIZES;
     embedding_forward(a->residual, t[WTE].value, t[WPE].value, batch->token, batch->position, R, C);
 }
-KERNEL(run_embedding_backward)
-{
+KERNEL(run_embedding_backward) {
     SIZES;
     embedding_backward(t[WTE].gradient, a->d_residual, batch->token, R, C);
     embedding_backward(t[WPE].gradient, a->d_residual, batch->position, R, C);
 }
-KERNEL(run_layernorm_forward)
-{
+KERNEL(run_layernorm_forward) {
     SIZES;
     layernorm_forward(a->normed, b.mean_1, b.rstd_1, a->residual, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
                       1e-5f, R, C);
 }
-KERNEL(run_layernorm_backward)
-{
+KERNEL(run_layernorm_backward) {
     SIZES;
     layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed,
                        a->residual, b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, false, R, C);
 }
-KERNEL(run_attention_forward)
-{
+KERNEL(run_attention_forward) {
     SIZES;
     attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * (size_t)C, b.qkv + C, b.qkv + 2 * C,
                       3 * (size_t)C, C / NH, batch->sequences, batch->first_row, batch->first_row, 0,
                       (Dropout){0}, a->scratch, a->scratch_size, NH, C / NH);
 }
-KERNEL(run_attention_backward)
-{
+KERNEL(run_attention_backward) {
     SIZES;
     attention_backward(a->wide, a->d_normed, b.qkv, b.attention, b.log_sum_exp, batch->sequences,
                        batch->first_row, (Dropout){0}, a->scratch, a->scratch_size, NH, C / NH);
 }
-KERNEL(run_gelu_forward)
-{
+KERNEL(run_gelu_forward) {
     SIZES;
     gelu_forward(a->wide, b.hidden, (size_t)R * F);
 }
-KERNEL(run_gelu_backward)
-{
+KERNEL(run_gelu_backward) {
     SIZES;
     gelu_backward(a->wide, b.hidden, (size_t)R * F);
 }
-KERNEL(run_column_sums)
-{
+KERNEL(run_column_sums) {
     SIZES;
     column_sums(t[FC_BIAS].gradient, b.hidden, NULL, NULL, NULL, false, R, F);
     column_sums(t[ATTN_BIAS].gradient, b.qkv, NULL, NULL, NULL, false, R, 3 * C);
     column_sums(t[ATTN_PROJ_BIAS].gradient, b.attention, NULL, NULL, NULL, false, R, C);
     column_sums(t[FC_PROJ_BIAS].gradient, b.attention, NULL, NULL, NULL, false, R, C);
 }
-KERNEL(run_cross_entropy)
-{
+KERNEL(run_cross_entropy) {
     static int target[LOGIT_ROWS]; // all zeros
     int rows = batch->rows < LOGIT_ROWS ? batch->rows : LOGIT_ROWS;
     cross_entropy(a->logits, a->loss, a->hit, target, true, 1e-3f, rows, model->config.vocab_size);
 }
-KERNEL(run_gradient_norm)
-{
+KERNEL(run_gradient_norm) {
     const Tensor *worst;
     (void)a, (void)batch;
     gradient_norm(model, &worst);
 }
-KERNEL(run_adamw)
-{
+KERNEL(run_adamw) {
     Adam adam = {0.9, 0.999, 1e-8, 0.01, 1};
     (void)a, (void)batch;
     adamw_update(model, &adam, 1e-6, 1000, 1);
@@ -234,15 +210,12 @@ KERNEL(run_adamw)
 
 // ---- the machine ----
 
-static void print_machine(void)
-{
+static void print_machine(void) {
     char line[256] = "", cpu[200] = "unknown processor";
     FILE *file = fopen("/proc/cpuinfo", "r");
     while (file && fgets(line, sizeof line, file))
-        if (sscanf(line, "model name : %199[^\n]", cpu) == 1)
-            break;
-    if (file)
-        fclose(file);
+        if (sscanf(line, "model name : %199[^\n]", cpu) == 1) break;
+    if (file) fclose(file);
     const char *matmul = "built-in matmul";
 #ifdef USE_OPENBLAS
     matmul = matmul_kind == MATMUL_CBLAS ? openblas_get_config() : matmul;
@@ -265,8 +238,7 @@ static void print_machine(void)
 #endif
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     const char *lengths = "64,64,64,64";
     char *no_options[2] = {argv[0], NULL};
     program_name = "bench";
@@ -277,10 +249,8 @@ int main(int argc, char **argv)
     }
     Options options;
     parse_options(&options, NULL, argc > 1 ? argc : 1, argc > 1 ? argv : no_options);
-    if (argc == 1)
-        options.init = "d12";
-    if (options.threads)
-        omp_set_num_threads((int)options.threads);
+    if (argc == 1) options.init = "d12";
+    if (options.threads) omp_set_num_threads((int)options.threads);
     pin_threads();
     Run run = start_run(&options, NULL);
     print_machine();
@@ -372,8 +342,7 @@ int main(int argc, char **argv)
 
     float *arena = xfloats(arena_size);
 #pragma omp parallel for
-    for (size_t i = 0; i < arena_size; i++)
-        arena[i] = (float)(i % 1000) * 1e-3f - 0.5f;
+    for (size_t i = 0; i < arena_size; i++) arena[i] = (float)(i % 1000) * 1e-3f - 0.5f;
     double update = time_update_pass(arena, (size_t)parameters) * parameters;
     double read = time_read_pass(arena, (size_t)count_parameters(model, false));
     double products = 0, multiplies = 0;
@@ -411,14 +380,12 @@ int main(int argc, char **argv)
         {"AdamW", "update", run_adamw, 1},
     };
     bool whole = true; // kernels are timed with all gradients
-    for (int i = 0; i < model->tensor_count; i++)
-        whole = whole && !model->tensors[i].frozen;
+    for (int i = 0; i < model->tensor_count; i++) whole = whole && !model->tensors[i].frozen;
     printf("\n%-20s %-10s %10s\n", "kernel", "", "ms a step");
     for (size_t i = 0; whole && i < sizeof kernels / sizeof *kernels; i++)
         printf("%-20s %-10s %10.2f\n", kernels[i].name, kernels[i].part,
                1e3 * kernels[i].calls * time_kernel(kernels[i].run, model, &a, &batch));
-    if (!whole)
-        puts("(with --freeze kernels are not timed, and the floor is that of the whole model)");
+    if (!whole) puts("(with --freeze kernels are not timed, and the floor is that of the whole model)");
 
     double floor_seconds = products + update;
     printf("\nbatch: %d sequences, %zu rows; update pass %.1f ms (%.1f GB/s); reading the weights once %.1f "

@@ -26,44 +26,42 @@ typedef struct HeapBlock {
 static HeapBlock blocks = {&blocks, &blocks};
 static jmp_buf refused;
 
-static void fuzz_free(void *pointer)
-{
-    if (!pointer)
-        return;
+static void fuzz_free(void *pointer) {
+    if (!pointer) return;
     HeapBlock *block = (HeapBlock *)pointer - 1;
     block->previous->next = block->next;
     block->next->previous = block->previous;
     free(block);
 }
 
-static void *fuzz_realloc(void *pointer, size_t size)
-{
+static void *fuzz_realloc(void *pointer, size_t size) {
     HeapBlock *block = pointer ? (HeapBlock *)pointer - 1 : NULL;
     if (block) {
         block->previous->next = block->next;
         block->next->previous = block->previous;
     }
     block = realloc(block, size + sizeof *block);
-    if (!block)
-        abort();
+    if (!block) abort();
     *block = (HeapBlock){&blocks, blocks.next};
     block->next->previous = block->previous->next = block;
     return block + 1;
 }
 
-static void *fuzz_calloc(size_t count, size_t size)
-{
-    if (size && count > (1u << 28) / size)
-        abort(); // files of some kilobytes never need so much
+static void *fuzz_calloc(size_t count, size_t size) {
+    if (size && count > (1u << 28) / size) abort(); // files of some kilobytes never need so much
     return memset(fuzz_realloc(NULL, count * size), 0, count * size);
 }
 
-static int fuzz_vasprintf(char **out, const char *format, va_list arguments)
-{
+static int fuzz_posix_memalign(void **out, size_t alignment, size_t size) {
+    (void)alignment; // only for speed
+    *out = fuzz_realloc(NULL, size);
+    return 0;
+}
+
+static int fuzz_vasprintf(char **out, const char *format, va_list arguments) {
     char *string = NULL;
     int size = vasprintf(&string, format, arguments);
-    if (size >= 0)
-        *out = memcpy(fuzz_realloc(NULL, (size_t)size + 1), string, (size_t)size + 1);
+    if (size >= 0) *out = memcpy(fuzz_realloc(NULL, (size_t)size + 1), string, (size_t)size + 1);
     free(string);
     return size;
 }
@@ -73,34 +71,29 @@ static void __attribute__((noreturn)) fuzz_exit(int status) { longjmp(refused, s
 #define free fuzz_free
 #define realloc fuzz_realloc
 #define calloc fuzz_calloc
+#define posix_memalign fuzz_posix_memalign
 #define vasprintf fuzz_vasprintf
 #define exit fuzz_exit
 #define TRAIN_GPT2_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "train_gpt2.c"
 
-static void require(bool ok)
-{
-    if (!ok)
-        abort();
+static void require(bool ok) {
+    if (!ok) abort();
 }
 
 // Text must come back whole, and cut text must have the ids of uncut text.
-static void try_text(Tokenizer *t, const char *text, size_t size)
-{
+static void try_text(Tokenizer *t, const char *text, size_t size) {
     for (int special = 0; special < 2; special++) {
         Ids whole = {0}, parts = {0};
         Text back = {0};
         tokenizer_encode(t, &whole, text, size, special);
-        for (size_t i = 0; i < whole.size; i++)
-            tokenizer_decode(t, &back, whole.data[i]);
+        for (size_t i = 0; i < whole.size; i++) tokenizer_decode(t, &back, whole.data[i]);
         require(back.size == size && (size == 0 || memcmp(back.data, text, size) == 0));
         for (size_t at = 0, cut, end = size / 3; at < size; at += cut, end = end < at ? at : end) {
             cut = tokenizer_cut(t, text + at, end - at);
-            if (cut == 0)
-                end = end == size ? size : end + (size - end + 1) / 2;
-            if (cut == 0 && end == size)
-                cut = size - at;
+            if (cut == 0) end = end == size ? size : end + (size - end + 1) / 2;
+            if (cut == 0 && end == size) cut = size - at;
             tokenizer_encode(t, &parts, text + at, cut, special);
         }
         require(whole.size == parts.size &&
@@ -112,16 +105,14 @@ static void try_text(Tokenizer *t, const char *text, size_t size)
     }
 }
 
-static void write_input(const char *folder, const char *name, const char *bytes, size_t size)
-{
+static void write_input(const char *folder, const char *name, const char *bytes, size_t size) {
     char path[200];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *file = fopen(path, "wb");
     require(file && fwrite(bytes, 1, size, file) == size && fclose(file) == 0);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
-{
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static char folders[4][100];
     static const char *const names[4][2] = {
         {"good"}, {"merges.txt"}, {"vocab.json", "merges.txt"}, {"tokenizer.json"}};
@@ -132,8 +123,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             strcpy(folders[i], "/tmp/fuzz_tokenizer.XXXXXX");
             require(mkdtemp(folders[i]) != NULL);
         }
-    if (size == 0)
-        return 0;
+    if (size == 0) return 0;
     int kind = data[0] % 4;
     const char *at = (const char *)data + 1, *end = (const char *)data + size;
     char path[200];
@@ -150,7 +140,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         tokenizer_free(t);
         require(blocks.next == &blocks); // nothing leaks
     }
-    while (blocks.next != &blocks)
-        free(blocks.next + 1);
+    while (blocks.next != &blocks) free(blocks.next + 1);
     return 0;
 }

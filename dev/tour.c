@@ -25,42 +25,35 @@ static Passage blocks[16];
 static int block_count;
 static FILE *out; // the block at work
 
-static void begin_block(const char *name)
-{
-    if (out)
-        fclose(out);
+static void begin_block(const char *name) {
+    if (out) fclose(out);
     Passage *block = &blocks[block_count++];
     block->name = name;
     out = open_memstream(&block->text, &block->size);
 }
 
 // A token as text; a space shows as _.
-static const char *shown(const Tokenizer *t, int id)
-{
+static const char *shown(const Tokenizer *t, int id) {
     static char places[8][32];
     static int used;
     Text text = {0};
     tokenizer_decode(t, &text, id);
     char *place = places[used++ % 8];
     snprintf(place, 32, "%.20s", id == t->end_of_text ? "<end>" : text.data);
-    for (char *c = place; *c; c++)
-        *c = *c == ' ' ? '_' : *c;
+    for (char *c = place; *c; c++) *c = *c == ' ' ? '_' : *c;
     free(text.data);
     return place;
 }
 
-static void print_values(const char *what, const float *values, int count)
-{
+static void print_values(const char *what, const float *values, int count) {
     fprintf(out, "%-34s", what);
-    for (int i = 0; i < count; i++)
-        fprintf(out, " %8.4f", values[i]);
+    for (int i = 0; i < count; i++) fprintf(out, " %8.4f", values[i]);
     fprintf(out, " ...\n");
 }
 
 // ---- the steps ----
 
-static void show_text(const Tokenizer *t, const Dataset *data)
-{
+static void show_text(const Tokenizer *t, const Dataset *data) {
     begin_block("ids");
     for (int s = 0; s < 3; s++) {
         for (int part = 0; part < 2; part++) {
@@ -79,14 +72,12 @@ static void show_text(const Tokenizer *t, const Dataset *data)
         }
         const Example *example = &data->examples[s];
         fprintf(out, "example %d:", s);
-        for (int i = 0; i < example->size; i++)
-            fprintf(out, " %d", dataset_token(data, example, i));
+        for (int i = 0; i < example->size; i++) fprintf(out, " %d", dataset_token(data, example, i));
         fprintf(out, "   (the first %d not scored)\n", example->prompt);
     }
 }
 
-static void show_batch(const Tokenizer *t, const Batch *batch)
-{
+static void show_batch(const Tokenizer *t, const Batch *batch) {
     begin_block("rows");
     fprintf(out, "row  sequence  position  token          target\n");
     for (int s = 0; s < batch->sequences; s++)
@@ -99,8 +90,7 @@ static void show_batch(const Tokenizer *t, const Batch *batch)
                 fprintf(out, "%4d %s\n", batch->target[r], shown(t, batch->target[r]));
         }
     fprintf(out, "first_row:");
-    for (int s = 0; s <= batch->sequences; s++)
-        fprintf(out, " %d", batch->first_row[s]);
+    for (int s = 0; s <= batch->sequences; s++) fprintf(out, " %d", batch->first_row[s]);
     fprintf(out, "; %d rows, %d of them scored\n", batch->rows, batch->targets);
 
     begin_block("mask");
@@ -113,8 +103,7 @@ static void show_batch(const Tokenizer *t, const Batch *batch)
         }
 }
 
-static void show_forward(const Model *model, const Tokenizer *t, Activations *a, const Batch *batch)
-{
+static void show_forward(const Model *model, const Tokenizer *t, Activations *a, const Batch *batch) {
     const Config *config = &model->config;
     const int R = batch->rows, C = config->n_embd, NH = config->n_head, HS = C / NH, F = config->n_inner;
     const Block b = block_at(a, model, 0);
@@ -155,8 +144,8 @@ static void show_forward(const Model *model, const Tokenizer *t, Activations *a,
     fprintf(out, "log-sum-exp %.4f\n", b.log_sum_exp[i * NH]);
 }
 
-static void show_loss(const Model *model, const Tokenizer *t, Activations *a, const Batch *batch, double sum)
-{
+static void show_loss(const Model *model, const Tokenizer *t, Activations *a, const Batch *batch,
+                      double sum) {
     begin_block("loss");
     fprintf(out, "row  reads     should say  probability    loss\n");
     for (int i = 0; i < batch->targets; i++) {
@@ -168,8 +157,7 @@ static void show_loss(const Model *model, const Tokenizer *t, Activations *a, co
             sum / batch->targets, model->config.vocab_size, log(model->config.vocab_size));
 }
 
-static void show_gradients(const Model *model, double norm)
-{
+static void show_gradients(const Model *model, double norm) {
     begin_block("gradients");
     fprintf(out, "%-36s %-5s  norm of the gradient\n", "tensor", "decay");
     for (int i = 0; i < model->tensor_count; i++) {
@@ -183,8 +171,7 @@ static void show_gradients(const Model *model, double norm)
 }
 
 // One weight through AdamW, before and after.
-static void show_weight(const Tensor *tensor, float before, float clip, const Adam *adam, double rate)
-{
+static void show_weight(const Tensor *tensor, float before, float clip, const Adam *adam, double rate) {
     double g = tensor->gradient[0] * clip, m = tensor->exp_avg[0], v = tensor->exp_avg_sq[0];
     fprintf(out, "%s[0]:\n", tensor->name);
     fprintf(out, "  g = %.6f   m = %.7f   v = %.3e\n", g, m, v);
@@ -195,8 +182,7 @@ static void show_weight(const Tensor *tensor, float before, float clip, const Ad
             tensor->decay ? rate * adam->weight_decay * before : 0.0, before, tensor->value[0]);
 }
 
-static void walk(void)
-{
+static void walk(void) {
     make_folder("build/tour");
     write_file("build/tour/merges.txt", merges, strlen(merges));
     FILE *file = create_file("build/tour/batch.jsonl");
@@ -242,11 +228,9 @@ static void walk(void)
         double norm = gradient_norm(model, &worst);
         float clip = clip_factor(norm, adam.max_grad_norm), before = weight->value[0],
               before_bias = bias->value[0];
-        if (step == 0)
-            show_gradients(model, norm);
+        if (step == 0) show_gradients(model, norm);
         adamw_update(model, &adam, rate, step + 1, clip);
-        if (step > 0)
-            continue;
+        if (step > 0) continue;
         begin_block("update");
         show_weight(weight, before, clip, &adam, rate);
         show_weight(bias, before_bias, clip, &adam, rate);
@@ -265,13 +249,11 @@ static void walk(void)
 // ---- the text ----
 
 // Whether two lines are the same, but for one in the last digit of numbers.
-static bool same_line(const char *a, const char *b)
-{
+static bool same_line(const char *a, const char *b) {
     while (*a && *b) {
         bool number = (*a >= '0' && *a <= '9') && (*b >= '0' && *b <= '9');
         if (!number) {
-            if (*a++ != *b++)
-                return false;
+            if (*a++ != *b++) return false;
             continue;
         }
         char *a_end, *b_end;
@@ -283,16 +265,14 @@ static bool same_line(const char *a, const char *b)
         const char *power = memchr(a, 'e', (size_t)(a_end - a));
         unit *= power ? pow(10, atoi(power + 1)) : 1;
         bool whole = !point || point >= a_end;
-        if (whole ? x != y : fabs(x - y) > 1.01 * unit)
-            return false;
+        if (whole ? x != y : fabs(x - y) > 1.01 * unit) return false;
         a = a_end, b = b_end;
     }
     return *a == *b;
 }
 
 // Puts the blocks into the text, or compares them. Returns how many lines differ; blocks that are missing count.
-static int update_text(const char *path, bool write)
-{
+static int update_text(const char *path, bool write) {
     Text text = read_file(path), result = {0};
     int different = 0, found = 0;
     const Passage *block = NULL;
@@ -301,10 +281,8 @@ static int update_text(const char *path, bool write)
         text_append(&result, line, strlen(line));
         text_append(&result, "\n", 1);
         for (int i = 0; i < block_count; i++)
-            if (strcmp(line, path_of("<!-- %s -->", blocks[i].name)) == 0)
-                block = &blocks[i];
-        if (!block || strcmp(line, "```") != 0)
-            continue;
+            if (strcmp(line, path_of("<!-- %s -->", blocks[i].name)) == 0) block = &blocks[i];
+        if (!block || strcmp(line, "```") != 0) continue;
         text_append(&result, block->text, block->size);
         char *ours = block->text, *wanted;
         while ((line = strsep(&rest, "\n")) && strcmp(line, "```") != 0) {
@@ -318,24 +296,20 @@ static int update_text(const char *path, bool write)
         block = NULL;
         found++;
     }
-    if (found != block_count)
-        die("%s: %d blocks found, %d expected", path, found, block_count);
-    if (write)
-        write_file(path, result.data, result.size);
+    if (found != block_count) die("%s: %d blocks found, %d expected", path, found, block_count);
+    if (write) write_file(path, result.data, result.size);
     free(text.data);
     free(result.data);
     return different;
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     program_name = "tour";
     matmul_kind = MATMUL_BUILTIN;
     omp_set_num_threads(1);
     bool check = argc == 3 && strcmp(argv[1], "--check") == 0,
          write = argc == 3 && strcmp(argv[1], "--write") == 0;
-    if (argc != 1 && !check && !write)
-        die_usage("no argument, --check FILE or --write FILE expected");
+    if (argc != 1 && !check && !write) die_usage("no argument, --check FILE or --write FILE expected");
     walk();
     for (int i = 0; argc == 1 && i < block_count; i++)
         printf("---- %s ----\n%s\n", blocks[i].name, blocks[i].text);
