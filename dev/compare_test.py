@@ -245,6 +245,8 @@ def main():
     compare_greedy.compare()
     ok, _, why = run(sys.executable, "dev/compare_pytorch.py", "--quick", show=True)
     check(ok, "dev/compare_pytorch.py --quick", why)
+    ok, _, why = run("sh", "dev/recipe/run.sh", "--quick")
+    check(ok, "dev/recipe/run.sh --quick: every experiment runs", why)
     checks.finish()
 
 

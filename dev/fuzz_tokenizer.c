@@ -3,7 +3,7 @@
 //   clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -I. \
 //       dev/fuzz_tokenizer.c -o build/fuzz_tokenizer -lm
 //   mkdir -p build/corpus
-//   ./build/fuzz_tokenizer -close_fd_mask=2 -max_len=4096 -max_total_time=600 build/corpus
+//   ./build/fuzz_tokenizer -close_fd_mask=2 -max_len=4096 -max_total_time=600 build/corpus dev/fuzz_seeds
 //
 // The first byte says what the others are: text for a vocabulary that is known to be good; or files,
 // separated by NUL bytes, and a text at the end: a merges file; vocab.json and merges.txt; tokenizer.json. A
