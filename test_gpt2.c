@@ -3797,6 +3797,13 @@ static void test_checkpoints(void) {
     expect_run(0, NULL, "--resume --quiet --out $D/patience");
     check(read_log("patience", lines, NULL) == count, "--patience ends a resumed run too");
 
+    // After --resume a tensor may be frozen that was not; the other way round its moments are missing.
+    expect_run(0, NULL,
+               "$TINY --train $D/text.txt --val-fraction 0 --steps 3 --freeze wte --quiet --out $D/thawed");
+    expect_refusal(1, "a tensor that was frozen cannot be trained after --resume",
+                   "--resume --steps 4 --freeze none --quiet --out $D/thawed");
+    expect_run(0, NULL, "--resume --steps 4 --freeze wte --freeze wpe --quiet --out $D/thawed");
+
     // A full disk while the second half of a run is saved: what the first one saved stays whole.
     const char *half =
         "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --schedule constant --warmup-steps 0 --quiet "
@@ -3885,8 +3892,8 @@ static void test_documents(void) {
                       "%s: there is no test \"%s\"", documents[i], name);
             } else if (quote == '`' && strchr(name, '_') &&
                        name[strspn(name, "abcdefghijklmnopqrstuvwxyz_")] == 0) {
-                const char *found = code.data; // as a whole word: a function, or a member of a struct
-                while ((found = strstr(found, name)) && !strchr("(,; [", found[length])) found++;
+                const char *found = code.data; // as a whole word: a function, a member, a key of config.json
+                while ((found = strstr(found, name)) && !strchr("(,; [\"", found[length])) found++;
                 functions++;
                 check(found != NULL, "%s: there is no `%s` in train_gpt2.c", documents[i], name);
             }

@@ -4,8 +4,7 @@
 //   cc -O3 -march=native -fopenmp train_gpt2.c -lm       the built-in matmul, still a whole fast program
 //   ./train_gpt2 --help
 //
-// Text flows down this file once: text -> ids -> packed batch -> logits -> loss -> gradients -> update ->
-// file.
+// Text flows down this file once: text -> ids -> batch -> logits -> loss -> gradients -> update -> file.
 //
 //    1. Support       errors, memory, files, clock, random numbers, JSON
 //    2. Tokenizer     byte-level BPE: text <-> ids
@@ -519,6 +518,7 @@ static void json_write_string(FILE *file, const char *string, size_t length) {
     }
     fputc('"', file);
 }
+
 // =====================================================================================================
 // 2. Tokenizer
 // =====================================================================================================
@@ -731,26 +731,12 @@ typedef struct {
     int id, previous, next;
 } Symbol;
 
-// Merges that may be done, each written as rank << 32 | position of its left token, in a queue that gives
-// the smallest first: the radix heap of Ahuja, Mehlhorn, Orlin and Tarjan (1990), on ranks. Bucket b holds
-// the entries whose rank differs from the rank at work in bit b-1 and in none above; bucket 0 those of that
-// rank, sorted by position. A merge makes room for later merges only, so what comes in has a higher rank, and
-// each entry just sinks from bucket to bucket a few times: faster than a binary heap, above all for long
-// pieces.
-typedef struct {
-    uint64_t *entries;
-    size_t size, capacity;
-} Bucket;
-
 // What one thread needs to encode; it never holds anything but scratch and cache.
 struct Encoder {
     CacheSlot cache[CACHE_SLOTS];
     Symbol *symbols;
-    size_t symbol_capacity;
-    Bucket buckets[33];
-    uint32_t rank; // at work; UINT32_MAX before the first one
-    size_t taken;  // entries of bucket 0 that are done
-    size_t queued; // entries that are not
+    uint64_t *queue; // a binary heap of merges that may be done, each rank << 32 | position of its left token
+    size_t symbol_capacity, queue_capacity, queued;
     Encoder *next; // in the list of idle ones
 };
 
@@ -785,55 +771,25 @@ static inline int *merge_slot(const Tokenizer *t, int left, int right) {
     }
 }
 
-static void bucket_add(Bucket *bucket, uint64_t entry) {
-    bucket->entries = grow(bucket->entries, bucket->size + 1, &bucket->capacity, sizeof(uint64_t));
-    bucket->entries[bucket->size++] = entry;
-}
-
-// Adds an entry. Odd vocabularies (two merges make one token, or merges out of order) may bring in a rank
-// lower than the one at work: then all start again from bucket 32.
 static void queue_put(Encoder *encoder, uint64_t entry) {
-    uint32_t rank = (uint32_t)(entry >> 32), difference;
-    if (rank < encoder->rank && encoder->rank != UINT32_MAX) {
-        for (int b = 0; b < 32; b++) {
-            for (size_t i = b == 0 ? encoder->taken : 0; i < encoder->buckets[b].size; i++)
-                bucket_add(&encoder->buckets[32], encoder->buckets[b].entries[i]);
-            encoder->buckets[b].size = 0;
-        }
-        encoder->taken = 0;
-        encoder->rank = UINT32_MAX; // from which all ranks differ in bit 31
-    }
-    difference = rank ^ encoder->rank;
-    bucket_add(&encoder->buckets[difference ? 32 - __builtin_clz(difference) : 0], entry);
+    encoder->queue = grow(encoder->queue, encoder->queued + 1, &encoder->queue_capacity, sizeof(uint64_t));
+    uint64_t *queue = encoder->queue;
+    size_t at = encoder->queued++;
+    for (; at > 0 && queue[(at - 1) / 2] > entry; at = (at - 1) / 2) queue[at] = queue[(at - 1) / 2];
+    queue[at] = entry;
 }
 
-static int compare_entries(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-// When bucket 0 is done: takes the lowest rank in the next bucket that has entries, and lets them sink.
-static void queue_next_rank(Encoder *encoder) {
-    Bucket *first = &encoder->buckets[0], *from = first + 1;
-    while (from->size == 0) from++;
-    uint64_t lowest = from->entries[0];
-    for (size_t i = 1; i < from->size; i++) lowest = from->entries[i] < lowest ? from->entries[i] : lowest;
-    encoder->rank = (uint32_t)(lowest >> 32);
-    first->size = encoder->taken = 0;
-    size_t size = from->size;
-    from->size = 0;
-    for (size_t i = 0; i < size; i++) queue_put(encoder, from->entries[i]);
-    for (size_t i = 1; i < first->size; i++)
-        if (first->entries[i] < first->entries[i - 1]) { // seldom: most come in order
-            qsort(first->entries, first->size, sizeof(uint64_t), compare_entries);
-            break;
-        }
-}
-
+// Takes the smallest entry: of the lowest rank the leftmost one.
 static uint64_t queue_take(Encoder *encoder) {
-    if (encoder->taken == encoder->buckets[0].size) queue_next_rank(encoder);
-    encoder->queued--;
-    return encoder->buckets[0].entries[encoder->taken++];
+    uint64_t *queue = encoder->queue, smallest = queue[0], last = queue[--encoder->queued];
+    size_t at = 0;
+    for (size_t child; (child = 2 * at + 1) < encoder->queued; at = child) {
+        if (child + 1 < encoder->queued && queue[child + 1] < queue[child]) child++;
+        if (queue[child] >= last) break;
+        queue[at] = queue[child];
+    }
+    queue[at] = last;
+    return smallest;
 }
 
 // Queues the merge of a symbol with its next one, if there is such a merge.
@@ -842,7 +798,6 @@ static void queue_merge(const Tokenizer *t, Encoder *encoder, int position) {
     int rank = symbol->next < 0 ? -1 : *merge_slot(t, symbol->id, encoder->symbols[symbol->next].id);
     if (rank < 0) return;
     queue_put(encoder, (uint64_t)rank << 32 | (unsigned)position);
-    encoder->queued++;
 }
 
 // Joins the tokens of one piece: lowest rank first, leftmost first among equals, until no merge is left. An
@@ -856,8 +811,6 @@ static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
     encoder->symbols = symbols;
     for (int i = 0, n = (int)size; i < n; i++)
         symbols[i] = (Symbol){t->byte_ids[(unsigned char)piece[i]], i - 1, i + 1 < n ? i + 1 : -1};
-    encoder->rank = UINT32_MAX;
-    encoder->buckets[0].size = encoder->taken = 0;
     for (int i = 0; i >= 0; i = symbols[i].next) queue_merge(t, encoder, i);
     while (encoder->queued > 0) {
         uint64_t entry = queue_take(encoder);
@@ -988,7 +941,7 @@ static void tokenizer_free(Tokenizer *t) {
     for (Encoder *encoder = t->idle, *next; encoder; encoder = next) {
         next = encoder->next;
         free(encoder->symbols);
-        for (int b = 0; b <= 32; b++) free(encoder->buckets[b].entries);
+        free(encoder->queue);
         free(encoder);
     }
     for (int id = 0; id < t->vocab_size; id++) free(t->names[id]);
@@ -1047,6 +1000,8 @@ static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const 
     }
     t->vocab_size = (int)count;
 }
+
+static size_t most_merges(const Text *lines) { return lines->size / 4 + 1; } // "a b\n" is the shortest line
 
 // Takes the lines of merges.txt. Without a vocabulary each merge makes a token, which gets the next id.
 static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const char *path) {
@@ -1128,40 +1083,48 @@ static bool tokenizer_files(const char *folder, const char *files[2]) {
     return false;
 }
 
-// Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
-// tokenizer.json), or from a merges file alone: then the ids are the 256 bytes as ordered above ("!" is 0),
-// the merges, <|endoftext|>, as in GPT-2. Whatever is wrong with a file ends the program with one line.
-static Tokenizer *tokenizer_load(const char *path) {
-    const char *files[2] = {path, path};
-    const bool folder = is_folder(path);
-    if (!folder && (ends_with(path, ".bin") || ends_with(path, ".tiktoken")))
-        die("%s: is not a merges file; python3 data/convert.py %s FOLDER makes a folder of it", path, path);
-    if (folder && !tokenizer_files(path, files))
-        die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", path);
+static Tokenizer *load_tokenizer_folder(const char *folder) {
+    const char *files[2];
+    if (!tokenizer_files(folder, files))
+        die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", folder);
     Text lines = {0};
-    Json *json = folder ? json_read_file(files[0]) : NULL, *vocabulary = json;
-    size_t count = 0;
-    if (folder && strcmp(files[0], files[1]) == 0)
+    Json *json = json_read_file(files[0]), *vocabulary = json;
+    if (strcmp(files[0], files[1]) == 0)
         vocabulary = read_tokenizer_json(json, &lines, files[0]);
     else
         lines = read_file(files[1]);
-    if (folder && (!vocabulary || vocabulary->kind != JSON_OBJECT))
+    if (!vocabulary || vocabulary->kind != JSON_OBJECT)
         die("%s: expected an object {\"token\": id, ...}", files[0]);
-    for (const Json *token = folder ? vocabulary->child : NULL; token; token = token->next) count++;
-    size_t most_merges = lines.size / 4 + 1; // "a b\n" is the shortest line
-    Tokenizer *t = tokenizer_new(folder ? count : most_merges + 257, most_merges);
-    if (folder)
-        load_vocabulary(t, vocabulary, count, files[0]);
-    else
-        find_byte_ids(t, true, path);
-    load_merges(t, &lines, folder, files[1]);
-    if (folder)
-        find_byte_ids(t, false, path);
-    else
-        name_add(t, END_OF_TEXT);
-    t->end_of_text = *name_slot(t, END_OF_TEXT);
+    size_t count = 0;
+    for (const Json *token = vocabulary->child; token; token = token->next) count++;
+    Tokenizer *t = tokenizer_new(count, most_merges(&lines));
+    load_vocabulary(t, vocabulary, count, files[0]);
+    load_merges(t, &lines, true, files[1]);
+    find_byte_ids(t, false, folder);
     json_free(json);
     free(lines.data);
+    return t;
+}
+
+// The ids are the 256 bytes in the order of the characters that spell them ("!" is 0), the merges, and
+// <|endoftext|>, as in GPT-2.
+static Tokenizer *load_merges_file(const char *path) {
+    if (ends_with(path, ".bin") || ends_with(path, ".tiktoken"))
+        die("%s: is not a merges file; python3 data/convert.py %s FOLDER makes a folder of it", path, path);
+    Text lines = read_file(path);
+    Tokenizer *t = tokenizer_new(256 + most_merges(&lines) + 1, most_merges(&lines));
+    find_byte_ids(t, true, path);
+    load_merges(t, &lines, false, path);
+    name_add(t, END_OF_TEXT);
+    free(lines.data);
+    return t;
+}
+
+// Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
+// tokenizer.json), or from a merges file alone. Whatever is wrong with a file ends the program with one line.
+static Tokenizer *tokenizer_load(const char *path) {
+    Tokenizer *t = is_folder(path) ? load_tokenizer_folder(path) : load_merges_file(path);
+    t->end_of_text = *name_slot(t, END_OF_TEXT);
     return t;
 }
 
@@ -1206,6 +1169,7 @@ static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
         text_append(text, &byte, 1);
     }
 }
+
 // =====================================================================================================
 // 3. Batches
 // =====================================================================================================
@@ -1279,8 +1243,8 @@ typedef struct {
     bool tie_word_embeddings; // the output head is the token embedding itself
 } Config;
 
-// The sizes as config.json calls them, what they are when it does not say (0: n_inner is 4 n_embd), and limits
-// that keep every count of elements far inside 64 bits.
+// The sizes as config.json calls them, what they are when it does not say (0: n_inner is 4 n_embd), and
+// limits that keep every count of elements far inside 64 bits.
 static const struct {
     const char *name;
     size_t field;
@@ -1373,8 +1337,8 @@ static Tensor *model_head(const Model *model) {
     return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
 
-// Ends the program when a size is out of range or does not fit the others. `where` names the file or the
-// options.
+// Ends the program when a size is out of range or does not fit the others. `where` names the
+// file or the options.
 static void check_config(Config config, const char *where) {
     for (int i = 0; i < CONFIG_SIZES; i++)
         if (*config_size(&config, i) < 1 || *config_size(&config, i) > config_sizes[i].largest)
@@ -1483,9 +1447,9 @@ static bool patterns_match(const Patterns *patterns, const char *name) {
     return false;
 }
 
-// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay pulls towards 0,
-// which keeps matrices, embeddings among them, from growing without need. A layernorm's weight is at home at 1, and
-// biases are few and hardly overfit: they are left out.
+// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay pulls
+// towards 0, which keeps matrices, embeddings among them, from growing without need. A layernorm's weight is
+// at home at 1, and biases are few and hardly overfit: they are left out.
 static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay) {
     model->lowest = model->config.n_layer;
     for (int i = 0; i < model->tensor_count; i++) {
@@ -1524,6 +1488,11 @@ static void model_allocate_training(Model *model, bool with_moments) {
 // =====================================================================================================
 // 5. Layers
 // =====================================================================================================
+// A layer turns rows x into rows y. Training needs it twice: forward, and backward, where dy, the gradient of
+// the loss with respect to y, becomes dx and the gradients of the layer's weights by the chain rule. The two
+// functions stand side by side, the formula above each (dev/derivations.md derives them). Nearly all the time
+// goes into products of matrices, so the section begins with making these fast. The rest is plain loops: rows
+// or columns are shared out to threads, and every sum is taken in the same order however many there are.
 
 // ---- the built-in matmul: how a product gets fast ----
 // C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
@@ -1651,9 +1620,9 @@ static void matmul_block(const Product *p, size_t block) {
     }
 }
 
-// At most FEW rows, as when tokens are generated: nothing of B is used again, so it is read once, in place.
-// What is prefetched is what comes next: the processor's own guesses end at each page, and rows may be pages
-// apart.
+// At most FEW rows, as when tokens are generated: nothing of B is used again, so it is read once,
+// in place. What is prefetched is what comes next: the processor's own guesses end at each page,
+// and rows may be pages apart.
 enum { FEW = 8 };
 
 // Columns column .. end - 1 of A · Bᵀ: dot products with the rows of B.
@@ -1754,7 +1723,7 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
     bool empty = M == 0 || N == 0 || K == 0;
     bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
     if (matmul_kind == MATMUL_CBLAS && !few_rows && !empty) {
-        // Never call it in a parallel region of one thread (`if (false)`): OpenMP would make new threads each time.
+        // Not in a parallel region of one thread (`if (false)`): OpenMP would make new threads each time.
         cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
                     transpose_b ? CblasTrans : CblasNoTrans, (int)M, (int)N, (int)K, 1, A, (int)lda, B,
                     (int)ldb, accumulate, C, (int)ldc);
@@ -1790,8 +1759,8 @@ static inline float fast_exp(float x) {
     return series * power.f;
 }
 
-// The largest of x (n), or -INFINITY. Sixteen maxima side by side, because compilers keep the order of
-// comparisons.
+// The largest of x (n), or -INFINITY. Sixteen maxima side by side, because compilers keep the
+// order of comparisons.
 static float largest_of(const float *x, int n) {
     float largest[16];
     int i = 0;
@@ -1870,9 +1839,8 @@ static void linear_forward(float *y, const float *residual, const float *x, cons
     matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
 }
 
-// out[n] = sum over r of dy[r, n], or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r] when x is given; or += when
-// accumulate.
-//   dy, x (R, N); mean, rstd (R); out (N)
+// out[n] = sum over r of dy[r, n], or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r] when x is given
+//   dy, x (R, N); mean, rstd (R); out (N) is overwritten, or added to when accumulate
 static void column_sums(float *out, const float *dy, const float *x, const float *mean, const float *rstd,
                         bool accumulate, int R, int N) {
 #pragma omp parallel for
@@ -1889,8 +1857,8 @@ static void column_sums(float *out, const float *dy, const float *x, const float
 }
 
 // y = x · weight + bias, hence dx = dy · weightᵀ, dweight = xᵀ · dy, dbias = column sums of dy.
-//   dx (R, K) is overwritten; dweight, dbias are overwritten, or added to when accumulate; each of the three may be
-//   NULL: not wanted (what is frozen costs nothing).
+//   dx (R, K) is overwritten; dweight, dbias are overwritten, or added to when accumulate.
+//   Each of the three may be NULL: not wanted (what is frozen costs nothing).
 static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                             const float *weight, bool accumulate, int R, int K, int N) {
     if (dweight) matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
@@ -1947,15 +1915,16 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 }
 
 // ---- attention ----
-// For row i of a sequence and each head, over the visible rows j <= i of the same sequence (Vaswani et al.
-// 2017):
-//   score[i, j] = q[i] · k[j] / sqrt(HS);   p[i, :] = softmax(score[i, :]);   out[i] = sum over j of p[i, j] v[j]
+// Each head, for row i, over the rows j <= i of the same sequence (Vaswani et al. 2017):
+//   score[i, j] = q[i] · k[j] / sqrt(HS)
+//   p[i, j] = exp(score[i, j]) / sum over j of exp(score[i, j])
+//   out[i] = sum over j of p[i, j] v[j]
 // No (T, T) matrix is ever stored. Queries are taken in tiles; of the softmax only its log-sum-exp is kept
 // per row, and the backward pass computes a tile of p again as exp(score - log_sum_exp), as FlashAttention
 // does (Dao et al. 2022).
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
 
-// Multiplies p[i, 0 .. keys - 1] of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
+// Multiplies p (keys) of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
 static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
     uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
     for (int j = 0; j < keys && dropout.probability > 0; j++)
@@ -1968,9 +1937,8 @@ static size_t attention_scratch(int longest) {
     return aligned_size(forward > backward ? forward : backward);
 }
 
-// Sequence s has its queries in rows first_row[s] .. first_row[s + 1] - 1 and its keys and values in rows
-// from first_key[s] on: `past` ones from before (generation with a cache; 0 in training), then one for each
-// query.
+// Sequence s has its queries in rows first_row[s] .. first_row[s + 1] - 1, and its keys and values in rows
+// first_key[s] ...: `past` from before (generation with a cache; 0 in training), then one for each query.
 //   out (R, C); log_sum_exp (R, NH); query: rows ldq apart, a head takes HS columns; key, value: rows ldk and
 //   heads key_head floats apart
 static void attention_forward(float *out, float *log_sum_exp, const float *query, size_t ldq,
@@ -2004,8 +1972,8 @@ static void attention_forward(float *out, float *log_sum_exp, const float *query
                 inverse_sum[i] = 1 / sum;
             }
             float *o = out + (size_t)(first + begin) * C + head * HS;
-            // The keys before the tile are seen by all its queries; then the triangle: what is masked is not even
-            // multiplied by zero.
+            // The keys before the tile are seen by all its queries; then comes the triangle, where what is
+            // masked is not even multiplied by zero.
             matmul(o, C, p, keys, false, v, ldk, false, queries, HS, past + begin, false);
             for (int i = 0; i < queries; i++) {
                 float *oi = o + (size_t)i * C;
@@ -2099,9 +2067,9 @@ static void gelu_backward(float *dy, float *x, size_t size) {
 }
 
 // ---- cross-entropy ----
-// loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]];   hit[r]: no logit is above the
-// target's dlogit[r, v] = weight (softmax(logit[r])[v] - (v == target[r])), in place of the logits when
-// `backward`
+// loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]];   hit[r]: no logit is higher
+// When `backward`, the logits become their gradients, those of weight · (sum of losses):
+//   dlogit[r, v] = weight (softmax(logit[r])[v] - (v == target[r]))
 //   logits (R, V); target, loss, hit (R)
 static void cross_entropy(float *logits, float *loss, bool *hit, const int *target, bool backward,
                           float weight, int R, int V) {
@@ -2121,6 +2089,7 @@ static void cross_entropy(float *logits, float *loss, bool *hit, const int *targ
         row[target[r]] -= weight;
     }
 }
+
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
@@ -2165,8 +2134,8 @@ typedef struct {
 } Activations;
 
 // Lays everything out in one piece of memory, for `rows` rows of a model whose training is set; not
-// `training`: nothing is kept for a backward pass. With measure_only nothing is allocated: memory_size tells
-// what would be.
+// `training`: nothing is kept for a backward pass. With measure_only nothing is allocated:
+// memory_size tells what would be.
 static void activations_reserve(Activations *a, const Model *model, int rows, bool training, bool recompute,
                                 bool dropout, bool measure_only) {
     const Config *config = &model->config;
@@ -2227,10 +2196,12 @@ static float *residual_at(const Activations *a, const Model *model, int layer) {
 
 // What one block writes on its way forward.
 typedef struct {
-    float *x; // (R, C) the stream before it: residual_at(layer)
-    float *qkv, *attention, *middle,
-        *hidden;        // (R, 3C), (R, C), (R, C) the stream between attention and MLP, (R, F)
-    float *log_sum_exp; // (R, NH) of attention
+    float *x;                                 // (R, C) the stream before it: residual_at(layer)
+    float *qkv;                               // (R, 3C) query, key and value side by side
+    float *attention;                         // (R, C)
+    float *middle;                            // (R, C) the stream between attention and MLP
+    float *hidden;                            // (R, F) before gelu
+    float *log_sum_exp;                       // (R, NH) of attention
     float *mean_1, *rstd_1, *mean_2, *rstd_2; // (R) of the two layernorms
 } Block;
 
@@ -2456,6 +2427,7 @@ static double model_forward_backward(const Model *model, Activations *a, const B
     if (d_wpe) embedding_backward(d_wpe, a->d_residual, batch->position, R, C);
     return loss;
 }
+
 // =====================================================================================================
 // 7. Optimizer
 // =====================================================================================================
@@ -2478,8 +2450,7 @@ static double gradient_norm(const Model *model, const Tensor **worst) {
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         if (!tensor->gradient) continue;
-        const float *g =
-            tensor->gradient; // a variable of its own: compilers fetch a struct's member each time
+        const float *g = tensor->gradient; // or compilers fetch the struct's member each time
         size_t blocks = (tensor->size + NORM_BLOCK - 1) / NORM_BLOCK;
         double *partial = xmalloc(blocks * sizeof(double)), squares = 0;
 #pragma omp parallel for
@@ -2510,9 +2481,8 @@ static float clip_factor(double norm, double largest) {
 //   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)    averages started at 0: corrected
 // g is the gradient times `clip`.
 static void adamw_update(const Model *model, const Adam *adam, double learning_rate, long t, float clip) {
-    const float b2 = (float)adam->beta2, one_minus_b1 = (float)(1 - adam->beta1),
-                one_minus_b2 = (float)(1 - adam->beta2);
-    const float epsilon = (float)adam->epsilon;
+    const float b2 = (float)adam->beta2, epsilon = (float)adam->epsilon;
+    const float one_minus_b1 = (float)(1 - adam->beta1), one_minus_b2 = (float)(1 - adam->beta2);
     const float step = (float)(learning_rate / (1 - pow(adam->beta1, (double)t)));
     const float root = (float)sqrt(1 - pow(adam->beta2, (double)t));
     for (int i = 0; i < model->tensor_count; i++) {
@@ -2545,6 +2515,7 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
                                                   : 1;
     return factor > final ? factor : final;
 }
+
 // =====================================================================================================
 // 8. Generation
 // =====================================================================================================
@@ -2649,10 +2620,10 @@ static void stream_text(const Text *text, size_t *printed, const char *stop, boo
     *printed = size;
 }
 
-// Continues the prompt by up to `count` tokens, `samples` times at once, in outputs[0 .. samples - 1], which
-// are empty. A sample ends at end_of_text (-1: never) or at sampling->stop. Text longer than the context goes
-// on from its last half. Without a tokenizer there is no text, only ids; with one, a single sample is printed
-// as it comes.
+// Continues the prompt by up to `count` tokens, `samples` times at once, in outputs[0 .. samples - 1],
+// which are empty. A sample ends at end_of_text (-1: never) or at sampling->stop. Text longer than the
+// context goes on from its last half. Without a tokenizer there is no text, only ids; with one, a single
+// sample is printed as it comes.
 static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
                      int samples, int end_of_text, const Sampling *sampling, Sample *outputs) {
     const Config *config = &model->config;
@@ -2720,9 +2691,9 @@ static void sample_free(Sample *sample) {
 // =====================================================================================================
 // 9. Files
 // =====================================================================================================
-// A model is a folder as Hugging Face writes it: config.json, model.safetensors, vocab.json, merges.txt and
-// two small files for the tokenizer and generation. A checkpoint is such a folder and beside it what training
-// needs to go on.
+// A model is a folder as Hugging Face writes it: config.json, model.safetensors, vocab.json, merges.txt
+// and two small files for the tokenizer and generation. A checkpoint is such a folder and beside it
+// what training needs to go on.
 
 // ---- safetensors ----
 //
@@ -2771,6 +2742,34 @@ static int compare_places(const void *a, const void *b) {
     return x->data != y->data ? (x->data > y->data ? 1 : -1) : (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
 
+// Checks a tensor's entry in the header against the `data_size` bytes at `data` that follow it.
+static StoredTensor read_entry(const Json *entry, char *data, size_t data_size, const char *path) {
+    const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape");
+    const Json *offsets = json_get(entry, "data_offsets");
+    if (!dtype || dtype->kind != JSON_STRING || !shape || shape->kind != JSON_ARRAY || !offsets ||
+        offsets->kind != JSON_ARRAY)
+        die("%s: tensor %s: dtype, shape and data_offsets expected", path, entry->key);
+    StoredTensor tensor = {.name = entry->key, .dtype = dtype->string, .count = 1};
+    for (const Json *d = shape->child; d; d = d->next) {
+        if (tensor.dims == 8) die("%s: tensor %s: at most 8 dimensions expected", path, entry->key);
+        size_t extent = tensor.shape[tensor.dims++] = json_size(d, path, entry->key);
+        if (extent && tensor.count > SIZE_MAX / 16 / extent)
+            die("%s: tensor %s: its shape is too large", path, entry->key);
+        tensor.count *= extent;
+    }
+    size_t begin = json_size(offsets->child, path, entry->key);
+    size_t end = json_size(offsets->child ? offsets->child->next : NULL, path, entry->key);
+    tensor.bytes = tensor.count * dtype_size(tensor.dtype);
+    if (begin > end || end > data_size)
+        die("%s: tensor %s: its data ends at byte %zu of %zu; the file is cut off", path, entry->key, end,
+            data_size);
+    if (dtype_size(tensor.dtype) == 0 || end - begin != tensor.bytes)
+        die("%s: tensor %s: %zu bytes do not fit its dtype %s and shape", path, entry->key, end - begin,
+            tensor.dtype);
+    tensor.data = data + begin;
+    return tensor;
+}
+
 // Maps a safetensors file and checks every size and offset in it against the file's length.
 static SafeTensors safetensors_open(const char *path) {
     SafeTensors file = {.path = path, .mapping = map_file(path)};
@@ -2783,45 +2782,20 @@ static SafeTensors safetensors_open(const char *path) {
             (unsigned long long)length, file.mapping.size);
     file.header = json_parse(file.mapping.data + 8, (size_t)length, path);
     char *data = file.mapping.data + 8 + length;
-    size_t data_size = file.mapping.size - 8 - (size_t)length, capacity = 0;
+    size_t data_size = file.mapping.size - 8 - (size_t)length, used = 0, capacity = 0;
     if (file.header->kind != JSON_OBJECT) die("%s: the header must be a JSON object", path);
     for (const Json *entry = file.header->child; entry; entry = entry->next) {
         if (strcmp(entry->key, "__metadata__") == 0) continue;
-        const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape");
-        const Json *offsets = json_get(entry, "data_offsets");
-        StoredTensor tensor = {.name = entry->key, .count = 1};
-        if (!dtype || dtype->kind != JSON_STRING || !shape || shape->kind != JSON_ARRAY || !offsets ||
-            offsets->kind != JSON_ARRAY)
-            die("%s: tensor %s: dtype, shape and data_offsets expected", path, entry->key);
-        tensor.dtype = dtype->string;
-        for (const Json *d = shape->child; d; d = d->next) {
-            if (tensor.dims == 8) die("%s: tensor %s: at most 8 dimensions expected", path, entry->key);
-            size_t extent = tensor.shape[tensor.dims++] = json_size(d, path, entry->key);
-            if (extent && tensor.count > SIZE_MAX / 16 / extent)
-                die("%s: tensor %s: its shape is too large", path, entry->key);
-            tensor.count *= extent;
-        }
-        size_t begin = json_size(offsets->child, path, entry->key);
-        size_t end = json_size(offsets->child ? offsets->child->next : NULL, path, entry->key);
-        tensor.bytes = tensor.count * dtype_size(tensor.dtype);
-        if (begin > end || end > data_size)
-            die("%s: tensor %s: its data ends at byte %zu of %zu; the file is cut off", path, entry->key, end,
-                data_size);
-        if (dtype_size(tensor.dtype) == 0 || end - begin != tensor.bytes)
-            die("%s: tensor %s: %zu bytes do not fit its dtype %s and shape", path, entry->key, end - begin,
-                tensor.dtype);
-        tensor.data = data + begin;
-        file.tensors = grow(file.tensors, file.count + 1, &capacity, sizeof tensor);
-        file.tensors[file.count++] = tensor;
+        file.tensors = grow(file.tensors, file.count + 1, &capacity, sizeof *file.tensors);
+        file.tensors[file.count++] = read_entry(entry, data, data_size, path);
     }
     if (file.count > 0) qsort(file.tensors, file.count, sizeof *file.tensors, compare_places);
-    for (size_t i = 0; i < file.count; data += file.tensors[i++].bytes)
-        if (file.tensors[i].data != data)
+    for (size_t i = 0; i < file.count; used += file.tensors[i++].bytes)
+        if (file.tensors[i].data != data + used)
             die("%s: tensor %s does not begin where the one before ends: holes or overlaps", path,
                 file.tensors[i].name);
-    if (data != file.mapping.data + file.mapping.size)
-        die("%s: %zu bytes expected after the header, found %zu: holes or overlaps", path,
-            (size_t)(data - file.mapping.data) - 8 - (size_t)length, data_size);
+    if (used != data_size)
+        die("%s: %zu bytes expected after the header, found %zu: holes or overlaps", path, used, data_size);
     return file;
 }
 
@@ -2898,9 +2872,9 @@ static float widen(uint16_t bits, bool is_bf16) {
     return bits & 0x8000 ? -result.f : result.f;
 }
 
-// Gives every tensor of the model its value. F32 tensors stay in the file's private mapping; F16 and BF16 are
-// widened. A tensor that is missing, misshaped or unknown ends the program; stored causal masks are passed
-// over.
+// Gives every tensor of the model its value. F32 tensors stay in the file's private mapping; F16
+// and BF16 are widened. A tensor that is missing, misshaped or unknown ends the program; stored
+// causal masks are passed over.
 static void model_load_values(Model *model, const char *path) {
     SafeTensors file = safetensors_open(path);
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
@@ -2953,12 +2927,11 @@ static Config config_read(const char *path) {
     if (!json_is_text(type, "gpt2")) die("%s: model_type must be \"gpt2\"", path);
     if (activation && !json_is_text(activation, "gelu_new") && !json_is_text(activation, "gelu_pytorch_tanh"))
         die("%s: activation_function must be \"gelu_new\"", path);
-    if (!json_is_true(json, "scale_attn_weights", true))
-        die("%s: scale_attn_weights false is not supported", path);
-    if (json_is_true(json, "scale_attn_by_inverse_layer_idx", false))
-        die("%s: scale_attn_by_inverse_layer_idx true is not supported", path);
-    if (json_is_true(json, "add_cross_attention", false))
-        die("%s: add_cross_attention true is not supported", path);
+    static const char *const switches[] = {"scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+                                           "add_cross_attention"};
+    for (int i = 0; i < 3; i++) // GPT-2 has the first one on, the others off
+        if (json_is_true(json, switches[i], i == 0) != (i == 0))
+            die("%s: %s %s is not supported", path, switches[i], i == 0 ? "false" : "true");
     Config config = {.layer_norm_epsilon = (float)json_number(json, "layer_norm_epsilon", 1e-5, path),
                      .tie_word_embeddings = json_is_true(json, "tie_word_embeddings", true)};
     for (int i = 0; i < CONFIG_SIZES; i++) {
@@ -2991,23 +2964,19 @@ static Model *model_load(const char *folder) {
 typedef enum { STORE_VALUE, STORE_EXP_AVG, STORE_EXP_AVG_SQ } Stored;
 
 static StoredTensor stored_tensor(const Tensor *tensor, Stored what) {
-    float *data = what == STORE_VALUE     ? tensor->value
-                  : what == STORE_EXP_AVG ? tensor->exp_avg
-                                          : tensor->exp_avg_sq;
     static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
-    return (StoredTensor){xprintf("%s%s", prefixes[what], tensor->name),
-                          "F32",
-                          tensor->dims,
-                          {tensor->shape[0], tensor->shape[1]},
-                          tensor->size,
-                          tensor->size * sizeof(float),
-                          (char *)data};
+    float *const arrays[] = {tensor->value, tensor->exp_avg, tensor->exp_avg_sq};
+    StoredTensor stored = {.dtype = "F32", .dims = tensor->dims, .count = tensor->size};
+    stored.name = xprintf("%s%s", prefixes[what], tensor->name);
+    memcpy(stored.shape, tensor->shape, sizeof tensor->shape);
+    stored.bytes = tensor->size * sizeof(float);
+    stored.data = (char *)arrays[what];
+    return stored;
 }
 
 // Writes all values, or AdamW's moments of what is trained.
 static void model_write_tensors(const Model *model, const char *path, bool moments) {
-    const Stored first = moments ? STORE_EXP_AVG : STORE_VALUE,
-                 last = moments ? STORE_EXP_AVG_SQ : STORE_VALUE;
+    Stored first = moments ? STORE_EXP_AVG : STORE_VALUE, last = moments ? STORE_EXP_AVG_SQ : STORE_VALUE;
     StoredTensor *list = xcalloc(2 * (size_t)model->tensor_count, sizeof *list);
     size_t count = 0;
     for (int i = 0; i < model->tensor_count; i++)
@@ -3062,14 +3031,16 @@ static void model_save(const Model *model, const Tokenizer *tokenizer, const cha
 // OUT/checkpoint-000300 is a model folder with optimizer.safetensors and trainer_state.json. It is written
 // beside as OUT/checkpoint-000300.tmp and renamed when it is whole: whatever happens, the older one stays.
 
-// AdamW's moments, mapped privately from a checkpoint's optimizer.safetensors. A missing one ends the
-// program.
+// AdamW's moments, mapped privately from a checkpoint's optimizer.safetensors, which must have them all.
 static void model_load_moments(Model *model, const char *path) {
     SafeTensors file = safetensors_open(path);
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
         for (Stored what = STORE_EXP_AVG; what <= STORE_EXP_AVG_SQ && !tensor->frozen; what++) {
             StoredTensor wanted = stored_tensor(tensor, what);
+            if (!safetensors_find(&file, wanted.name))
+                die("%s: no %s: a tensor that was frozen cannot be trained after --resume", path,
+                    wanted.name);
             const StoredTensor *found = safetensors_need(&file, wanted.name, tensor);
             if (strcmp(found->dtype, "F32") != 0)
                 die("%s: tensor %s is %s; F32 expected", path, wanted.name, found->dtype);
@@ -3106,6 +3077,7 @@ static long *list_checkpoints(const char *out, size_t *count, bool clean) {
     if (folder) closedir(folder);
     return steps;
 }
+
 // =====================================================================================================
 // 10. Data
 // =====================================================================================================
@@ -3359,8 +3331,8 @@ static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, siz
     return order;
 }
 
-// Packs examples first .. first + count - 1 of the list `indices`, or of the file when it is NULL, into a
-// batch.
+// Packs examples first .. first + count - 1 of the list `indices`, or of the file when it is
+// NULL, into a batch.
 static void dataset_batch(const Dataset *data, const size_t *indices, size_t first, size_t count,
                           Batch *batch) {
     batch_clear(batch);
@@ -3372,6 +3344,7 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
         batch_end_sequence(batch);
     }
 }
+
 // =====================================================================================================
 // 11. Training
 // =====================================================================================================
@@ -3381,9 +3354,8 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
 // The settings of a run, as section 12 reads them from the command line.
 typedef struct {
     const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *stop;
-    double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm,
-        dropout;
-    double temperature, top_p;
+    double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm;
+    double dropout, temperature, top_p;
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
@@ -3671,9 +3643,39 @@ static void save_result(const Run *run) {
     printf(" after %s\n", clock_time(now() - run->started, text));
 }
 
-// Trains from run->step to run->steps, or until a signal or --patience ends it; saves the final model in OUT.
-// Returns the exit status of the program. With --overfit nothing is saved, and the status says whether it
-// passed.
+// The line that follows an update; what matters most stands first, since a narrow window cuts it.
+static void show_update(const Run *run, const Update *update, double tokens_per_second,
+                        double seconds_per_step, bool on_terminal) {
+    char line[256], left[32];
+    clock_time(seconds_per_step * (double)(run->steps - run->step), left);
+    snprintf(line, sizeof line,
+             "step %ld/%ld  loss %.4f  %s left  epoch %.2f  lr %.2e  norm %.3f  %.0f tok/s", run->step,
+             run->steps, update->loss, left, epoch_of(run, run->step), update->learning_rate, update->norm,
+             tokens_per_second);
+    show_progress(line, on_terminal);
+}
+
+// Says how training ended, and saves its result if there is one. Returns the program's exit status.
+static int finish_training(const Run *run, double last_accuracy) {
+    const Options *options = run->options;
+    if (stop_signal) {
+        printf("stopped at step %ld of %ld", run->step, run->steps);
+        printf(options->overfit ? "\n" : ", saved in %s; --resume goes on from there\n", options->out);
+        return 128 + stop_signal;
+    }
+    if (!options->overfit) {
+        save_result(run);
+        return 0;
+    }
+    bool passed = last_accuracy == 1;
+    printf("overfit one batch: training accuracy %.2f %%, %s\n", 100 * last_accuracy,
+           passed ? "passed"
+                  : "NOT passed: 100 % expected; more --steps or a higher --learning-rate may help");
+    return passed ? 0 : 1;
+}
+
+// Trains from run->step to run->steps, or until a signal or --patience ends it, and saves the final model in
+// OUT. With --overfit nothing is saved. Returns the program's exit status.
 static int train(Run *run) {
     const Options *options = run->options;
     const bool on_terminal = isatty(1);
@@ -3724,39 +3726,21 @@ static int train(Run *run) {
                 now() - run->started);
         fflush(log);
         bool due = on_terminal ? now() - shown > 0.2 : run->step % plain_every == 0;
-        if (!options->quiet && (due || run->step == run->steps)) { // what matters most stands first
-            char line[256], left[32];
+        if (!options->quiet && (due || run->step == run->steps)) {
             shown = now();
-            snprintf(line, sizeof line,
-                     "step %ld/%ld  loss %.4f  %s left  epoch %.2f  lr %.2e  norm %.3f  %.0f tok/s",
-                     run->step, run->steps, update.loss,
-                     clock_time(seconds_per_step * (double)(run->steps - run->step), left),
-                     epoch_of(run, run->step), update.learning_rate, update.norm, tokens_per_second);
-            show_progress(line, on_terminal);
+            show_update(run, &update, tokens_per_second, seconds_per_step, on_terminal);
         }
     }
     end_progress();
     fclose(log);
-    if (stop_signal) {
-        printf("stopped at step %ld of %ld", run->step, run->steps);
-        printf(options->overfit ? "\n" : ", saved in %s; --resume goes on from there\n", options->out);
-        return 128 + stop_signal;
-    }
-    if (options->overfit) {
-        bool passed = update.accuracy == 1;
-        printf("overfit one batch: training accuracy %.2f %%, %s\n", 100 * update.accuracy,
-               passed ? "passed"
-                      : "NOT passed: 100 % expected; more --steps or a higher --learning-rate may help");
-        return passed ? 0 : 1;
-    }
-    save_result(run);
-    return 0;
+    return finish_training(run, update.accuracy);
 }
+
 // =====================================================================================================
 // 12. Command line
 // =====================================================================================================
-// One table makes the parser, --help, defaults and range checks, and the settings that a checkpoint
-// remembers.
+// One table makes the parser, --help, defaults and range checks, and the settings that a
+// checkpoint remembers.
 
 typedef enum { FLAG, COUNT, REAL, WORD, CHOICE, LIST } OptionKind;
 enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8 }; // where an option applies
@@ -3850,8 +3834,7 @@ static char *choice_word(const Option *option, long number) {
     return word;
 }
 
-// Sets one option from its text; `again`: a LIST goes on. Ends the program with status 2 when the text is
-// wrong.
+// Sets one option from its text, or ends the program with status 2. `again`: a LIST goes on.
 static void set_option(Options *options, const Option *option, const char *text, bool again) {
     char *field = (char *)options + option->field, *end = NULL;
     if (option->kind == FLAG) {
@@ -3911,7 +3894,7 @@ static Patterns options_to_save(const Options *options) {
     return saved;
 }
 
-// Sets the options that the words after the first one give. A LIST's first word replaces what was there before.
+// Sets the options that words[1], ... give. A LIST's first word replaces what was there before.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words) {
     struct option names[OPTION_COUNT + 1] = {{0}};
     char letters[3 * OPTION_COUNT + 2] = ":";
@@ -3994,9 +3977,9 @@ static void print_help(void) {
 
 // ---- the machine ----
 
-// Gives each thread a core of its own when there are as many threads as cores. Left alone, the system puts
-// two of them on one core as soon as another program runs, and each waits out the other's turn at every
-// barrier.
+// Gives each thread a core of its own when there are as many threads as cores. Left alone, the
+// system puts two of them on one core as soon as another program runs, and each waits out the
+// other's turn at every barrier.
 static void pin_threads(void) {
 #if defined(__linux__) && defined(_OPENMP)
     cpu_set_t allowed;
@@ -4015,12 +3998,11 @@ static void pin_threads(void) {
 #endif
 }
 
-// Times both matmuls on one shape, the best of three, and takes the built-in one when it is over 1.2 times
-// faster.
+// Times both matmuls on one shape, the best of three, and takes the built-in one when it is
+// over 1.2 times faster.
 static void choose_matmul(Options *options) {
 #ifdef USE_OPENBLAS
-    if (openblas_get_parallel() ==
-        1) // its own pool of threads would fight with OpenMP's: the built-in one wins
+    if (openblas_get_parallel() == 1) // a pool of threads of its own, which would fight with OpenMP's
         openblas_set_num_threads(1);
 #endif
 #ifdef USE_CBLAS
@@ -4060,8 +4042,15 @@ static const int *find_size(const char *name) {
     return NULL;
 }
 
-static bool has_file(const char *folder, const char *name) {
-    return file_exists(path_of("%s/%s", folder, name));
+// Ends the program when a folder has weights in other formats only, and says how to convert them.
+static void refuse_other_formats(const char *folder) {
+    static const char *const others[] = {"pytorch_model.bin", "pytorch_model.bin.index.json",
+                                         "model.safetensors.index.json"};
+    bool found = ends_with(folder, ".bin");
+    for (int i = 0; i < 3; i++) found = found || file_exists(path_of("%s/%s", folder, others[i]));
+    if (found && !file_exists(path_of("%s/model.safetensors", folder)))
+        die("%s: weights in another format; this converts them: python3 data/convert.py %s FOLDER", folder,
+            folder);
 }
 
 // The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
@@ -4103,14 +4092,8 @@ static Run start_run(Options *options, const char *checkpoint) {
     const char *folder = checkpoint ? checkpoint : options->init;
     if (!find_size(options->init) &&
         (options->n_layer || options->n_head || options->n_embd || options->n_positions))
-        die_usage(
-            "--n-layer, --n-head, --n-embd and --n-positions apply to a random start, not to a model folder");
-    bool other_format = has_file(folder, "pytorch_model.bin") ||
-                        has_file(folder, "pytorch_model.bin.index.json") ||
-                        has_file(folder, "model.safetensors.index.json");
-    if (!size && (other_format ? !has_file(folder, "model.safetensors") : ends_with(folder, ".bin")))
-        die("%s: weights in another format; this converts them: python3 data/convert.py %s FOLDER", folder,
-            folder);
+        die_usage("--n-layer, --n-head, --n-embd, --n-positions: for a random start, not for a model folder");
+    if (!size) refuse_other_formats(folder);
     choose_matmul(options);
     Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1, .started = now()};
     run.tokenizer = load_tokenizer(checkpoint ? "" : options->tokenizer, folder);
@@ -4167,8 +4150,8 @@ static void print_plan(const Run *run) {
     const Model *model = run->model;
     const Options *options = run->options;
     size_t decayed = 0, trainable = count_parameters(model, true), all = count_parameters(model, false);
-    size_t frozen = all - trainable, memory = run->activations.memory_size, rows, targets, products = 0,
-           skipped = 0;
+    size_t frozen = all - trainable, products = 0, skipped = 0, rows, targets;
+    size_t memory = run->activations.memory_size;
     printf("%-40s %-16s %12s  %-6s %s\n", "tensor", "shape", "parameters", "decay", "frozen");
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *t = &model->tensors[i];
@@ -4196,11 +4179,9 @@ static void print_plan(const Run *run) {
         Activations full = {0};
         activations_reserve(&full, &unfrozen, run->activations.rows, true, options->recompute,
                             options->dropout > 0, true);
-        printf(
-            "freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, and %.0f %% of the "
-            "products with weights\n",
-            megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - memory),
-            100 * (double)skipped / (double)products);
+        printf("freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, ",
+               megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - memory));
+        printf("and %.0f %% of the products with weights\n", 100 * (double)skipped / (double)products);
     }
     printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
     if (run->val) {
@@ -4221,6 +4202,32 @@ static void end_run(Run *run) {
     dataset_free(run->train);
     model_free(run->model);
     if (run->tokenizer) tokenizer_free(run->tokenizer);
+}
+
+// What runs where on what, before the first step.
+static void print_banner(const Run *run, const char *checkpoint) {
+    const Options *options = run->options;
+    const Config *config = &run->model->config;
+    size_t tokens, targets;
+    dataset_size(run->train, &tokens, &targets);
+    const char *blas = "CBLAS";
+#ifdef USE_OPENBLAS
+    blas = openblas_get_config(); // its version and the kind of core
+#endif
+    printf("machine: %d threads, %s\n", omp_get_max_threads(),
+           matmul_kind == MATMUL_BUILTIN ? "built-in matmul" : blas);
+    printf(
+        "model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them trained\n",
+        checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
+        config->vocab_size, count_parameters(run->model, false), count_parameters(run->model, true));
+    printf("data: %zu examples, %zu tokens (%zu scored); %zu validation examples\n", run->train->count,
+           tokens, targets, run->val ? run->val->count : 0);
+    const char *beginning = checkpoint        ? "; resumed"
+                            : options->resume ? "; no checkpoint yet, starting afresh"
+                                              : "";
+    printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", run->steps, epoch_of(run, run->steps),
+           run->warmup, beginning);
+    fflush(stdout);
 }
 
 static int run_training(Options *options, int argc, char **argv) {
@@ -4257,29 +4264,7 @@ static int run_training(Options *options, int argc, char **argv) {
     model_allocate_training(run.model, checkpoint == NULL);
     run.started = now();
     if (checkpoint) load_trainer_state(&run, checkpoint, newest);
-    if (!options->quiet) {
-        const Config *config = &run.model->config;
-        size_t tokens, targets;
-        dataset_size(run.train, &tokens, &targets);
-        const char *blas = "CBLAS";
-#ifdef USE_OPENBLAS
-        blas = openblas_get_config(); // its version and the kind of core
-#endif
-        printf("machine: %d threads, %s\n", omp_get_max_threads(),
-               matmul_kind == MATMUL_BUILTIN ? "built-in matmul" : blas);
-        printf("model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them "
-               "trained\n",
-               checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
-               config->vocab_size, count_parameters(run.model, false), count_parameters(run.model, true));
-        printf("data: %zu examples, %zu tokens (%zu scored); %zu validation examples\n", run.train->count,
-               tokens, targets, run.val ? run.val->count : 0);
-        printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", run.steps, epoch_of(&run, run.steps),
-               run.warmup,
-               checkpoint        ? "; resumed"
-               : options->resume ? "; no checkpoint yet, starting afresh"
-                                 : "");
-        fflush(stdout);
-    }
+    if (!options->quiet) print_banner(&run, checkpoint);
     int status = train(&run);
     end_run(&run);
     return status;
