@@ -771,6 +771,7 @@ static inline int *merge_slot(const Tokenizer *t, int left, int right) {
     }
 }
 
+// Adds an entry to the heap: queue[i] is never larger than queue[2i + 1] and queue[2i + 2].
 static void queue_put(Encoder *encoder, uint64_t entry) {
     encoder->queue = grow(encoder->queue, encoder->queued + 1, &encoder->queue_capacity, sizeof(uint64_t));
     uint64_t *queue = encoder->queue;
@@ -1917,7 +1918,7 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 // ---- attention ----
 // Each head, for row i, over the rows j <= i of the same sequence (Vaswani et al. 2017):
 //   score[i, j] = q[i] · k[j] / sqrt(HS)
-//   p[i, j] = exp(score[i, j]) / sum over j of exp(score[i, j])
+//   p[i, j] = exp(score[i, j]) / sum over m of exp(score[i, m])
 //   out[i] = sum over j of p[i, j] v[j]
 // No (T, T) matrix is ever stored. Queries are taken in tiles; of the softmax only its log-sum-exp is kept
 // per row, and the backward pass computes a tile of p again as exp(score - log_sum_exp), as FlashAttention
@@ -2927,11 +2928,15 @@ static Config config_read(const char *path) {
     if (!json_is_text(type, "gpt2")) die("%s: model_type must be \"gpt2\"", path);
     if (activation && !json_is_text(activation, "gelu_new") && !json_is_text(activation, "gelu_pytorch_tanh"))
         die("%s: activation_function must be \"gelu_new\"", path);
-    static const char *const switches[] = {"scale_attn_weights", "scale_attn_by_inverse_layer_idx",
-                                           "add_cross_attention"};
-    for (int i = 0; i < 3; i++) // GPT-2 has the first one on, the others off
-        if (json_is_true(json, switches[i], i == 0) != (i == 0))
-            die("%s: %s %s is not supported", path, switches[i], i == 0 ? "false" : "true");
+    static const struct {
+        const char *name;
+        bool value; // the one that GPT-2 has, and the only one that is computed here
+    } switches[] = {{"scale_attn_weights", true},
+                    {"scale_attn_by_inverse_layer_idx", false},
+                    {"add_cross_attention", false}};
+    for (int i = 0; i < 3; i++)
+        if (json_is_true(json, switches[i].name, switches[i].value) != switches[i].value)
+            die("%s: %s %s is not supported", path, switches[i].name, switches[i].value ? "false" : "true");
     Config config = {.layer_norm_epsilon = (float)json_number(json, "layer_norm_epsilon", 1e-5, path),
                      .tie_word_embeddings = json_is_true(json, "tie_word_embeddings", true)};
     for (int i = 0; i < CONFIG_SIZES; i++) {
