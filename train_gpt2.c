@@ -3298,41 +3298,17 @@ static void dataset_size(const Dataset *data, size_t *rows, size_t *targets) {
     }
 }
 
-static int compare_keys(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
-}
-
-// Fills list with 0 .. count - 1 in random order, as Fisher and Yates do it.
-static void shuffled(size_t *list, size_t count, uint64_t stream) {
-    for (size_t i = 0; i < count; i++) list[i] = i;
-    for (size_t i = count; i > 1; i--) {
-        size_t j = random_bits(stream, i) % i, kept = list[i - 1];
-        list[i - 1] = list[j];
-        list[j] = kept;
+// The order of examples in an epoch, (count) indices: shuffled as Fisher and Yates do it. Each run of
+// batch size x accumulate of them makes an update; what is left over makes the last, smaller one.
+static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch) {
+    uint64_t stream = random_stream(seed, 0x6f72646572u + (uint64_t)epoch); // "order"
+    size_t *order = xmalloc(data->count * sizeof *order);
+    for (size_t i = 0; i < data->count; i++) order[i] = i;
+    for (size_t i = data->count; i > 1; i--) {
+        size_t j = random_bits(stream, i) % i, kept = order[i - 1];
+        order[i - 1] = order[j];
+        order[j] = kept;
     }
-}
-
-// The order of examples in an epoch: (count) indices; each run of `group` makes an update. Examples are
-// shuffled, sorted by length within pools of 50 groups, so that those of like length come together, and then
-// whole groups are shuffled. What is left over makes the last, smaller update.
-static size_t *dataset_order(const Dataset *data, uint64_t seed, long epoch, size_t group) {
-    uint64_t stream = random_stream(seed, 0x6f72646572u + (uint64_t)epoch);
-    size_t groups = data->count / group, whole = groups * group, pool = 50 * group;
-    size_t *order = xmalloc(data->count * sizeof *order), *sorted = xmalloc(data->count * sizeof *sorted);
-    size_t *group_order = xmalloc(groups * sizeof *group_order);
-    uint64_t *keys = xmalloc(whole * sizeof *keys); // the length, then the place that the shuffling gave
-    shuffled(order, data->count, stream);
-    for (size_t i = 0; i < whole; i++) keys[i] = (uint64_t)data->examples[order[i]].size << 40 | i;
-    for (size_t begin = 0; begin < whole; begin += pool)
-        qsort(keys + begin, whole - begin < pool ? whole - begin : pool, sizeof *keys, compare_keys);
-    for (size_t i = 0; i < whole; i++) sorted[i] = order[keys[i] & (((uint64_t)1 << 40) - 1)];
-    shuffled(group_order, groups, random_stream(stream, 1));
-    for (size_t i = 0; i < groups; i++)
-        memcpy(order + i * group, sorted + group_order[i] * group, group * sizeof *order);
-    free(keys);
-    free(group_order);
-    free(sorted);
     return order;
 }
 
@@ -3624,7 +3600,7 @@ static long next_batches(const Run *run, Batch *batches, size_t **order, long *o
     long step = run->options->overfit ? 0 : run->step, epoch = step / run->steps_per_epoch;
     if (epoch != *order_epoch) {
         free(*order);
-        *order = dataset_order(run->train, (uint64_t)run->options->seed, epoch, group);
+        *order = dataset_order(run->train, (uint64_t)run->options->seed, epoch);
         *order_epoch = epoch;
     }
     size_t begin = (size_t)(step % run->steps_per_epoch) * group,
