@@ -12,6 +12,9 @@
 #include <poll.h>
 #include <sys/wait.h>
 
+// What take_update() wants, out of options.
+#define HYPERPARAMETERS(options) ((Hyperparameters[1]){hyperparameters_of(options)})
+
 #pragma GCC diagnostic ignored "-Wunused-function"
 
 // ---- harness ----
@@ -293,7 +296,7 @@ static bool compare_reference(const char *folder, const char *dump_path, bool qu
         for (size_t s = 0; s < steps; s++) {
             double factor =
                 schedule_factor((Schedule)options.schedule, (long)s, warmup, total_steps, options.final_lr);
-            Update update = take_update(model, &activations, batches, A, &options, (long)s,
+            Update update = take_update(model, &activations, batches, A, HYPERPARAMETERS(&options), (long)s,
                                         factor * options.learning_rate);
             losses[s] = (float)update.loss;
             norms[s] = (float)update.norm;
@@ -1521,11 +1524,11 @@ static void test_dropout(void) {
     for (int p = 0; p < 2; p++) {
         Activations a = {0};
         options_from_text(&options, p ? "--dropout 0.2" : "");
-        loss[p][0] = take_update(model, &a, batches, 1, &options, 5, 0).loss;
-        loss[p][1] = take_update(model, &a, batches, 1, &options, 6, 0).loss;
-        check(loss[p][0] == take_update(model, &a, batches, 1, &options, 5, 0).loss,
+        loss[p][0] = take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0).loss;
+        loss[p][1] = take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 6, 0).loss;
+        check(loss[p][0] == take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0).loss,
               "a step draws other masks again");
-        twice = take_update(model, &a, batches, 2, &options, 5, 0).loss;
+        twice = take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), 5, 0).loss;
         activations_free(&a);
     }
     check(loss[0][0] == loss[0][1], "without dropout the loss depends on the step");
@@ -1753,7 +1756,7 @@ static void test_accumulation(void) {
     options_from_text(&options, "--weight-decay 0.1");
     Batch silent[2] = {{0}, {0}};
     for (int s = 5; s < 7; s++) batch_clear(&silent[s - 5]), append_sequence(&silent[s - 5], &all, s);
-    Update update = take_update(model, &a, silent, 2, &options, 0, 0.1);
+    Update update = take_update(model, &a, silent, 2, HYPERPARAMETERS(&options), 0, 0.1);
     check(update.targets == 0 && update.loss == 0, "loss %g of no targets", update.loss);
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
@@ -1789,7 +1792,7 @@ static void test_adamw(void) {
     Config config = tiny_config(23, 10, 1, 2, 8, 32, false);
     Model *model = tiny_model(config, 4, "wpe|mlp.c_fc.weight|ln_f.bias"),
           *before = tiny_model(config, 4, NULL);
-    const Adam adam = {.beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .weight_decay = 0.1};
+    const Hyperparameters adam = {.beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .weight_decay = 0.1};
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         check(tensor->decay == !(strstr(tensor->name, "bias") || strstr(tensor->name, "ln_")),
@@ -1866,7 +1869,7 @@ static void update_that_overflows(void) {
     batch.targets = 1;
     Options options;
     options_from_text(&options, "");
-    take_update(model, &(Activations){0}, &batch, 1, &options, 0, 1e-3);
+    take_update(model, &(Activations){0}, &batch, 1, HYPERPARAMETERS(&options), 0, 1e-3);
 }
 
 // The norm of all gradients, the same on any number of threads; clipping as torch does it; what is not finite
@@ -2013,7 +2016,7 @@ static Model *updated_model(int threads) {
     options_from_text(&options, "--dropout 0.1");
     int before = omp_get_max_threads();
     omp_set_num_threads(threads);
-    for (int step = 0; step < 2; step++) take_update(model, &a, batches, 2, &options, step, 1e-3);
+    for (int step = 0; step < 2; step++) take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
     omp_set_num_threads(before);
     activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);

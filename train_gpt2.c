@@ -67,12 +67,12 @@ static void omp_set_num_threads(int n) { (void)n; }
 #include <cblas.h>
 #endif
 
+// #####################################################################################################
+// PART I. GPT-2
+// #####################################################################################################
 // =====================================================================================================
 // 1. Support
 // =====================================================================================================
-// What every program needs and C does not bring: errors in one line, memory that is there or the program
-// ends, whole files, a clock, random numbers that can be drawn again, and JSON.
-
 static const char *program_name = "train_gpt2";
 static bool progress_line_open = false; // a progress line stands unfinished on the terminal
 
@@ -137,159 +137,11 @@ static void *grow(void *data, size_t needed, size_t *capacity, size_t element_si
     return xrealloc(data, *capacity * element_size);
 }
 
-// Growing arrays: token ids, and bytes (always followed by a NUL that is not counted).
-typedef struct {
-    int *data;
-    size_t size, capacity;
-} Ids;
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
-typedef struct {
-    char *data;
-    size_t size, capacity;
-} Text;
-
-static void ids_push(Ids *ids, int id) {
-    ids->data = grow(ids->data, ids->size + 1, &ids->capacity, sizeof(int));
-    ids->data[ids->size++] = id;
-}
-
-static void text_append(Text *text, const char *bytes, size_t size) {
-    text->data = grow(text->data, text->size + size + 1, &text->capacity, 1);
-    if (size) memcpy(text->data + text->size, bytes, size);
-    text->size += size;
-    text->data[text->size] = 0;
-}
-
-// ---- files ----
-
-// printf for names of files. The result lies in one of 16 places that are used in turn: it need not be freed,
-// and is good until 16 more are asked for.
-static const char *__attribute__((format(printf, 1, 2))) path_of(const char *format, ...) {
-    static char places[16][PATH_MAX];
-    static unsigned used;
-    char *path = places[used++ % 16];
-    va_list arguments;
-    va_start(arguments, format);
-    if (vsnprintf(path, PATH_MAX, format, arguments) >= PATH_MAX)
-        die("%.100s...: this name is too long", path);
-    va_end(arguments);
-    return path;
-}
-
-static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
-
-static bool is_folder(const char *path) {
-    struct stat status;
-    return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
-}
-
-static bool ends_with(const char *string, const char *ending) {
-    size_t n = strlen(string), m = strlen(ending);
-    return n >= m && strcmp(string + n - m, ending) == 0;
-}
-
-// Appends what is left in `file` to `text`; `path` only names it in errors.
-static void read_stream(Text *text, FILE *file, const char *path) {
-    char buffer[1 << 16];
-    for (size_t got = 1; got > 0; text_append(text, buffer, got)) got = fread(buffer, 1, sizeof buffer, file);
-    if (ferror(file)) die("%s: cannot be read: %s", path, strerror(errno));
-}
-
-// Reads a whole file, or standard input when path is "-". Free the result's data.
-static Text read_file(const char *path) {
-    Text text = {0};
-    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    if (!file) die("%s: cannot be opened: %s", path, strerror(errno));
-    read_stream(&text, file, path);
-    if (file != stdin) fclose(file);
-    return text;
-}
-
-// A file seen as memory. The mapping is private: writing to it never reaches the file.
-typedef struct {
-    char *data;
-    size_t size;
-} Mapping;
-
-static Mapping map_file(const char *path) {
-    int descriptor = open(path, O_RDONLY);
-    struct stat status;
-    if (descriptor < 0 || fstat(descriptor, &status) < 0)
-        die("%s: cannot be opened: %s", path, strerror(errno));
-    if (!S_ISREG(status.st_mode) || status.st_size == 0)
-        die("%s: expected a regular file that is not empty", path);
-    Mapping mapping = {NULL, (size_t)status.st_size};
-    mapping.data = mmap(NULL, mapping.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
-    if (mapping.data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
-    close(descriptor);
-    return mapping;
-}
-
-static void unmap_file(Mapping *mapping) {
-    if (mapping->data) munmap(mapping->data, mapping->size);
-}
-
-// Files are written under a temporary name, and get their own only when all bytes are on the disk: under a
-// final name there is never half a file.
-static FILE *create_file(const char *path) {
-    FILE *file = fopen(path_of("%s.tmp", path), "wb");
-    if (!file) die("%s.tmp: cannot be written: %s", path, strerror(errno));
-    return file;
-}
-
-static void finish_file(FILE *file, const char *path) {
-    bool failed = ferror(file) || fflush(file) != 0 || fsync(fileno(file)) != 0;
-    if (fclose(file) != 0 || failed || rename(path_of("%s.tmp", path), path) != 0)
-        die("%s: could not be written whole: %s", path, strerror(errno));
-}
-
-static void write_file(const char *path, const void *bytes, size_t size) {
-    FILE *file = create_file(path);
-    fwrite(bytes, 1, size, file); // finish_file sees an error
-    finish_file(file, path);
-}
-
-// Makes a folder and those above it.
-static void make_folder(const char *path) {
-    char *above = xstrdup(path), *slash = strrchr(above, '/');
-    if (slash && slash > above) {
-        *slash = 0;
-        make_folder(above);
-    }
-    free(above);
-    if (!is_folder(path) && mkdir(path, 0777) < 0)
-        die("%s: folder cannot be made: %s", path, strerror(errno));
-}
-
-// Deletes a folder with what is in it; one that is not there is no error.
-static void remove_folder(const char *path) {
-    DIR *folder = opendir(path);
-    for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        char *inside = xprintf("%s/%s", path, entry->d_name);
-        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0 && unlink(inside) != 0)
-            remove_folder(inside);
-        free(inside);
-    }
-    if (folder) closedir(folder);
-    rmdir(path);
-}
-
-// Makes the renames and deletions in a folder last through a power cut.
-static void sync_folder(const char *path) {
-    int descriptor = open(path, O_RDONLY);
-    if (descriptor >= 0) {
-        fsync(descriptor);
-        close(descriptor);
-    }
-}
-
-// Seconds on a clock that never goes back.
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
+// =====================================================================================================
+// 2. Random numbers
+// =====================================================================================================
 // ---- random numbers ----
 // Counter-based: draw number `index` of stream `stream` is a pure function of both, so any draw can be made
 // again (dropout in the backward pass, shuffling after a resume) and threads need no shared state.
@@ -321,858 +173,221 @@ static float random_normal(uint64_t stream, uint64_t index) {
     return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
 }
 
-// ---- JSON (RFC 8259) ----
-// A file becomes a tree of nodes; members of an object and elements of an array are chained by `next`.
-
-typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonKind;
-
-typedef struct Json {
-    JsonKind kind;
-    char *key;    // name of this member inside its object, or NULL
-    char *string; // UTF-8, NUL-terminated; length counts NULs inside
-    size_t length;
-    double number;
-    struct Json *child, *next;
-} Json;
+// =====================================================================================================
+// 3. Parameters
+// =====================================================================================================
+// A model is a list of tensors, and everything asks something of each: what is it called in a file, how large
+// is it, how does it start, is it trained, is it decayed? One table says what GPT-2 consists of, and all the
+// answers follow from it; no tensor is listed twice anywhere.
 
 typedef struct {
-    const char *text, *at; // the whole, which a NUL ends, and where the reader is
-    const char *where;     // file, or file:line, for errors
-} JsonReader;
+    int vocab_size, n_positions, n_layer, n_head, n_embd, n_inner;
+    float layer_norm_epsilon;
+    bool tie_word_embeddings; // the output head is the token embedding itself
+} Config;
 
-static void __attribute__((noreturn)) json_die(const JsonReader *reader, const char *expected) {
-    size_t line = 1;
-    const char *start = reader->text; // of the line
-    for (const char *p = reader->text; p < reader->at; p++)
-        if (*p == '\n') line++, start = p + 1;
-    die("%s: not valid JSON at line %zu, column %td: expected %s", reader->where, line,
-        reader->at - start + 1, expected);
-}
+// A row of the table. Shapes are spelled in letters: V vocabulary, P positions, C channels, F inner MLP
+// channels, Q = 3C (query, key and value side by side). Matrices are [in, out], as Hugging Face's Conv1D has
+// them: y = xW + b. A * in the name stands for the layer. Initial values are GPT-2's (Radford et al. 2019,
+// section 2.3): normal with deviation 0.02, the projections that write into the residual stream divided by
+// sqrt(2L), since 2L of them add up.
+typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
 
-// The character that comes next, white space passed over; 0 at the end.
-static char json_peek(JsonReader *reader) {
-    reader->at += strspn(reader->at, " \t\r\n");
-    return *reader->at;
-}
-
-static bool json_accept(JsonReader *reader, char wanted) {
-    if (json_peek(reader) != wanted) return false;
-    reader->at++;
-    return true;
-}
-
-static unsigned json_hex4(JsonReader *reader) {
-    char digits[5];
-    snprintf(digits, sizeof digits, "%.4s", reader->at);
-    if (strspn(digits, "0123456789abcdefABCDEF") != 4) json_die(reader, "four hexadecimal digits");
-    reader->at += 4;
-    return (unsigned)strtoul(digits, NULL, 16);
-}
-
-// The code point that a \u, already taken, and what follows it spell. A lone surrogate becomes U+FFFD.
-static unsigned json_code_point(JsonReader *reader) {
-    unsigned code = json_hex4(reader);
-    if (code >= 0xd800 && code < 0xdc00 && strncmp(reader->at, "\\u", 2) == 0) {
-        const char *before = reader->at;
-        reader->at += 2;
-        unsigned low = json_hex4(reader);
-        if (low >= 0xdc00 && low < 0xe000) return 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
-        reader->at = before;
-    }
-    return code >= 0xd800 && code < 0xe000 ? 0xfffd : code;
-}
-
-// Writes a code point as UTF-8 and returns the number of bytes, 1 to 4.
-static int utf8_write(char *out, unsigned code) {
-    int extra = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-    static const unsigned char lead[4] = {0, 0xc0, 0xe0, 0xf0};
-    for (int i = extra; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 63));
-    out[0] = (char)(lead[extra] | code);
-    return extra + 1;
-}
-
-// Reads a string, its opening quote already taken.
-static Text json_string(JsonReader *reader) {
-    Text string = {0};
-    for (;;) {
-        const char *plain = reader->at;
-        while ((unsigned char)*reader->at >= 0x20 && *reader->at != '"' && *reader->at != '\\') reader->at++;
-        text_append(&string, plain, (size_t)(reader->at - plain));
-        if (*reader->at == '"') {
-            reader->at++;
-            return string;
-        }
-        if (*reader->at != '\\')
-            json_die(reader, *reader->at ? "an escape such as \\n in place of a control character"
-                                         : "the string's closing quote");
-        char escape = *++reader->at, bytes[4];
-        const char *known = "\"\\/bfnrtu", *found = strchr(known, escape);
-        if (!escape || !found)
-            json_die(reader,
-                     escape ? "one of \" \\ / b f n r t u after a backslash" : "the string's closing quote");
-        reader->at++;
-        bytes[0] = "\"\\/\b\f\n\r\t"[found - known];
-        text_append(&string, bytes, escape == 'u' ? (size_t)utf8_write(bytes, json_code_point(reader)) : 1);
-    }
-}
-
-static Json *json_value(JsonReader *reader, int depth) {
-    Json *node = xcalloc(1, sizeof *node);
-    if (depth > 200) json_die(reader, "at most 200 levels of nesting");
-    char c = json_peek(reader);
-    if (c == '{' || c == '[') {
-        node->kind = c == '{' ? JSON_OBJECT : JSON_ARRAY;
-        reader->at++;
-        for (Json **tail = &node->child; !json_accept(reader, c == '{' ? '}' : ']'); tail = &(*tail)->next) {
-            if (node->child && !json_accept(reader, ','))
-                json_die(reader, c == '{' ? "',' or '}'" : "',' or ']'");
-            char *key = NULL;
-            if (c == '{') {
-                if (!json_accept(reader, '"')) json_die(reader, "a name in double quotes");
-                key = json_string(reader).data;
-                if (!json_accept(reader, ':')) json_die(reader, "':'");
-            }
-            *tail = json_value(reader, depth + 1);
-            (*tail)->key = key;
-        }
-    } else if (json_accept(reader, '"')) {
-        Text string = json_string(reader);
-        node->kind = JSON_STRING;
-        node->string = string.data;
-        node->length = string.size;
-    } else if (c == '-' || isdigit((unsigned char)c)) {
-        // strtod reads more than JSON allows: 0x1p3, infinity, 01, .5 and 5.
-        const char *whole = reader->at + (c == '-'), *point = whole + strspn(whole, "0123456789");
-        char *end;
-        node->kind = JSON_NUMBER;
-        node->number = strtod(reader->at, &end);
-        if (end != reader->at + strspn(reader->at, "+-.eE0123456789") || point == whole ||
-            (*whole == '0' && point > whole + 1) || (*point == '.' && !isdigit((unsigned char)point[1])))
-            json_die(reader, "a number");
-        reader->at = end;
-    } else {
-        static const char *const words[] = {"null", "false", "true"}; // as JsonKind begins
-        while (strncmp(reader->at, words[node->kind], strlen(words[node->kind])) != 0)
-            if (++node->kind > JSON_TRUE) json_die(reader, "a value");
-        reader->at += strlen(words[node->kind]);
-    }
-    return node;
-}
-
-// Reads one JSON value that fills the text; ends the program with file, line and column when it is not valid.
-static Json *json_parse(const char *text, size_t size, const char *where) {
-    Text copy = {0}; // which a NUL ends
-    text_append(&copy, text, size);
-    JsonReader reader = {copy.data, copy.data, where};
-    Json *node = json_value(&reader, 1);
-    json_peek(&reader);
-    if (reader.at != copy.data + size) json_die(&reader, "nothing more");
-    free(copy.data);
-    return node;
-}
-
-static Json *json_read_file(const char *path) {
-    Text text = read_file(path);
-    Json *node = json_parse(text.data, text.size, path);
-    free(text.data);
-    return node;
-}
-
-static void json_free(Json *node) {
-    while (node) {
-        Json *next = node->next;
-        json_free(node->child);
-        free(node->key);
-        free(node->string);
-        free(node);
-        node = next;
-    }
-}
-
-// The member called `key`, or NULL (also when `object` is NULL or no object).
-static const Json *json_get(const Json *object, const char *key) {
-    if (!object || object->kind != JSON_OBJECT) return NULL;
-    for (const Json *member = object->child; member; member = member->next)
-        if (strcmp(member->key, key) == 0) return member;
-    return NULL;
-}
-
-static bool json_is_text(const Json *node, const char *text) {
-    return node && node->kind == JSON_STRING && strcmp(node->string, text) == 0;
-}
-
-// The number called `key`, or `otherwise` when it is missing or null. `where` names the file in errors.
-static double json_number(const Json *object, const char *key, double otherwise, const char *where) {
-    const Json *member = json_get(object, key);
-    if (!member || member->kind == JSON_NULL) return otherwise;
-    if (member->kind != JSON_NUMBER) die("%s: \"%s\" must be a number", where, key);
-    return member->number;
-}
-
-// Writes a string with its quotes; bytes that are not ASCII pass through.
-static void json_write_string(FILE *file, const char *string, size_t length) {
-    fputc('"', file);
-    for (size_t i = 0; i < length; i++) {
-        unsigned char c = (unsigned char)string[i];
-        fprintf(file, c == '"' || c == '\\' ? "\\%c" : c < 0x20 ? "\\u%04x" : "%c", c);
-    }
-    fputc('"', file);
-}
-
-// =====================================================================================================
-// 2. Tokenizer
-// =====================================================================================================
-// The model reads and writes numbers below V, people read and write text. GPT-2's byte-level BPE (Radford et
-// al. 2019; byte pair encoding: Sennrich et al. 2016) stands between, in two steps:
-//
-//   "Hello world's end"  ->  "Hello" " world" "'s" " end"         pieces, cut by fixed rules (find_piece)
-//   " world"  ->  Ġ w o r l d  ->  Ġw or ld  ->  Ġwor ld  ->  Ġworld  ->  995         merges (merge_piece)
-//
-// The vocabulary starts with the 256 bytes, so every file can be encoded, valid UTF-8 or not, and decoding
-// gives back the same bytes. Each of its merges joins two neighbours into a new token; the merge that was
-// learned first goes first. tokenizer.c learns such merges from text.
-
-// ---- character classes ----
-// The rules ask of a character only: letter (\p{L}), number (\p{N}), white space (\s), or something else.
-// Combining marks are something else, and so is each byte that is not part of valid UTF-8.
-
-enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CODE_POINTS = 0x110000 };
-
-// Unicode 16.0, which tiktoken 0.14 and tokenizers 0.23 use; made by dev/unicode_table.py. Read in pairs:
-// skip so many code points, then so many are letters, or numbers if negative. "48,-10,7,26": 48 to 57 are
-// numbers (0-9), then come 7 others, then 65 to 90 are letters (A-Z).
 // clang-format off
-static const int letter_and_number_runs[] = {
-    48,-10,7,26,6,26,47,1,7,-2,1,1,3,-1,0,1,1,-3,1,23,1,31,1,458,4,12,14,5,7,1,1,1,129,5,1,2,2,4,1,1,6,1,1,3,
-    1,1,1,20,1,83,1,139,8,166,1,38,2,1,6,41,71,27,4,4,45,43,21,-10,4,2,1,99,1,1,15,2,7,2,0,-10,0,3,2,1,16,1,
-    1,30,29,89,11,1,14,-10,0,33,9,2,4,1,5,22,4,1,9,1,3,1,23,25,7,11,5,24,1,6,17,42,58,54,3,1,18,1,7,10,4,-10,
-    1,16,4,8,2,2,2,22,1,7,1,1,3,4,3,1,16,1,13,2,1,3,4,-10,0,2,2,-6,2,1,8,6,4,2,2,22,1,7,1,2,1,2,1,2,31,4,1,1,
-    7,-10,2,3,16,9,1,3,1,22,1,7,1,2,1,5,3,1,18,1,15,2,4,-10,9,1,11,8,2,2,2,22,1,7,1,2,1,5,3,1,30,2,1,3,4,-10,
-    1,1,0,-6,11,1,1,6,3,3,1,4,3,2,1,1,1,2,3,2,3,3,3,12,22,1,21,-13,18,8,1,3,1,23,1,16,3,1,26,3,2,1,2,2,4,-10,
-    8,-7,1,1,4,8,1,3,1,23,1,10,1,5,3,1,31,2,1,2,4,-10,1,2,17,9,1,3,1,41,2,1,16,1,5,3,1,-7,0,3,4,-19,1,6,5,18,
-    3,24,1,9,1,1,2,7,31,-10,17,48,1,2,12,7,9,-10,39,2,1,1,1,5,1,24,1,1,1,10,1,2,9,1,2,5,1,1,9,-10,2,4,32,1,
-    31,-20,12,8,1,36,27,5,115,43,20,1,0,-10,6,6,4,4,3,1,3,2,7,3,4,13,12,1,1,-10,6,38,1,1,5,1,2,43,1,333,1,4,
-    2,7,1,1,1,4,2,41,1,4,2,33,1,4,2,7,1,1,1,4,2,15,1,57,1,4,2,67,14,-20,3,16,16,86,2,6,3,620,2,17,1,26,5,75,
-    3,-3,0,8,7,18,13,19,14,18,14,13,1,3,15,52,35,1,4,1,3,-10,6,-10,22,-10,6,89,7,5,2,34,1,1,5,70,10,31,39,-10,
-    0,30,2,5,11,44,4,26,6,-11,37,23,9,53,43,-10,6,-10,13,1,93,47,17,8,3,-10,41,30,13,2,0,-10,0,44,26,36,
-    28,-10,3,3,0,-10,0,36,2,11,5,43,2,3,41,4,1,6,1,2,3,1,5,192,64,278,2,6,2,38,2,6,2,8,1,1,1,1,1,1,1,31,2,53,
-    1,7,1,1,3,3,1,7,3,4,2,6,4,13,5,3,1,7,115,-1,0,1,2,-6,5,1,0,-10,6,13,101,1,4,1,2,10,1,1,3,5,6,1,1,1,1,1,
-    1,4,1,11,2,4,5,5,4,1,1,-51,0,2,0,-5,726,-60,78,-22,630,-30,1132,229,6,4,3,2,9,-1,2,38,1,1,5,1,2,56,7,1,
-    16,23,9,7,1,7,1,7,1,7,1,7,1,7,1,7,1,7,80,1,469,2,0,-1,25,-9,7,5,2,-3,0,2,4,86,6,3,1,90,1,4,5,43,1,94,3,-4,
-    10,32,48,16,32,-10,30,-8,1,-15,32,-10,39,-15,320,6592,64,22157,67,46,2,269,3,16,0,-10,0,2,20,47,16,31,
-    2,70,0,-10,39,9,2,103,2,67,2,2,1,1,1,8,21,16,1,3,1,4,1,23,13,-6,10,52,14,50,28,-10,24,6,3,1,1,2,1,-10,
-    0,28,10,23,25,29,7,47,28,1,0,-10,6,5,1,10,0,-10,0,5,1,41,23,3,1,8,4,-10,6,23,3,1,3,50,1,1,3,2,2,5,2,1,1,1,
-    24,3,2,11,7,3,12,6,2,6,2,6,9,7,1,7,1,43,1,14,6,115,13,-10,6,11172,12,23,4,49,8452,366,2,106,38,7,12,5,5,1,
-    1,10,1,13,1,5,1,1,1,2,1,2,1,108,33,363,18,64,2,54,40,12,116,5,1,135,19,-10,7,26,6,26,11,89,3,6,2,6,2,6,
-    2,3,35,12,1,26,1,19,1,2,1,15,2,14,34,123,12,-45,12,-57,17,-2,244,29,3,49,16,-27,4,32,0,-4,9,20,0,-1,0,8,
-    0,-1,5,38,10,30,2,36,4,8,1,-5,42,158,2,-10,6,36,4,36,4,40,8,52,12,11,1,15,1,7,1,2,1,11,1,15,1,7,1,2,3,52,
-    12,311,9,22,10,8,24,6,1,42,1,9,69,6,2,1,1,44,1,2,3,1,2,23,2,-8,0,23,2,-7,0,31,8,-9,48,19,1,2,5,-5,0,22,
-    0,-6,4,26,70,56,4,-2,0,2,0,-16,2,-46,0,1,15,4,1,3,1,29,10,-9,23,29,0,-2,1,29,0,-3,32,8,1,28,6,-5,16,54,
-    10,22,2,-8,0,19,5,-8,0,18,23,-7,80,73,55,51,13,51,7,-6,0,36,12,-10,6,-10,0,28,9,23,218,-31,1,42,6,2,16,3,
-    59,29,0,-10,0,1,8,22,11,-4,27,18,46,21,0,-7,20,23,12,53,26,-30,1,2,2,1,13,45,32,25,7,-10,9,36,15,-10,4,1,
-    2,1,8,35,3,1,12,48,14,4,11,-10,0,1,1,1,4,-20,11,18,1,25,19,2,63,7,1,1,1,4,1,15,1,10,7,47,17,-10,11,8,2,2,
-    2,22,1,7,1,2,1,5,3,1,18,1,12,5,30,10,1,1,2,1,1,38,1,1,25,1,1,1,44,53,18,4,5,-10,5,3,30,48,20,2,1,1,8,-10,
-    166,47,41,4,36,48,20,1,11,-10,38,43,13,1,7,-10,6,-20,28,27,21,-12,4,7,185,44,116,64,0,-19,12,8,2,1,2,8,
-    1,2,1,24,15,1,1,1,14,-10,70,8,2,39,16,1,1,1,28,1,10,40,7,1,21,1,11,46,19,1,18,73,199,33,15,-10,6,9,1,37,
-    17,1,15,-29,5,30,112,7,1,2,1,38,21,1,9,-10,6,6,1,2,1,32,14,1,7,-10,310,19,15,1,1,13,1,34,28,-10,86,1,
-    15,-21,43,922,102,-111,17,196,2636,97,15,1072,17,6,25,3995,5,583,6841,30,18,-10,1734,569,7,31,1,-10,6,79,
-    1,-10,6,30,18,48,16,4,12,-10,1,-7,1,21,5,19,432,45,3,-10,198,64,0,-23,105,75,5,1,66,13,64,2,1,1,28,6136,
-    8,1238,41,10,8935,4,1,7,1,2,1,291,15,1,29,3,2,1,14,4,8,396,2308,107,5,13,3,9,7,10,4182,-10,1478,-20,
-    12,-20,108,-25,135,85,1,71,1,2,2,1,2,2,2,4,1,12,1,1,1,7,1,65,1,4,2,8,1,7,1,28,1,4,1,5,1,1,3,7,1,340,2,25,
-    1,25,1,31,1,25,1,31,1,25,1,31,1,25,1,31,1,25,1,8,2,-50,1792,31,6,6,261,62,146,45,10,7,2,-10,4,1,321,30,
-    18,44,4,-10,470,28,4,-10,214,30,2,1,0,-10,485,7,1,4,1,2,1,15,1,197,2,-9,48,68,7,1,4,-10,791,-59,1,-3,1,-4,
-    76,-45,1,-15,194,4,1,27,1,2,1,1,2,1,1,10,1,4,1,1,1,1,6,1,4,1,1,1,1,1,1,3,1,2,1,1,2,1,1,1,1,1,1,1,1,1,1,2,
-    1,1,2,4,1,7,1,4,1,4,1,1,1,10,1,17,5,3,1,5,1,17,580,-13,2787,-10,1030,42720,32,4154,6,222,2,5762,14,7473,
-    15,622,2466,542,1506,4939,5,4192,
+enum {
+    WTE, WPE,
+    LN_1_WEIGHT, LN_1_BIAS, ATTN_WEIGHT, ATTN_BIAS, ATTN_PROJ_WEIGHT, ATTN_PROJ_BIAS,
+    LN_2_WEIGHT, LN_2_BIAS, FC_WEIGHT, FC_BIAS, FC_PROJ_WEIGHT, FC_PROJ_BIAS,
+    LN_F_WEIGHT, LN_F_BIAS, LM_HEAD, TENSOR_KINDS
+};
+
+static const struct {
+    const char *name, *shape;
+    Initial initial;
+} tensor_table[TENSOR_KINDS] = {
+    [WTE]              = {"transformer.wte.weight",               "VC", NORMAL},
+    [WPE]              = {"transformer.wpe.weight",               "PC", NORMAL},
+    [LN_1_WEIGHT]      = {"transformer.h.*.ln_1.weight",          "C",  ONES},
+    [LN_1_BIAS]        = {"transformer.h.*.ln_1.bias",            "C",  ZEROS},
+    [ATTN_WEIGHT]      = {"transformer.h.*.attn.c_attn.weight",   "CQ", NORMAL},
+    [ATTN_BIAS]        = {"transformer.h.*.attn.c_attn.bias",     "Q",  ZEROS},
+    [ATTN_PROJ_WEIGHT] = {"transformer.h.*.attn.c_proj.weight",   "CC", NORMAL_RESIDUAL},
+    [ATTN_PROJ_BIAS]   = {"transformer.h.*.attn.c_proj.bias",     "C",  ZEROS},
+    [LN_2_WEIGHT]      = {"transformer.h.*.ln_2.weight",          "C",  ONES},
+    [LN_2_BIAS]        = {"transformer.h.*.ln_2.bias",            "C",  ZEROS},
+    [FC_WEIGHT]        = {"transformer.h.*.mlp.c_fc.weight",      "CF", NORMAL},
+    [FC_BIAS]          = {"transformer.h.*.mlp.c_fc.bias",        "F",  ZEROS},
+    [FC_PROJ_WEIGHT]   = {"transformer.h.*.mlp.c_proj.weight",    "FC", NORMAL_RESIDUAL},
+    [FC_PROJ_BIAS]     = {"transformer.h.*.mlp.c_proj.bias",      "C",  ZEROS},
+    [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},
+    [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
+    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL}, // unless tied to wte
 };
 // clang-format on
-
-// Unfolds the table into one byte per code point. Pages that are never looked at cost no memory.
-static unsigned char *classes_make(void) {
-    static const unsigned short spaces[] = {0x09,   0x0a,   0x0b,   0x0c,   0x0d,   0x20,   0x85,
-                                            0xa0,   0x1680, 0x2000, 0x2001, 0x2002, 0x2003, 0x2004,
-                                            0x2005, 0x2006, 0x2007, 0x2008, 0x2009, 0x200a, 0x2028,
-                                            0x2029, 0x202f, 0x205f, 0x3000};
-    unsigned char *classes = xcalloc(CODE_POINTS, 1), *at = classes;
-    for (size_t i = 0; i < sizeof letter_and_number_runs / sizeof(int); i += 2) {
-        int run = letter_and_number_runs[i + 1];
-        at += letter_and_number_runs[i];
-        memset(at, run > 0 ? CLASS_LETTER : CLASS_NUMBER, (size_t)abs(run));
-        at += abs(run);
-    }
-    for (size_t i = 0; i < sizeof spaces / sizeof *spaces; i++) classes[spaces[i]] = CLASS_SPACE;
-    return classes;
-}
-
-// Reads one UTF-8 character (RFC 3629) and returns its length, 1 to 4, or 0 if the bytes are not valid.
-static int utf8_read(const char *bytes, size_t size, unsigned *code) {
-    static const unsigned smallest[5] = {0, 0, 0x80, 0x800, 0x10000}; // longer forms are not valid
-    if (size == 0) return 0;
-    unsigned char lead = (unsigned char)bytes[0];
-    int length = lead < 0x80 ? 1 : lead < 0xc0 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf8 ? 4 : 0;
-    if (length == 0 || (size_t)length > size) return 0;
-    *code = length == 1 ? lead : lead & (0x7fu >> length);
-    for (int i = 1; i < length; i++) {
-        if ((bytes[i] & 0xc0) != 0x80) return 0;
-        *code = *code << 6 | (bytes[i] & 0x3f);
-    }
-    bool surrogate = *code >= 0xd800 && *code < 0xe000;
-    return *code < smallest[length] || *code >= CODE_POINTS || surrogate ? 0 : length;
-}
-
-// The length of the longest prefix that does not end inside a character: what a stream may show already.
-// "caf\xc3" -> 3, since \xa9 may follow and make it é; "caf\xff" -> 4, since no byte can make \xff valid.
-static size_t utf8_whole(const char *bytes, size_t size) {
-    for (size_t back = 1; back <= 3 && back <= size; back++) {
-        char low[4] = {'\x80', '\x80', '\x80', '\x80'}, high[4] = {'\xbf', '\xbf', '\xbf', '\xbf'};
-        memcpy(low, bytes + size - back, back);
-        memcpy(high, bytes + size - back, back);
-        unsigned code;
-        if (utf8_read(low, 4, &code) > (int)back || utf8_read(high, 4, &code) > (int)back) return size - back;
-    }
-    return size;
-}
-
-// ---- the tokenizer ----
-
-static const char END_OF_TEXT[] = "<|endoftext|>";
-enum { END_OF_TEXT_SIZE = sizeof END_OF_TEXT - 1, SPELLING_CODES = 0x144 };
-
-// Two tokens that may be joined, and the token that they make. A merge's rank is its place in merges.txt.
-typedef struct {
-    int left, right, id;
-} Merge;
-
-typedef struct Encoder Encoder;
+enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT }; // per layer
 
 typedef struct {
-    int vocab_size, merge_count;
-    int end_of_text;               // id of <|endoftext|>, or -1
-    char **names;                  // [vocab_size] each token as vocab.json spells it
-    Merge *merges;                 // [merge_count] in order of rank
-    int *name_slots, *merge_slots; // hash tables: name -> id, left and right -> rank; -1 in empty slots
-    size_t name_mask, merge_mask;  // slots in each table, less 1
-    short spelled[SPELLING_CODES]; // the byte that each character of a name spells, or -1
-    int byte_ids[256];             // the token of each single byte
-    unsigned char *classes;        // [CODE_POINTS]
-    Encoder *idle;                 // scratch memory that no thread works with now
-} Tokenizer;
+    char *name; // Hugging Face's, in full
+    int kind, layer;
+    int dims;
+    size_t shape[2], size;
+    bool frozen, decay;
+    float *value;    // (size) in the model's own memory or mapped from its file
+    float *gradient; // (size) or NULL when frozen, as are AdamW's two moments
+    float *exp_avg, *exp_avg_sq;
+} Tensor;
 
-// ---- cutting text into pieces ----
-
-// The class of the character at text[at], and its length.
-static inline int class_at(const Tokenizer *t, const char *text, size_t at, size_t size, size_t *length) {
-    unsigned code = (unsigned char)text[at];
-    int found = code < 0x80 ? 1 : utf8_read(text + at, size - at, &code);
-    *length = found ? (size_t)found : 1;
-    return found ? t->classes[code] : CLASS_OTHER;
-}
-
-// Where the run of characters of one class that goes on at text[at] ends.
-static size_t run_end(const Tokenizer *t, const char *text, size_t at, size_t size, int class) {
-    for (;;) {
-        while (at < size && (unsigned char)text[at] < 0x80 && t->classes[(unsigned char)text[at]] == class)
-            at++; // the fast path: ASCII
-        size_t length;
-        if (at == size || (unsigned char)text[at] < 0x80 || class_at(t, text, at, size, &length) != class)
-            return at;
-        at += length;
-    }
-}
-
-// Where the piece that starts at text[at] ends. The rule is GPT-2's regular expression, first match wins:
-//   '(?:[sdmt]|ll|ve|re)     an English ending, lower case: "'s", "'ll"
-//    ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+     letters, or numbers, or others, with one U+0020 before them
-//   \s+(?!\S)                white space, but its last character is left to what follows
-//   \s+                      white space
-// "I'll  pay $100!\n" -> "I" "'ll" " " " pay" " $" "100" "!" "\n"
-static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t size) {
-    if (text[at] == '\'' && at + 1 < size) {
-        char a = text[at + 1], b = at + 2 < size ? text[at + 2] : 0;
-        if (a == 's' || a == 'd' || a == 'm' || a == 't') return at + 2;
-        if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e')) return at + 3;
-    }
-    size_t start = at + (text[at] == ' ' && at + 1 < size), length;
-    int class = class_at(t, text, start, size, &length);
-    if (class != CLASS_SPACE) return run_end(t, text, start + length, size, class);
-    size_t end = run_end(t, text, start + length, size, CLASS_SPACE), last = end - 1;
-    while ((text[last] & 0xc0) == 0x80) // to the byte where the last white space starts
-        last--;
-    return end < size && last > at ? last : end;
-}
-
-// The last place in the text where it may be cut, so that the parts' ids put together are the ids of the
-// whole; 0 if there is none. That is before white space which follows something else: every piece ends there,
-// whatever comes before or after, and <|endoftext|> has no white space inside.
-// "one two  th" -> 7: "one two" can be encoded now, "  th" must wait for more text.
-static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size) {
-    for (size_t length, at = size; at-- > 1;) {
-        if (class_at(t, text, at, size, &length) != CLASS_SPACE) continue;
-        size_t before = at - 1; // where the character before starts; white space has 1 to 3 bytes
-        while (before > 0 && at - before < 3 && (text[before] & 0xc0) == 0x80) before--;
-        if (class_at(t, text, before, size, &length) != CLASS_SPACE || before + length != at) return at;
-    }
-    return 0;
-}
-
-// ---- encoding ----
-
-enum { CACHED_BYTES = 16, CACHED_IDS = 3, CACHE_SLOTS = 1 << 17 };
-
-// Text repeats its words: the ids of short pieces are kept, each in the one slot that its hash names.
+// A file seen as memory. The mapping is private: writing to it never reaches the file.
 typedef struct {
-    uint64_t piece[2];         // its bytes, filled up with zeros
-    unsigned char size, count; // size 0: an empty slot
-    int ids[CACHED_IDS];
-} CacheSlot; // half a cache line; 4 MB of them for each thread
+    char *data;
+    size_t size;
+} Mapping;
 
-// A token of the piece at work, chained to its neighbours; -1: none.
+static void unmap_file(Mapping *mapping) {
+    if (mapping->data) munmap(mapping->data, mapping->size);
+}
+
 typedef struct {
-    int id, previous, next;
-} Symbol;
+    Config config;
+    int tensor_count;
+    Tensor *tensors;
+    int lowest;          // the lowest block the backward pass must go through; -1: down to the embeddings
+    float *value_memory; // what the tensors point into: one of these two ...
+    Mapping value_file;  // ... the second being a private mapping: what is trained is copied page by page
+    float *training_memory;
+    Mapping moment_file;
+} Model;
 
-// What one thread needs to encode; it never holds anything but scratch and cache.
-struct Encoder {
-    CacheSlot cache[CACHE_SLOTS];
-    Symbol *symbols;
-    uint64_t *queue; // a binary heap of merges that may be done, each rank << 32 | position of its left token
-    size_t symbol_capacity, queue_capacity, queued;
-    Encoder *next; // in the list of idle ones
-};
+static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
 
-// Takes an idle encoder, or makes one: any number of threads may encode at once with one tokenizer.
-static Encoder *encoder_take(Tokenizer *t) {
-    Encoder *encoder;
-#pragma omp critical(idle_encoders)
-    {
-        encoder = t->idle;
-        t->idle = encoder ? encoder->next : NULL;
-    }
-    if (!encoder) // where a cache line starts, so that no slot lies in two
-        encoder = memset(xfloats(sizeof *encoder / sizeof(float)), 0, sizeof *encoder);
-    return encoder;
+// Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT], ...,
+// t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. `layer` matters for these kinds only.
+static Tensor *model_tensor(const Model *model, int kind, int layer) {
+    if (!kind_is_per_layer(kind)) layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
+    return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
-static void encoder_give_back(Tokenizer *t, Encoder *encoder) {
-#pragma omp critical(idle_encoders)
-    {
-        encoder->next = t->idle;
-        t->idle = encoder;
-    }
+// The output head (V, C): wte itself when they are tied.
+static Tensor *model_head(const Model *model) {
+    return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
 
-// The slot that holds the rank of a pair's merge, or -1 when the two are never joined.
-static inline int *merge_slot(const Tokenizer *t, int left, int right) {
-    uint64_t hash = ((uint64_t)(unsigned)left << 32 | (unsigned)right) * 0x9e3779b97f4a7c15u;
-    for (size_t i = (size_t)(hash >> 32) & t->merge_mask;; i = (i + 1) & t->merge_mask) {
-        int rank = t->merge_slots[i];
-        if (rank < 0 || (t->merges[rank].left == left && t->merges[rank].right == right))
-            return &t->merge_slots[i];
-    }
-}
-
-// Adds an entry to the heap: queue[i] is never larger than queue[2i + 1] and queue[2i + 2].
-static void queue_put(Encoder *encoder, uint64_t entry) {
-    encoder->queue = grow(encoder->queue, encoder->queued + 1, &encoder->queue_capacity, sizeof(uint64_t));
-    uint64_t *queue = encoder->queue;
-    size_t at = encoder->queued++;
-    for (; at > 0 && queue[(at - 1) / 2] > entry; at = (at - 1) / 2) queue[at] = queue[(at - 1) / 2];
-    queue[at] = entry;
-}
-
-// Takes the smallest entry: of the lowest rank the leftmost one.
-static uint64_t queue_take(Encoder *encoder) {
-    uint64_t *queue = encoder->queue, smallest = queue[0], last = queue[--encoder->queued];
-    size_t at = 0;
-    for (size_t child; (child = 2 * at + 1) < encoder->queued; at = child) {
-        if (child + 1 < encoder->queued && queue[child + 1] < queue[child]) child++;
-        if (queue[child] >= last) break;
-        queue[at] = queue[child];
-    }
-    queue[at] = last;
-    return smallest;
-}
-
-// Queues the merge of a symbol with its next one, if there is such a merge.
-static void queue_merge(const Tokenizer *t, Encoder *encoder, int position) {
-    const Symbol *symbol = &encoder->symbols[position];
-    int rank = symbol->next < 0 ? -1 : *merge_slot(t, symbol->id, encoder->symbols[symbol->next].id);
-    if (rank < 0) return;
-    queue_put(encoder, (uint64_t)rank << 32 | (unsigned)position);
-}
-
-// Joins the tokens of one piece: lowest rank first, leftmost first among equals, until no merge is left. An
-// entry of the queue is out of date when its symbol was swallowed or has another next one; since a rank
-// belongs to one pair only, it is enough to look whether the pair there still has it. At most n log n steps.
-// " low" with merges "o w", "l ow", "Ġ low": Ġ l o w -> Ġ l ow -> Ġ low -> Ġlow
-static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *piece, size_t size) {
-    if (size > INT_MAX)
-        die("the text has %zu bytes without any place to cut them: expected less than 2 GB", size);
-    Symbol *symbols = grow(encoder->symbols, size, &encoder->symbol_capacity, sizeof(Symbol));
-    encoder->symbols = symbols;
-    for (int i = 0, n = (int)size; i < n; i++)
-        symbols[i] = (Symbol){t->byte_ids[(unsigned char)piece[i]], i - 1, i + 1 < n ? i + 1 : -1};
-    for (int i = 0; i >= 0; i = symbols[i].next) queue_merge(t, encoder, i);
-    while (encoder->queued > 0) {
-        uint64_t entry = queue_take(encoder);
-        int rank = (int)(entry >> 32), at = (int)(entry & INT_MAX);
-        Symbol *left = &symbols[at];
-        if (left->id < 0 || left->next < 0 || *merge_slot(t, left->id, symbols[left->next].id) != rank)
-            continue;
-        Symbol *right = &symbols[left->next];
-        left->id = t->merges[rank].id;
-        left->next = right->next;
-        right->id = -1; // swallowed
-        queue_merge(t, encoder, at);
-        if (left->next >= 0) symbols[left->next].previous = at;
-        if (left->previous >= 0) queue_merge(t, encoder, left->previous);
-    }
-    for (int i = 0; i >= 0; i = symbols[i].next) ids_push(ids, symbols[i].id);
-}
-
-// Appends the ids of text without special tokens.
-static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *text, size_t size) {
-    for (size_t at = 0, end; at < size; at = end) {
-        end = find_piece(t, text, at, size);
-        size_t n = end - at, before = ids->size;
-        if (n > CACHED_BYTES) {
-            merge_piece(t, encoder, ids, text + at, n);
-            continue;
-        }
-        uint64_t key[2] = {0};
-        if (size - at < CACHED_BYTES)
-            memcpy(key, text + at, n);
-        else { // faster: all 16 bytes, and those behind the piece taken off
-            memcpy(key, text + at, CACHED_BYTES);
-            key[0] &= n < 8 ? ~0ull >> (64 - 8 * n) : ~0ull;
-            key[1] &= n > 8 ? ~0ull >> (128 - 8 * n) : 0;
-        }
-        uint64_t hash = (key[0] ^ key[1] * 0x9e3779b97f4a7c15u) + n;
-        hash = (hash ^ hash >> 32) * 0x94d049bb133111ebu;
-        CacheSlot *slot = &encoder->cache[(hash >> 32) % CACHE_SLOTS];
-        if (slot->size == n && slot->piece[0] == key[0] && slot->piece[1] == key[1]) {
-            for (int i = 0; i < slot->count; i++) ids_push(ids, slot->ids[i]);
-            continue;
-        }
-        merge_piece(t, encoder, ids, text + at, n);
-        if (ids->size - before <= CACHED_IDS) {
-            slot->size = (unsigned char)n;
-            slot->count = (unsigned char)(ids->size - before);
-            memcpy(slot->piece, key, sizeof key);
-            memcpy(slot->ids, ids->data + before, slot->count * sizeof(int));
+// Makes the list of tensors, without values: everything trainable, nothing decayed.
+static Model *model_new(Config config) {
+    const size_t C = (size_t)config.n_embd;
+    const size_t size_of[] = {['V'] = (size_t)config.vocab_size,
+                              ['P'] = (size_t)config.n_positions,
+                              ['C'] = C,
+                              ['F'] = (size_t)config.n_inner,
+                              ['Q'] = 3 * C};
+    Model *model = xcalloc(1, sizeof *model);
+    model->config = config;
+    model->lowest = -1;
+    model->tensors = xcalloc((size_t)config.n_layer * BLOCK_TENSORS + TENSOR_KINDS, sizeof *model->tensors);
+    for (int kind = 0; kind < TENSOR_KINDS; kind++) {
+        if (kind == LM_HEAD && config.tie_word_embeddings) continue;
+        const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape,
+                   *star = strchr(name, '*');
+        for (int layer = 0; layer < (star ? config.n_layer : 1); layer++) {
+            Tensor *tensor = model_tensor(model, kind, layer);
+            *tensor = (Tensor){.kind = kind, .layer = layer, .dims = (int)strlen(shape), .size = 1};
+            tensor->name =
+                star ? xprintf("%.*s%d%s", (int)(star - name), name, layer, star + 1) : xstrdup(name);
+            for (int d = 0; d < tensor->dims; d++) tensor->size *= tensor->shape[d] = size_of[(int)shape[d]];
+            model->tensor_count++;
         }
     }
+    return model;
 }
 
-// Appends the ids of a text; with `special`, "<|endoftext|>" in it becomes its one id.
-static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special) {
-    Encoder *encoder = encoder_take(t);
-    const char *end = text + size, *found;
-    while (special && t->end_of_text >= 0 &&
-           (found = memmem(text, (size_t)(end - text), END_OF_TEXT, END_OF_TEXT_SIZE))) {
-        encode_plain(t, encoder, ids, text, (size_t)(found - text));
-        ids_push(ids, t->end_of_text);
-        text = found + END_OF_TEXT_SIZE;
-    }
-    encode_plain(t, encoder, ids, text, (size_t)(end - text));
-    encoder_give_back(t, encoder);
+static void model_free(Model *model) {
+    for (int i = 0; i < model->tensor_count; i++) free(model->tensors[i].name);
+    free(model->tensors);
+    free(model->value_memory);
+    free(model->training_memory);
+    unmap_file(&model->value_file);
+    unmap_file(&model->moment_file);
+    free(model);
 }
 
-// Appends the ids of a text to `ids`. Several threads may call this at once with the same tokenizer; outside
-// a parallel region a large text is cut into parts that the threads share, and the ids are the same.
-// special: "<|endoftext|>" in the text becomes its id; otherwise it is text like any other.
-//   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>", special -> 31373 220 50256
-static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special) {
-    enum { PART_BYTES = 1 << 17 };
-    size_t part_count = size / PART_BYTES;
-    if (part_count < 2 || omp_get_max_threads() == 1 || omp_in_parallel()) {
-        encode_part(t, ids, text, size, special);
-        return;
-    }
-    Ids *parts = xcalloc(part_count, sizeof *parts);
-    size_t *starts = xcalloc(part_count + 1, sizeof *starts);
-    for (size_t i = 1; i < part_count; i++)
-        starts[i] = starts[i - 1] + tokenizer_cut(t, text + starts[i - 1], i * PART_BYTES - starts[i - 1]);
-    starts[part_count] = size;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (size_t i = 0; i < part_count; i++)
-        encode_part(t, &parts[i], text + starts[i], starts[i + 1] - starts[i], special);
-    for (size_t i = 0; i < part_count; i++) {
-        ids->data = grow(ids->data, ids->size + parts[i].size, &ids->capacity, sizeof(int));
-        if (parts[i].size) memcpy(ids->data + ids->size, parts[i].data, parts[i].size * sizeof(int));
-        ids->size += parts[i].size;
-        free(parts[i].data);
-    }
-    free(parts);
-    free(starts);
-}
+// Lengths inside one block of memory are rounded up, so that each tensor starts on a cache line.
+static size_t aligned_size(size_t size) { return (size + 15) / 16 * 16; }
 
-// ---- vocabulary files ----
-// vocab.json: {"token": id, ...}. merges.txt: "#version: 0.2", then "left right" a line, in order of rank.
-// Both spell a byte as a printable character: 33-126, 161-172 and 174-255 stand for themselves, the other 68,
-// in rising order, are U+0100, U+0101, ...: a space (32) is Ġ (U+0120), a newline Ċ (U+010A).
-
-// Slots for `count` entries, at most half of them in use; -1: empty.
-static int *slots_make(size_t count, size_t *mask) {
-    if (count > INT_MAX / 4)
-        die("a vocabulary of %zu tokens or merges is too large: expected at most %d", count, INT_MAX / 4);
-    for (*mask = 1023; *mask < 2 * count;) *mask = 2 * *mask + 1;
-    return memset(xmalloc((*mask + 1) * sizeof(int)), -1, (*mask + 1) * sizeof(int));
-}
-
-// A tokenizer that knows characters and spelling, with room for so many tokens and merges, and none yet.
-static Tokenizer *tokenizer_new(size_t tokens, size_t merges) {
-    Tokenizer *t = xcalloc(1, sizeof *t);
-    t->end_of_text = -1;
-    t->name_slots = slots_make(tokens, &t->name_mask);
-    t->merge_slots = slots_make(merges, &t->merge_mask);
-    t->names = xcalloc(tokens, sizeof *t->names);
-    t->merges = xcalloc(merges, sizeof *t->merges);
-    t->classes = classes_make();
-    memset(t->spelled, -1, sizeof t->spelled);
-    for (int byte = 0, hidden = 0x100; byte < 256; byte++) {
-        bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
-        t->spelled[printable ? byte : hidden++] = (short)byte;
-    }
-    return t;
-}
-
-static void tokenizer_free(Tokenizer *t) {
-    if (!t) return;
-    for (Encoder *encoder = t->idle, *next; encoder; encoder = next) {
-        next = encoder->next;
-        free(encoder->symbols);
-        free(encoder->queue);
-        free(encoder);
-    }
-    for (int id = 0; id < t->vocab_size; id++) free(t->names[id]);
-    free(t->names);
-    free(t->merges);
-    free(t->name_slots);
-    free(t->merge_slots);
-    free(t->classes);
-    free(t);
-}
-
-// The slot that holds the id of the token with this name, or -1 when there is none.
-static int *name_slot(const Tokenizer *t, const char *name) {
-    uint64_t hash = 0;
-    for (const char *c = name; *c; c++) hash = (hash ^ (unsigned char)*c) * 0x9e3779b97f4a7c15u;
-    for (size_t i = (size_t)(hash >> 32) & t->name_mask;; i = (i + 1) & t->name_mask) {
-        int id = t->name_slots[i];
-        if (id < 0 || strcmp(t->names[id], name) == 0) return &t->name_slots[i];
+static void model_allocate_values(Model *model) {
+    size_t total = 0;
+    for (int i = 0; i < model->tensor_count; i++) total += aligned_size(model->tensors[i].size);
+    float *at = model->value_memory = xfloats(total);
+    for (int i = 0; i < model->tensor_count; i++) {
+        model->tensors[i].value = at;
+        at += aligned_size(model->tensors[i].size);
     }
 }
 
-// Gives the next id to a name that has none yet; returns the name's id.
-static int name_add(Tokenizer *t, const char *name) {
-    int *slot = name_slot(t, name);
-    if (*slot < 0) {
-        *slot = t->vocab_size++;
-        t->names[*slot] = xstrdup(name);
-    }
-    return *slot;
-}
-
-// Notes the token of each byte; adds it if `add`, in the order of the characters that spell bytes.
-static void find_byte_ids(Tokenizer *t, bool add, const char *path) {
-    for (unsigned code = 0; code < SPELLING_CODES; code++) {
-        char name[5] = {0};
-        int byte = t->spelled[code];
-        if (byte < 0) continue;
-        utf8_write(name, code);
-        t->byte_ids[byte] = add ? name_add(t, name) : *name_slot(t, name);
-        if (t->byte_ids[byte] < 0)
-            die("%s: no token \"%s\" for byte %d: expected one for each of the 256 bytes", path, name, byte);
+// A model to be trained from nothing: GPT-2's initial values, the same for a given seed on any machine.
+static void model_initialise(Model *model, uint64_t seed) {
+    model_allocate_values(model);
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        Initial initial = tensor_table[tensor->kind].initial;
+        float deviation =
+            initial == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * (float)model->config.n_layer) : 0.02f;
+        uint64_t stream = random_stream(seed, (uint64_t)i);
+#pragma omp parallel for
+        for (size_t j = 0; j < tensor->size; j++)
+            tensor->value[j] = initial == ZEROS  ? 0
+                               : initial == ONES ? 1
+                                                 : deviation * random_normal(stream, j);
     }
 }
 
-// Takes {"token": id, ...}, in any order, for all the tokenizer's tokens.
-static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const char *path) {
-    for (const Json *token = json->child; token; token = token->next) {
-        double id = token->number;
-        int *slot = name_slot(t, token->key);
-        if (token->kind != JSON_NUMBER || !(id >= 0 && id < (double)count) || id != floor(id) ||
-            t->names[(int)id] || *slot >= 0)
-            die("%s: token \"%s\": expected it once, with an id from 0 to %zu that no other token has", path,
-                token->key, count - 1);
-        *slot = (int)id;
-        t->names[*slot] = xstrdup(token->key);
+// A list of POSIX extended regular expressions; a name is matched when any of them is found anywhere in it.
+typedef struct {
+    const char **items;
+    size_t size, capacity;
+} Patterns;
+
+static bool patterns_match(const Patterns *patterns, const char *name); // Part IV
+
+// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay pulls
+// towards 0, which keeps matrices, embeddings among them, from growing without need. A layernorm's weight is
+// at home at 1, and biases are few and hardly overfit: they are left out.
+static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay) {
+    model->lowest = model->config.n_layer;
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        tensor->frozen = patterns_match(freeze, tensor->name);
+        tensor->decay = !patterns_match(no_decay, tensor->name);
+        bool below = tensor->kind < LN_1_WEIGHT, above = tensor->kind >= LN_F_WEIGHT; // the blocks
+        int depth = below ? -1 : above ? model->config.n_layer : tensor->layer;
+        if (!tensor->frozen && depth < model->lowest) model->lowest = depth;
     }
-    t->vocab_size = (int)count;
 }
 
-static size_t most_merges(const Text *lines) { return lines->size / 4 + 1; } // "a b\n" is the shortest line
-
-// Takes the lines of merges.txt. Without a vocabulary each merge makes a token, which gets the next id.
-static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const char *path) {
-    size_t number = 1;
-    Text joined = {0};
-    for (char *line = text->data, *end = line + text->size, *next; line < end; line = next, number++) {
-        char *stop = memchr(line, '\n', (size_t)(end - line));
-        stop = stop ? stop : end;
-        next = stop + 1;
-        if (stop > line && stop[-1] == '\r') stop--;
-        *stop = 0;
-        if ((stop == line && next >= end) || (number == 1 && strncmp(line, "#version", 8) == 0)) continue;
-        char *space = strchr(line, ' '), *right = space ? space + 1 : NULL;
-        if (!space || space == line || right == stop || right + strcspn(right, " ") != stop)
-            die("%s: line %zu: expected two tokens with one space between them", path, number);
-        *space = 0;
-        Merge merge = {*name_slot(t, line), *name_slot(t, right), -1};
-        if (merge.left < 0 || merge.right < 0)
-            die("%s: line %zu: expected tokens that %s, and \"%s\" is none", path, number,
-                has_vocabulary ? "the vocabulary has" : "are bytes or made by a line above",
-                merge.left < 0 ? line : right);
-        joined.size = 0;
-        text_append(&joined, line, (size_t)(space - line));
-        text_append(&joined, right, (size_t)(stop - right));
-        int *slot = merge_slot(t, merge.left, merge.right), known = *name_slot(t, joined.data);
-        if (*slot >= 0 || (known >= 0) != has_vocabulary)
-            die("%s: line %zu: expected %s, and \"%s\" is not", path, number,
-                has_vocabulary ? "a merge that is new and makes a token of the vocabulary"
-                               : "a merge that makes a new token",
-                joined.data);
-        merge.id = name_add(t, joined.data);
-        *slot = t->merge_count++;
-        t->merges[*slot] = merge;
-    }
-    free(joined.data);
-}
-
-// Takes tokenizer.json, the one file that newer versions of transformers write, if it says GPT-2's rules:
-// returns its vocabulary, and its merges, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
-static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path) {
-    const Json *model = json_get(json, "model"), *rules = json_get(json, "pre_tokenizer");
-    const Json *prefix = json_get(rules, "add_prefix_space"), *normalizer = json_get(json, "normalizer");
-    if (!json_is_text(json_get(model, "type"), "BPE") ||
-        !json_is_text(json_get(rules, "type"), "ByteLevel") || !prefix || prefix->kind != JSON_FALSE ||
-        (normalizer && normalizer->kind != JSON_NULL))
-        die("%s: expected GPT-2's rules: BPE, ByteLevel without a prefix space, no normalizer", path);
-    Json *vocabulary = (Json *)json_get(model, "vocab"); // part of `json`, which is ours to change
-    text_append(lines, "", 0);
-    const Json *added = json_get(json, "added_tokens"), *merges = json_get(model, "merges");
-    for (const Json *token = added ? added->child : NULL; token; token = token->next) {
-        const Json *content = json_get(token, "content");
-        if (!vocabulary || !content || !content->string || json_get(vocabulary, content->string))
-            continue; // most often the vocabulary has it too
-        Json *member = xcalloc(1, sizeof *member);
-        *member = (Json){.kind = JSON_NUMBER, .key = xstrdup(content->string), .next = vocabulary->child};
-        member->number = json_number(token, "id", -1, path);
-        vocabulary->child = member;
-    }
-    for (const Json *merge = merges ? merges->child : NULL; merge; merge = merge->next) {
-        const Json *part = merge->kind == JSON_ARRAY ? merge->child : merge;
-        for (; part && part->string; part = part == merge ? NULL : part->next) {
-            text_append(lines, " ", part != merge && part != merge->child);
-            text_append(lines, part->string, part->length);
+// Makes room for gradients and AdamW's moments (zero at first) of what is trained; without moments when they
+// come from a checkpoint.
+static void model_allocate_training(Model *model, bool with_moments) {
+    size_t total = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        total += model->tensors[i].frozen ? 0 : aligned_size(model->tensors[i].size);
+    size_t floats = with_moments ? 3 * total : total;
+    free(model->training_memory);
+    float *at = model->training_memory = xfloats(floats);
+    memset(at, 0, floats * sizeof(float));
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        tensor->gradient = tensor->exp_avg = tensor->exp_avg_sq = NULL;
+        if (tensor->frozen) continue;
+        tensor->gradient = at;
+        if (with_moments) {
+            tensor->exp_avg = at + total;
+            tensor->exp_avg_sq = at + 2 * total;
         }
-        text_append(lines, "\n", 1);
-    }
-    return vocabulary;
-}
-
-// The files of a tokenizer in a folder, vocabulary first: one of three pairs; NULL when it has none of them.
-static bool tokenizer_files(const char *folder, const char *files[2]) {
-    static const char *const pairs[][2] = {
-        {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}, {"tokenizer.json", "tokenizer.json"}};
-    for (int i = 0; i < 3; i++) {
-        files[0] = path_of("%s/%s", folder, pairs[i][0]);
-        files[1] = path_of("%s/%s", folder, pairs[i][1]);
-        if (file_exists(files[0]) && file_exists(files[1])) return true;
-    }
-    return false;
-}
-
-static Tokenizer *load_tokenizer_folder(const char *folder) {
-    const char *files[2];
-    if (!tokenizer_files(folder, files))
-        die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", folder);
-    Text lines = {0};
-    Json *json = json_read_file(files[0]), *vocabulary = json;
-    if (strcmp(files[0], files[1]) == 0)
-        vocabulary = read_tokenizer_json(json, &lines, files[0]);
-    else
-        lines = read_file(files[1]);
-    if (!vocabulary || vocabulary->kind != JSON_OBJECT)
-        die("%s: expected an object {\"token\": id, ...}", files[0]);
-    size_t count = 0;
-    for (const Json *token = vocabulary->child; token; token = token->next) count++;
-    Tokenizer *t = tokenizer_new(count, most_merges(&lines));
-    load_vocabulary(t, vocabulary, count, files[0]);
-    load_merges(t, &lines, true, files[1]);
-    find_byte_ids(t, false, folder);
-    json_free(json);
-    free(lines.data);
-    return t;
-}
-
-// The ids are the 256 bytes in the order of the characters that spell them ("!" is 0), the merges, and
-// <|endoftext|>, as in GPT-2.
-static Tokenizer *load_merges_file(const char *path) {
-    if (ends_with(path, ".bin") || ends_with(path, ".tiktoken"))
-        die("%s: is not a merges file; python3 data/convert.py %s FOLDER makes a folder of it", path, path);
-    Text lines = read_file(path);
-    Tokenizer *t = tokenizer_new(256 + most_merges(&lines) + 1, most_merges(&lines));
-    find_byte_ids(t, true, path);
-    load_merges(t, &lines, false, path);
-    name_add(t, END_OF_TEXT);
-    free(lines.data);
-    return t;
-}
-
-// Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
-// tokenizer.json), or from a merges file alone. Whatever is wrong with a file ends the program with one line.
-static Tokenizer *tokenizer_load(const char *path) {
-    Tokenizer *t = is_folder(path) ? load_tokenizer_folder(path) : load_merges_file(path);
-    t->end_of_text = *name_slot(t, END_OF_TEXT);
-    return t;
-}
-
-// Writes vocab.json and merges.txt into a folder, to the byte as Hugging Face's tokenizers writes them.
-static void tokenizer_save(const Tokenizer *t, const char *folder) {
-    make_folder(folder);
-    const char *vocabulary = path_of("%s/vocab.json", folder), *merges = path_of("%s/merges.txt", folder);
-    FILE *file = create_file(vocabulary);
-    for (int id = 0; id < t->vocab_size; id++) {
-        fputc(id ? ',' : '{', file);
-        json_write_string(file, t->names[id], strlen(t->names[id]));
-        fprintf(file, ":%d", id);
-    }
-    fputc('}', file);
-    finish_file(file, vocabulary);
-    file = create_file(merges);
-    fputs("#version: 0.2\n", file);
-    for (int i = 0; i < t->merge_count; i++)
-        fprintf(file, "%s %s\n", t->names[t->merges[i].left], t->names[t->merges[i].right]);
-    finish_file(file, merges);
-}
-
-// ---- decoding ----
-
-// Appends the bytes of one id; ends the program if there is no such id. A token may end inside a UTF-8
-// character: the bytes of several ids put together are the text. 995 -> " world" in GPT-2's vocabulary.
-// A token that no bytes can spell (a special token with a space, say) stands for its name.
-static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
-    if (id < 0 || id >= t->vocab_size)
-        die("token id %d is not in the vocabulary: expected 0 to %d", id, t->vocab_size - 1);
-    const char *name = t->names[id];
-    size_t size = strlen(name), before = text->size;
-    for (size_t at = 0, length; at < size; at += length) {
-        unsigned code = UINT_MAX;
-        length = (size_t)utf8_read(name + at, size - at, &code);
-        if (length == 0 || code >= SPELLING_CODES || t->spelled[code] < 0) {
-            text->size = before;
-            text_append(text, name, size);
-            return;
-        }
-        char byte = (char)t->spelled[code];
-        text_append(text, &byte, 1);
+        at += aligned_size(tensor->size);
     }
 }
 
 // =====================================================================================================
-// 3. Batches
+// 4. Batches
 // =====================================================================================================
 // Sequences differ in length. The usual remedy is to pad them to a rectangle and to hand the model two masks,
 // which it must combine: causal (no looking ahead) and PAD (no looking at filler). Here PAD never enters the
@@ -1232,261 +447,6 @@ static void batch_end_sequence(Batch *batch) {
 }
 
 // =====================================================================================================
-// 4. Parameters
-// =====================================================================================================
-// A model is a list of tensors, and everything asks something of each: what is it called in a file, how large
-// is it, how does it start, is it trained, is it decayed? One table says what GPT-2 consists of, and all the
-// answers follow from it; no tensor is listed twice anywhere.
-
-typedef struct {
-    int vocab_size, n_positions, n_layer, n_head, n_embd, n_inner;
-    float layer_norm_epsilon;
-    bool tie_word_embeddings; // the output head is the token embedding itself
-} Config;
-
-// The sizes as config.json calls them, what they are when it does not say (0: n_inner is 4 n_embd), and
-// limits that keep every count of elements far inside 64 bits.
-static const struct {
-    const char *name;
-    size_t field;
-    int otherwise, largest;
-} config_sizes[] = {
-    {"vocab_size", offsetof(Config, vocab_size), 50257, 1 << 24},
-    {"n_positions", offsetof(Config, n_positions), 1024, 1 << 20},
-    {"n_layer", offsetof(Config, n_layer), 12, 1000},
-    {"n_head", offsetof(Config, n_head), 12, 1 << 16},
-    {"n_embd", offsetof(Config, n_embd), 768, 1 << 16},
-    {"n_inner", offsetof(Config, n_inner), 0, 1 << 18},
-};
-enum { CONFIG_SIZES = sizeof config_sizes / sizeof *config_sizes };
-
-static int *config_size(Config *config, int i) { return (int *)((char *)config + config_sizes[i].field); }
-
-// A row of the table. Shapes are spelled in letters: V vocabulary, P positions, C channels, F inner MLP
-// channels, Q = 3C (query, key and value side by side). Matrices are [in, out], as Hugging Face's Conv1D has
-// them: y = xW + b. A * in the name stands for the layer. Initial values are GPT-2's (Radford et al. 2019,
-// section 2.3): normal with deviation 0.02, the projections that write into the residual stream divided by
-// sqrt(2L), since 2L of them add up.
-typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
-
-// clang-format off
-enum {
-    WTE, WPE,
-    LN_1_WEIGHT, LN_1_BIAS, ATTN_WEIGHT, ATTN_BIAS, ATTN_PROJ_WEIGHT, ATTN_PROJ_BIAS,
-    LN_2_WEIGHT, LN_2_BIAS, FC_WEIGHT, FC_BIAS, FC_PROJ_WEIGHT, FC_PROJ_BIAS,
-    LN_F_WEIGHT, LN_F_BIAS, LM_HEAD, TENSOR_KINDS
-};
-
-static const struct {
-    const char *name, *shape;
-    Initial initial;
-} tensor_table[TENSOR_KINDS] = {
-    [WTE]              = {"transformer.wte.weight",               "VC", NORMAL},
-    [WPE]              = {"transformer.wpe.weight",               "PC", NORMAL},
-    [LN_1_WEIGHT]      = {"transformer.h.*.ln_1.weight",          "C",  ONES},
-    [LN_1_BIAS]        = {"transformer.h.*.ln_1.bias",            "C",  ZEROS},
-    [ATTN_WEIGHT]      = {"transformer.h.*.attn.c_attn.weight",   "CQ", NORMAL},
-    [ATTN_BIAS]        = {"transformer.h.*.attn.c_attn.bias",     "Q",  ZEROS},
-    [ATTN_PROJ_WEIGHT] = {"transformer.h.*.attn.c_proj.weight",   "CC", NORMAL_RESIDUAL},
-    [ATTN_PROJ_BIAS]   = {"transformer.h.*.attn.c_proj.bias",     "C",  ZEROS},
-    [LN_2_WEIGHT]      = {"transformer.h.*.ln_2.weight",          "C",  ONES},
-    [LN_2_BIAS]        = {"transformer.h.*.ln_2.bias",            "C",  ZEROS},
-    [FC_WEIGHT]        = {"transformer.h.*.mlp.c_fc.weight",      "CF", NORMAL},
-    [FC_BIAS]          = {"transformer.h.*.mlp.c_fc.bias",        "F",  ZEROS},
-    [FC_PROJ_WEIGHT]   = {"transformer.h.*.mlp.c_proj.weight",    "FC", NORMAL_RESIDUAL},
-    [FC_PROJ_BIAS]     = {"transformer.h.*.mlp.c_proj.bias",      "C",  ZEROS},
-    [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},
-    [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
-    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL}, // unless tied to wte
-};
-// clang-format on
-enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT }; // per layer
-
-typedef struct {
-    char *name; // Hugging Face's, in full
-    int kind, layer;
-    int dims;
-    size_t shape[2], size;
-    bool frozen, decay;
-    float *value;    // (size) in the model's own memory or mapped from its file
-    float *gradient; // (size) or NULL when frozen, as are AdamW's two moments
-    float *exp_avg, *exp_avg_sq;
-} Tensor;
-
-typedef struct {
-    Config config;
-    int tensor_count;
-    Tensor *tensors;
-    int lowest;          // the lowest block the backward pass must go through; -1: down to the embeddings
-    float *value_memory; // what the tensors point into: one of these two ...
-    Mapping value_file;  // ... the second being a private mapping: what is trained is copied page by page
-    float *training_memory;
-    Mapping moment_file;
-} Model;
-
-static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
-
-// Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT], ...,
-// t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. `layer` matters for these kinds only.
-static Tensor *model_tensor(const Model *model, int kind, int layer) {
-    if (!kind_is_per_layer(kind)) layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
-    return &model->tensors[layer * BLOCK_TENSORS + kind];
-}
-
-// The output head (V, C): wte itself when they are tied.
-static Tensor *model_head(const Model *model) {
-    return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
-}
-
-// Ends the program when a size is out of range or does not fit the others. `where` names the
-// file or the options.
-static void check_config(Config config, const char *where) {
-    for (int i = 0; i < CONFIG_SIZES; i++)
-        if (*config_size(&config, i) < 1 || *config_size(&config, i) > config_sizes[i].largest)
-            die("%s: %s must be between 1 and %d", where, config_sizes[i].name, config_sizes[i].largest);
-    if (config.n_embd % config.n_head)
-        die("%s: n_embd %d is not a multiple of n_head %d", where, config.n_embd, config.n_head);
-    if (!(config.layer_norm_epsilon > 0 && config.layer_norm_epsilon < 1))
-        die("%s: layer_norm_epsilon must be between 0 and 1", where);
-}
-
-// Makes the list of tensors, without values: everything trainable, nothing decayed.
-static Model *model_new(Config config) {
-    const size_t C = (size_t)config.n_embd;
-    const size_t size_of[] = {['V'] = (size_t)config.vocab_size,
-                              ['P'] = (size_t)config.n_positions,
-                              ['C'] = C,
-                              ['F'] = (size_t)config.n_inner,
-                              ['Q'] = 3 * C};
-    Model *model = xcalloc(1, sizeof *model);
-    model->config = config;
-    model->lowest = -1;
-    model->tensors = xcalloc((size_t)config.n_layer * BLOCK_TENSORS + TENSOR_KINDS, sizeof *model->tensors);
-    for (int kind = 0; kind < TENSOR_KINDS; kind++) {
-        if (kind == LM_HEAD && config.tie_word_embeddings) continue;
-        const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape,
-                   *star = strchr(name, '*');
-        for (int layer = 0; layer < (star ? config.n_layer : 1); layer++) {
-            Tensor *tensor = model_tensor(model, kind, layer);
-            *tensor = (Tensor){.kind = kind, .layer = layer, .dims = (int)strlen(shape), .size = 1};
-            tensor->name =
-                star ? xprintf("%.*s%d%s", (int)(star - name), name, layer, star + 1) : xstrdup(name);
-            for (int d = 0; d < tensor->dims; d++) tensor->size *= tensor->shape[d] = size_of[(int)shape[d]];
-            model->tensor_count++;
-        }
-    }
-    return model;
-}
-
-static void model_free(Model *model) {
-    for (int i = 0; i < model->tensor_count; i++) free(model->tensors[i].name);
-    free(model->tensors);
-    free(model->value_memory);
-    free(model->training_memory);
-    unmap_file(&model->value_file);
-    unmap_file(&model->moment_file);
-    free(model);
-}
-
-// How many parameters there are: all, or only those that are trained.
-static size_t count_parameters(const Model *model, bool only_trainable) {
-    size_t count = 0;
-    for (int i = 0; i < model->tensor_count; i++)
-        if (!(only_trainable && model->tensors[i].frozen)) count += model->tensors[i].size;
-    return count;
-}
-
-// Lengths inside one block of memory are rounded up, so that each tensor starts on a cache line.
-static size_t aligned_size(size_t size) { return (size + 15) / 16 * 16; }
-
-static void model_allocate_values(Model *model) {
-    size_t total = 0;
-    for (int i = 0; i < model->tensor_count; i++) total += aligned_size(model->tensors[i].size);
-    float *at = model->value_memory = xfloats(total);
-    for (int i = 0; i < model->tensor_count; i++) {
-        model->tensors[i].value = at;
-        at += aligned_size(model->tensors[i].size);
-    }
-}
-
-// A model to be trained from nothing: GPT-2's initial values, the same for a given seed on any machine.
-static void model_initialise(Model *model, uint64_t seed) {
-    model_allocate_values(model);
-    for (int i = 0; i < model->tensor_count; i++) {
-        Tensor *tensor = &model->tensors[i];
-        Initial initial = tensor_table[tensor->kind].initial;
-        float deviation =
-            initial == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * (float)model->config.n_layer) : 0.02f;
-        uint64_t stream = random_stream(seed, (uint64_t)i);
-#pragma omp parallel for
-        for (size_t j = 0; j < tensor->size; j++)
-            tensor->value[j] = initial == ZEROS  ? 0
-                               : initial == ONES ? 1
-                                                 : deviation * random_normal(stream, j);
-    }
-}
-
-// A list of POSIX extended regular expressions; a name is matched when any of them is found anywhere in it.
-typedef struct {
-    const char **items;
-    size_t size, capacity;
-} Patterns;
-
-static bool patterns_match(const Patterns *patterns, const char *name) {
-    for (size_t i = 0; i < patterns->size; i++) {
-        regex_t regex;
-        int error = regcomp(&regex, patterns->items[i], REG_EXTENDED | REG_NOSUB);
-        if (error) {
-            char reason[128];
-            regerror(error, &regex, reason, sizeof reason);
-            die_usage("regular expression '%s': %s", patterns->items[i], reason);
-        }
-        bool found = regexec(&regex, name, 0, NULL, 0) == 0;
-        regfree(&regex);
-        if (found) return true;
-    }
-    return false;
-}
-
-// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay pulls
-// towards 0, which keeps matrices, embeddings among them, from growing without need. A layernorm's weight is
-// at home at 1, and biases are few and hardly overfit: they are left out.
-static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay) {
-    model->lowest = model->config.n_layer;
-    for (int i = 0; i < model->tensor_count; i++) {
-        Tensor *tensor = &model->tensors[i];
-        tensor->frozen = patterns_match(freeze, tensor->name);
-        tensor->decay = !patterns_match(no_decay, tensor->name);
-        bool below = tensor->kind < LN_1_WEIGHT, above = tensor->kind >= LN_F_WEIGHT; // the blocks
-        int depth = below ? -1 : above ? model->config.n_layer : tensor->layer;
-        if (!tensor->frozen && depth < model->lowest) model->lowest = depth;
-    }
-}
-
-// Makes room for gradients and AdamW's moments (zero at first) of what is trained; without moments when they
-// come from a checkpoint.
-static void model_allocate_training(Model *model, bool with_moments) {
-    size_t total = 0;
-    for (int i = 0; i < model->tensor_count; i++)
-        total += model->tensors[i].frozen ? 0 : aligned_size(model->tensors[i].size);
-    size_t floats = with_moments ? 3 * total : total;
-    free(model->training_memory);
-    float *at = model->training_memory = xfloats(floats);
-    memset(at, 0, floats * sizeof(float));
-    for (int i = 0; i < model->tensor_count; i++) {
-        Tensor *tensor = &model->tensors[i];
-        tensor->gradient = tensor->exp_avg = tensor->exp_avg_sq = NULL;
-        if (tensor->frozen) continue;
-        tensor->gradient = at;
-        if (with_moments) {
-            tensor->exp_avg = at + total;
-            tensor->exp_avg_sq = at + 2 * total;
-        }
-        at += aligned_size(tensor->size);
-    }
-}
-
-// =====================================================================================================
 // 5. Layers
 // =====================================================================================================
 // A layer turns rows x into rows y. Training needs it twice: forward, and backward, where dy, the gradient of
@@ -1495,285 +455,14 @@ static void model_allocate_training(Model *model, bool with_moments) {
 // goes into products of matrices, so the section begins with making these fast. The rest is plain loops: rows
 // or columns are shared out to threads, and every sum is taken in the same order however many there are.
 
-// ---- the built-in matmul: how a product gets fast ----
-// C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
-// what the processor can do: every multiplication waits for memory. Four steps repair that.
-// 1. Registers. A tile of C (6 x 16 floats with AVX2) stays in the vector registers while k runs. One step of
-//    k loads 16 floats of B and 6 of A, and multiplies each with each: 8 loads for 96 multiply-adds. The 12
-//    sums are independent, so no addition waits for the one before it.
-// 2. Cache. DEPTH steps of k at a time: a panel of B, as wide as the tile, then stays in the first-level
-//    cache for GROUP rows of A; those and a block of panels stay in the second-level cache.
-// 3. Packing. That block is first copied into the order in which tiles read it: one stream, few pages, and B
-//    is transposed on the way if need be. A is read in place, unless it is transposed or its rows, a multiple
-//    of 4 KB apart, would push each other out of the cache.
-// 4. Threads. C is cut into blocks; each thread takes the next one when it is done with its last.
-// Each element of C sums k = 0, 1, 2, ... in the same order, DEPTH at a time, wherever its tile lies and
-// whoever computes it: results do not depend on the number of threads. (After Goto and van de Geijn, "Anatomy
-// of High-Performance Matrix Multiplication", 2008.)
+// ---- declared here, told later ----
+// Part V says how these get fast; their meaning is all that Part I needs.
 
-#if defined(__AVX512F__)
-enum { LANES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers: 24 sums, 3 of B, 1 of A
-#elif defined(__AVX__)
-enum { LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2 }; // 16 registers: 12 sums, 2 of B, 1 of A
-#elif defined(__aarch64__)
-enum { LANES = 4, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers, narrower
-#else
-enum { LANES = 4, TILE_ROWS = 6, TILE_VECTORS = 2 };
-#endif
-enum { TILE_COLUMNS = LANES * TILE_VECTORS, DEPTH = 384, A_LD = DEPTH + 16, GROUP = 48, PACKED_B = 100000 };
-
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // at any address
-
-// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += with accumulate. op transposes when told; all is row-major;
-// ldc, lda, ldb are the distances between rows as stored.
-typedef struct {
-    float *C;
-    const float *A, *B;
-    size_t ldc, lda, ldb, M, N, K;
-    bool transpose_a, transpose_b, accumulate;
-    size_t rows, columns, across; // of a block of C, and how many blocks lie side by side
-} Product;
-
-static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-
-// C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
-// computed more than once, beyond the right edge the panel holds anything: neither is stored.
-static void matmul_tile(float *C, size_t ldc, const float *A, size_t lda, const float *panel, size_t rows,
-                        size_t columns, size_t depth, bool add) {
-    Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
-    const float *a[TILE_ROWS];
-    for (size_t i = 0; i < TILE_ROWS; i++) {
-        a[i] = A + smaller(i, rows - 1) * lda;
-        __builtin_prefetch(C + smaller(i, rows - 1) * ldc + columns - 1, 1);
-    }
-    for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
-        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 8 * TILE_COLUMNS + j);
-        for (int i = 0; i < TILE_ROWS; i++)
-            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += a[i][k] * ((const Vector *)panel)[v];
-    }
-    for (size_t i = 0; i < TILE_ROWS && i < rows; i++, C += ldc) {
-        for (int v = 0; v < TILE_VECTORS && columns == TILE_COLUMNS; v++)
-            ((Vector *)C)[v] = sum[i][v] + (add ? ((Vector *)C)[v] : (Vector){0});
-        for (size_t j = 0; j < columns && columns < TILE_COLUMNS; j++)
-            C[j] = sum[i][j / LANES][j % LANES] + (add ? C[j] : 0);
-    }
-}
-
-// to (columns, rows) = from (rows, columns), transposed: four by four, which fits in registers.
-static void transpose(float *to, size_t to_ld, const float *from, size_t from_ld, size_t rows,
-                      size_t columns) {
-    for (size_t i = 0; i < rows; i += 4)
-        for (size_t j = 0; j < columns; j += 4) {
-            const float *a = from + i * from_ld + j;
-            float *out = to + j * to_ld + i;
-            for (size_t x = 8; x < 12; x++) __builtin_prefetch(a + x * from_ld);
-            if (i + 4 <= rows && j + 4 <= columns) {
-                float r[4][4];
-                for (size_t x = 0; x < 16; x++) r[x / 4][x % 4] = a[x / 4 * from_ld + x % 4];
-                for (size_t y = 0; y < 16; y++) out[y / 4 * to_ld + y % 4] = r[y % 4][y / 4];
-            } else // at an edge
-                for (size_t x = 0; x < 4 && i + x < rows; x++)
-                    for (size_t y = 0; y < 4 && j + y < columns; y++) out[y * to_ld + x] = a[x * from_ld + y];
-        }
-}
-
-// Copies the rows k.. (depth of them) and columns j.. (panel by panel) of op(B).
-static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, size_t depth, size_t j,
-                        size_t width) {
-    const float *B = p->B + (p->transpose_b ? j * p->ldb + k : k * p->ldb + j);
-    for (size_t c = 0; p->transpose_b && c < width; c += TILE_COLUMNS, panel += size)
-        transpose(panel, TILE_COLUMNS, B + c * p->ldb, p->ldb, smaller(width - c, TILE_COLUMNS), depth);
-    for (size_t d = 0; !p->transpose_b && d < depth; d++)
-        for (size_t c = 0; c < width; c += TILE_COLUMNS) {
-            const float *from = B + d * p->ldb + c;
-            float *to = panel + c / TILE_COLUMNS * size + d * TILE_COLUMNS;
-            for (int x = 0; x < TILE_COLUMNS; x += 16) __builtin_prefetch(from + 8 * p->ldb + x);
-            if (width - c >= TILE_COLUMNS)
-                memcpy(to, from, TILE_COLUMNS * sizeof(float)); // a constant size: two vectors, no call
-            else
-                memcpy(to, from, (width - c) * sizeof(float));
-        }
-}
-
-// One block of C, for all of K.
-static void matmul_block(const Product *p, size_t block) {
-    static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
-    size_t row = block / p->across * p->rows, end = smaller(row + p->rows, p->M);
-    size_t column = block % p->across * p->columns, columns = smaller(p->columns, p->N - column);
-    bool in_place = !p->transpose_a && p->lda % 1024 != 0;
-    size_t lda = in_place ? p->lda : A_LD;
-    for (size_t k = 0, depth, pieces = (p->K + DEPTH - 1) / DEPTH; pieces > 0; k += depth, pieces--) {
-        depth = (p->K - k) / pieces;
-        size_t panel_size = depth * TILE_COLUMNS + 16; // + 16: no multiple of 4 KB here either
-        matmul_pack(packed_b, panel_size, p, k, depth, column, columns);
-        for (size_t i = row, group; i < end; i += group) {
-            group = smaller(GROUP, end - i);
-            if (p->transpose_a) transpose(packed_a, A_LD, p->A + k * p->lda + i, p->lda, depth, group);
-            for (size_t x = 0; !in_place && !p->transpose_a && x < group; x++)
-                memcpy(packed_a + x * A_LD, p->A + (i + x) * p->lda + k, depth * sizeof(float));
-            const float *group_a = in_place ? p->A + i * p->lda + k : packed_a;
-            for (size_t j = 0; j < columns; j += TILE_COLUMNS)
-                for (size_t x = 0; x < group; x += TILE_ROWS)
-                    matmul_tile(p->C + (i + x) * p->ldc + column + j, p->ldc, group_a + x * lda, lda,
-                                packed_b + j / TILE_COLUMNS * panel_size, smaller(group - x, TILE_ROWS),
-                                smaller(columns - j, TILE_COLUMNS), depth, p->accumulate || k > 0);
-        }
-    }
-}
-
-// At most FEW rows, as when tokens are generated: nothing of B is used again, so it is read once,
-// in place. What is prefetched is what comes next: the processor's own guesses end at each page,
-// and rows may be pages apart.
-enum { FEW = 8 };
-
-// Columns column .. end - 1 of A · Bᵀ: dot products with the rows of B.
-static void few_rows_transposed(const Product *p, size_t column, size_t end) {
-    for (size_t j = column; j < end; j++) {
-        const float *B = p->B + j * p->ldb;
-        for (size_t k = 0; k < p->K; k += 16) __builtin_prefetch(B + (1 + 2048 / p->K) * p->ldb + k);
-        for (size_t i = 0; i < p->M; i++) {
-            const float *A = p->A + i * p->lda;
-            Vector sum[4] = {0};
-            float total = p->accumulate ? p->C[i * p->ldc + j] : 0;
-            size_t k = 0;
-            for (; k + 4 * LANES <= p->K; k += 4 * LANES)
-                for (int v = 0; v < 4; v++)
-                    sum[v] += ((const Vector *)(A + k))[v] * ((const Vector *)(B + k))[v];
-            const Vector all = sum[0] + sum[1] + (sum[2] + sum[3]);
-            const float *lanes = (const float *)&all;
-#pragma omp simd reduction(+ : total)
-            for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
-            for (; k < p->K; k++) total += A[k] * B[k];
-            p->C[i * p->ldc + j] = total;
-        }
-    }
-}
-
-// Columns column .. end - 1 of A · B: eight rows of B at a time, each times its elements of A.
-static void few_rows_plain(const Product *p, size_t column, size_t end) {
-    const size_t ahead = 8 + 2048 / (end - column); // rows to prefetch
-    for (size_t i = 0; !p->accumulate && i < p->M; i++)
-        memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
-    for (size_t k = 0, n; k < p->K; k += n) {
-        const float *B = p->B + k * p->ldb;
-        float a[FEW][8] = {0};
-        n = smaller(8, p->K - k);
-        for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
-        size_t j = column;
-        for (; n == 8 && j + LANES <= end; j += LANES) {
-            Vector b[8];
-            for (size_t x = 0; x < 8; x++) {
-                b[x] = *(const Vector *)(B + x * p->ldb + j);
-                __builtin_prefetch(B + (x + ahead) * p->ldb + j);
-            }
-            for (size_t i = 0; i < p->M; i++) {
-                Vector sum = *(Vector *)(p->C + i * p->ldc + j);
-                for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
-                *(Vector *)(p->C + i * p->ldc + j) = sum;
-            }
-        }
-        for (; j < end; j++)
-            for (size_t i = 0; i < p->M; i++)
-                for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
-    }
-}
-
-static void matmul_few_rows(const Product *p, size_t block) {
-    size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
-    (p->transpose_b ? few_rows_transposed : few_rows_plain)(p, column, end);
-}
-
-// Cuts C into blocks and shares them out. Inside a parallel region the calling thread works alone.
-static void matmul_builtin(Product p) {
-    if (p.M == 0 || p.N == 0) return;
-    bool few = (p.M <= FEW && !p.transpose_a) || p.K == 0;
-    bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
-    size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
-    // A block's panels: none wider than packed_b can hold, as many blocks as threads or a multiple of them.
-    size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
-    size_t most = few ? panels : PACKED_B / (smaller(p.K, DEPTH) * TILE_COLUMNS + 16);
-    p.across = ((panels + most - 1) / most + threads - 1) / threads * threads;
-    p.columns = (panels + p.across - 1) / p.across * TILE_COLUMNS;
-    p.across = (p.N + p.columns - 1) / p.columns;
-    p.rows = few || threads == 1 ? p.M : smaller(p.M, 10 * GROUP);
-    size_t blocks = p.across * ((p.M + p.rows - 1) / p.rows);
-    void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
-    if (threads == 1) // even an idle parallel region takes time
-        for (size_t block = 0; block < blocks; block++) work(&p, block);
-    else
-#pragma omp parallel for schedule(dynamic)
-        for (size_t block = 0; block < blocks; block++) work(&p, block);
-}
-
-// ---- the one matmul ----
-// Every product of the program goes through matmul(): a CBLAS where there is one, or the built-in one.
-
-typedef enum { MATMUL_BUILTIN, MATMUL_CBLAS } MatmulKind;
-
-#ifdef USE_CBLAS
-static MatmulKind matmul_kind = MATMUL_CBLAS;
-#else
-static MatmulKind matmul_kind = MATMUL_BUILTIN;
-#endif
-
-// C (M, N) = op(A) (M, K) · op(B) (K, N), or C +=, as Product says. Uses all threads, or only the calling one
-// inside a parallel region.
+// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += with accumulate.
 static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
-                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate) {
-#ifdef USE_CBLAS
-    bool empty = M == 0 || N == 0 || K == 0;
-    bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
-    if (matmul_kind == MATMUL_CBLAS && !few_rows && !empty) {
-        // Not in a parallel region of one thread (`if (false)`): OpenMP would make new threads each time.
-        cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
-                    transpose_b ? CblasTrans : CblasNoTrans, (int)M, (int)N, (int)K, 1, A, (int)lda, B,
-                    (int)ldb, accumulate, C, (int)ldc);
-        return;
-    }
-#endif
-    matmul_builtin((Product){C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0});
-}
-
-// ---- exp ----
-// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where eight terms of the series
-// suffice: the relative error stays below 2e-7. Unlike expf it is plain arithmetic, so the compiler
-// vectorises loops around it. Below -87 the result stays at 1.6e-38 in place of denormals; NaN stays NaN.
-static inline float fast_exp(float x) {
-    const float rounder = 12582912.0f; // 1.5 · 2^23: adding it leaves the rounded integer in the low bits
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    union {
-        float f;
-        int32_t i;
-    } n = {.f = x * 1.44269504f + rounder}, power;
-    // 2^n has n + 127 in the exponent's bits, and 0x4b400000 are rounder's. (Unsigned: NaN shifts bits out.)
-    power.i = (int32_t)((uint32_t)(n.i - 0x4b400000 + 127) << 23);
-    n.f -= rounder;
-    float r = x - n.f * 0.693359375f + n.f * 2.12194440e-4f; // ln 2 in two parts, the first one exact in n.f
-    float series = 1 / 5040.f;                               // of exp(r), innermost term first
-    series = series * r + 1 / 720.f;
-    series = series * r + 1 / 120.f;
-    series = series * r + 1 / 24.f;
-    series = series * r + 1 / 6.f;
-    series = series * r + 1 / 2.f;
-    series = series * r + 1;
-    series = series * r + 1;
-    return series * power.f;
-}
-
-// The largest of x (n), or -INFINITY. Sixteen maxima side by side, because compilers keep the
-// order of comparisons.
-static float largest_of(const float *x, int n) {
-    float largest[16];
-    int i = 0;
-    for (int lane = 0; lane < 16; lane++) largest[lane] = -INFINITY;
-    for (; i + 16 <= n; i += 16)
-        for (int lane = 0; lane < 16; lane++)
-            largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
-    for (; i < n; i++) largest[0] = x[i] > largest[0] ? x[i] : largest[0];
-    for (int lane = 1; lane < 16; lane++)
-        largest[0] = largest[lane] > largest[0] ? largest[lane] : largest[0];
-    return largest[0];
-}
+                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate);
+static inline float fast_exp(float x);
+static float largest_of(const float *x, int n);
 
 // ---- dropout ----
 // y = x · keep / (1 - p), keep being 0 with probability p (Srivastava et al. 2014), else 1. The choice is a
@@ -2295,6 +984,18 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
                 a->branch, dropout_at(dropout, layer, DROP_MLP), R, F, C);
 }
 
+// Embeddings and all blocks: fills a->residual_at(L). With a cache the batch continues what is in it.
+static void model_forward(const Model *model, Activations *a, const Batch *batch, Cache *cache,
+                          Dropout dropout) {
+    const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
+    const Tensor *t = model->tensors;
+    float *x = residual_at(a, model, 0);
+    embedding_forward(x, t[WTE].value, t[WPE].value, batch->token, batch->position, R, C);
+    if (dropout.probability > 0) dropout_add(x, NULL, x, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
+    for (int layer = 0; layer < L; layer++) block_forward(model, a, batch, layer, cache, dropout, true);
+    if (cache) cache->past += batch->first_row[1];
+}
+
 // Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
 // the gradients of what is trained in the block. Each step differentiates the line that is quoted.
 static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
@@ -2339,18 +1040,6 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
                     t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
     layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
                        b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
-}
-
-// Embeddings and all blocks: fills a->residual_at(L). With a cache the batch continues what is in it.
-static void model_forward(const Model *model, Activations *a, const Batch *batch, Cache *cache,
-                          Dropout dropout) {
-    const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
-    const Tensor *t = model->tensors;
-    float *x = residual_at(a, model, 0);
-    embedding_forward(x, t[WTE].value, t[WPE].value, batch->token, batch->position, R, C);
-    if (dropout.probability > 0) dropout_add(x, NULL, x, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
-    for (int layer = 0; layer < L; layer++) block_forward(model, a, batch, layer, cache, dropout, true);
-    if (cache) cache->past += batch->first_row[1];
 }
 
 // a->logits (count, V) = layernorm_f(residual[chosen rows]) · headᵀ, for at most LOGIT_ROWS chosen rows.
@@ -2435,10 +1124,14 @@ static double model_forward_backward(const Model *model, Activations *a, const B
 // Gradients say which way the loss falls, not how far to go. One update: gradients whose norm is too large
 // are scaled down, then AdamW moves every tensor that is not frozen, at the learning rate of the schedule.
 
+// What an update goes by, besides model, data and learning rate.
 typedef struct {
-    double beta1, beta2, epsilon, weight_decay;
-    double max_grad_norm; // 0: no clipping
-} Adam;
+    double beta1, beta2, epsilon, weight_decay; // AdamW's
+    double max_grad_norm;                       // 0: no clipping
+    float dropout;                              // probability
+    uint64_t seed;                              // of dropout
+    bool recompute;                             // keep less for the backward pass
+} Hyperparameters;
 
 enum { NORM_BLOCK = 1 << 16 };
 
@@ -2481,17 +1174,18 @@ static float clip_factor(double norm, double largest) {
 //   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²          averages (exp_avg, exp_avg_sq)
 //   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)    averages started at 0: corrected
 // g is the gradient times `clip`.
-static void adamw_update(const Model *model, const Adam *adam, double learning_rate, long t, float clip) {
-    const float b2 = (float)adam->beta2, epsilon = (float)adam->epsilon;
-    const float one_minus_b1 = (float)(1 - adam->beta1), one_minus_b2 = (float)(1 - adam->beta2);
-    const float step = (float)(learning_rate / (1 - pow(adam->beta1, (double)t)));
-    const float root = (float)sqrt(1 - pow(adam->beta2, (double)t));
+static void adamw_update(const Model *model, const Hyperparameters *h, double learning_rate, long t,
+                         float clip) {
+    const float b2 = (float)h->beta2, epsilon = (float)h->epsilon;
+    const float one_minus_b1 = (float)(1 - h->beta1), one_minus_b2 = (float)(1 - h->beta2);
+    const float step = (float)(learning_rate / (1 - pow(h->beta1, (double)t)));
+    const float root = (float)sqrt(1 - pow(h->beta2, (double)t));
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         if (tensor->frozen) continue;
         float *p = tensor->value, *m = tensor->exp_avg, *v = tensor->exp_avg_sq;
         const float *gradient = tensor->gradient;
-        const float keep = tensor->decay ? (float)(1 - learning_rate * adam->weight_decay) : 1.0f;
+        const float keep = tensor->decay ? (float)(1 - learning_rate * h->weight_decay) : 1.0f;
 #pragma omp parallel for simd
         for (size_t j = 0; j < tensor->size; j++) {
             float g = gradient[j] * clip;
@@ -2518,7 +1212,558 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
 }
 
 // =====================================================================================================
-// 8. Generation
+// 8. One training step
+// =====================================================================================================
+typedef struct {
+    double loss, accuracy, norm, learning_rate;
+    size_t rows, targets;
+} Update;
+
+// Takes one update on `count` micro-batches. The loss is the mean over the scored tokens of all of them
+// together, so it does not matter how examples fall into micro-batches. Nothing is changed when nothing is
+// scored (then targets is 0), and the program ends before the update when loss or gradient is not finite.
+static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
+                          const Hyperparameters *h, long step, double learning_rate) {
+    Update update = {.learning_rate = learning_rate};
+    double loss = 0;
+    size_t hits = 0;
+    for (long i = 0; i < count; i++) {
+        update.targets += (size_t)batches[i].targets;
+        update.rows += (size_t)batches[i].rows;
+    }
+    if (update.targets == 0) return update;
+    uint64_t stream = random_stream(h->seed, 0x64726f70u + (uint64_t)step);
+    for (long i = 0; i < count; i++) {
+        Dropout dropout = {h->dropout, random_stream(stream, (uint64_t)i)};
+        activations_reserve(a, model, batches[i].rows, true, h->recompute, h->dropout > 0, false);
+        loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
+        for (int j = 0; j < batches[i].targets; j++) hits += a->hit[j];
+    }
+    update.loss = loss / (double)update.targets;
+    update.accuracy = (double)hits / (double)update.targets;
+    const Tensor *worst = NULL;
+    const bool finite = isfinite(update.loss);
+    update.norm = finite ? gradient_norm(model, &worst) : 0;
+    if (!finite || worst)
+        die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
+            "help",
+            step + 1, worst ? "gradient of " : "loss", worst ? worst->name : "");
+    adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
+    return update;
+}
+
+// #####################################################################################################
+// PART II. Text
+// #####################################################################################################
+// =====================================================================================================
+// 9. Tokenizer
+// =====================================================================================================
+// Growing arrays: token ids, and bytes (always followed by a NUL that is not counted).
+typedef struct {
+    int *data;
+    size_t size, capacity;
+} Ids;
+
+typedef struct {
+    char *data;
+    size_t size, capacity;
+} Text;
+
+static void ids_push(Ids *ids, int id) {
+    ids->data = grow(ids->data, ids->size + 1, &ids->capacity, sizeof(int));
+    ids->data[ids->size++] = id;
+}
+
+static void text_append(Text *text, const char *bytes, size_t size) {
+    text->data = grow(text->data, text->size + size + 1, &text->capacity, 1);
+    if (size) memcpy(text->data + text->size, bytes, size);
+    text->size += size;
+    text->data[text->size] = 0;
+}
+
+// The model reads and writes numbers below V, people read and write text. GPT-2's byte-level BPE (Radford et
+// al. 2019; byte pair encoding: Sennrich et al. 2016) stands between, in two steps:
+//
+//   "Hello world's end"  ->  "Hello" " world" "'s" " end"         pieces, cut by fixed rules (find_piece)
+//   " world"  ->  Ġ w o r l d  ->  Ġw or ld  ->  Ġwor ld  ->  Ġworld  ->  995         merges (merge_piece)
+//
+// The vocabulary starts with the 256 bytes, so every file can be encoded, valid UTF-8 or not, and decoding
+// gives back the same bytes. Each of its merges joins two neighbours into a new token; the merge that was
+// learned first goes first. tokenizer.c learns such merges from text.
+
+// ---- character classes ----
+// The rules ask of a character only: letter (\p{L}), number (\p{N}), white space (\s), or something else.
+// Combining marks are something else, and so is each byte that is not part of valid UTF-8.
+
+enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CODE_POINTS = 0x110000 };
+
+// Unicode 16.0, which tiktoken 0.14 and tokenizers 0.23 use; made by dev/unicode_table.py. Read in pairs:
+// skip so many code points, then so many are letters, or numbers if negative. "48,-10,7,26": 48 to 57 are
+// numbers (0-9), then come 7 others, then 65 to 90 are letters (A-Z).
+// clang-format off
+static const int letter_and_number_runs[] = {
+    48,-10,7,26,6,26,47,1,7,-2,1,1,3,-1,0,1,1,-3,1,23,1,31,1,458,4,12,14,5,7,1,1,1,129,5,1,2,2,4,1,1,6,1,1,3,
+    1,1,1,20,1,83,1,139,8,166,1,38,2,1,6,41,71,27,4,4,45,43,21,-10,4,2,1,99,1,1,15,2,7,2,0,-10,0,3,2,1,16,1,
+    1,30,29,89,11,1,14,-10,0,33,9,2,4,1,5,22,4,1,9,1,3,1,23,25,7,11,5,24,1,6,17,42,58,54,3,1,18,1,7,10,4,-10,
+    1,16,4,8,2,2,2,22,1,7,1,1,3,4,3,1,16,1,13,2,1,3,4,-10,0,2,2,-6,2,1,8,6,4,2,2,22,1,7,1,2,1,2,1,2,31,4,1,1,
+    7,-10,2,3,16,9,1,3,1,22,1,7,1,2,1,5,3,1,18,1,15,2,4,-10,9,1,11,8,2,2,2,22,1,7,1,2,1,5,3,1,30,2,1,3,4,-10,
+    1,1,0,-6,11,1,1,6,3,3,1,4,3,2,1,1,1,2,3,2,3,3,3,12,22,1,21,-13,18,8,1,3,1,23,1,16,3,1,26,3,2,1,2,2,4,-10,
+    8,-7,1,1,4,8,1,3,1,23,1,10,1,5,3,1,31,2,1,2,4,-10,1,2,17,9,1,3,1,41,2,1,16,1,5,3,1,-7,0,3,4,-19,1,6,5,18,
+    3,24,1,9,1,1,2,7,31,-10,17,48,1,2,12,7,9,-10,39,2,1,1,1,5,1,24,1,1,1,10,1,2,9,1,2,5,1,1,9,-10,2,4,32,1,
+    31,-20,12,8,1,36,27,5,115,43,20,1,0,-10,6,6,4,4,3,1,3,2,7,3,4,13,12,1,1,-10,6,38,1,1,5,1,2,43,1,333,1,4,
+    2,7,1,1,1,4,2,41,1,4,2,33,1,4,2,7,1,1,1,4,2,15,1,57,1,4,2,67,14,-20,3,16,16,86,2,6,3,620,2,17,1,26,5,75,
+    3,-3,0,8,7,18,13,19,14,18,14,13,1,3,15,52,35,1,4,1,3,-10,6,-10,22,-10,6,89,7,5,2,34,1,1,5,70,10,31,39,-10,
+    0,30,2,5,11,44,4,26,6,-11,37,23,9,53,43,-10,6,-10,13,1,93,47,17,8,3,-10,41,30,13,2,0,-10,0,44,26,36,
+    28,-10,3,3,0,-10,0,36,2,11,5,43,2,3,41,4,1,6,1,2,3,1,5,192,64,278,2,6,2,38,2,6,2,8,1,1,1,1,1,1,1,31,2,53,
+    1,7,1,1,3,3,1,7,3,4,2,6,4,13,5,3,1,7,115,-1,0,1,2,-6,5,1,0,-10,6,13,101,1,4,1,2,10,1,1,3,5,6,1,1,1,1,1,
+    1,4,1,11,2,4,5,5,4,1,1,-51,0,2,0,-5,726,-60,78,-22,630,-30,1132,229,6,4,3,2,9,-1,2,38,1,1,5,1,2,56,7,1,
+    16,23,9,7,1,7,1,7,1,7,1,7,1,7,1,7,1,7,80,1,469,2,0,-1,25,-9,7,5,2,-3,0,2,4,86,6,3,1,90,1,4,5,43,1,94,3,-4,
+    10,32,48,16,32,-10,30,-8,1,-15,32,-10,39,-15,320,6592,64,22157,67,46,2,269,3,16,0,-10,0,2,20,47,16,31,
+    2,70,0,-10,39,9,2,103,2,67,2,2,1,1,1,8,21,16,1,3,1,4,1,23,13,-6,10,52,14,50,28,-10,24,6,3,1,1,2,1,-10,
+    0,28,10,23,25,29,7,47,28,1,0,-10,6,5,1,10,0,-10,0,5,1,41,23,3,1,8,4,-10,6,23,3,1,3,50,1,1,3,2,2,5,2,1,1,1,
+    24,3,2,11,7,3,12,6,2,6,2,6,9,7,1,7,1,43,1,14,6,115,13,-10,6,11172,12,23,4,49,8452,366,2,106,38,7,12,5,5,1,
+    1,10,1,13,1,5,1,1,1,2,1,2,1,108,33,363,18,64,2,54,40,12,116,5,1,135,19,-10,7,26,6,26,11,89,3,6,2,6,2,6,
+    2,3,35,12,1,26,1,19,1,2,1,15,2,14,34,123,12,-45,12,-57,17,-2,244,29,3,49,16,-27,4,32,0,-4,9,20,0,-1,0,8,
+    0,-1,5,38,10,30,2,36,4,8,1,-5,42,158,2,-10,6,36,4,36,4,40,8,52,12,11,1,15,1,7,1,2,1,11,1,15,1,7,1,2,3,52,
+    12,311,9,22,10,8,24,6,1,42,1,9,69,6,2,1,1,44,1,2,3,1,2,23,2,-8,0,23,2,-7,0,31,8,-9,48,19,1,2,5,-5,0,22,
+    0,-6,4,26,70,56,4,-2,0,2,0,-16,2,-46,0,1,15,4,1,3,1,29,10,-9,23,29,0,-2,1,29,0,-3,32,8,1,28,6,-5,16,54,
+    10,22,2,-8,0,19,5,-8,0,18,23,-7,80,73,55,51,13,51,7,-6,0,36,12,-10,6,-10,0,28,9,23,218,-31,1,42,6,2,16,3,
+    59,29,0,-10,0,1,8,22,11,-4,27,18,46,21,0,-7,20,23,12,53,26,-30,1,2,2,1,13,45,32,25,7,-10,9,36,15,-10,4,1,
+    2,1,8,35,3,1,12,48,14,4,11,-10,0,1,1,1,4,-20,11,18,1,25,19,2,63,7,1,1,1,4,1,15,1,10,7,47,17,-10,11,8,2,2,
+    2,22,1,7,1,2,1,5,3,1,18,1,12,5,30,10,1,1,2,1,1,38,1,1,25,1,1,1,44,53,18,4,5,-10,5,3,30,48,20,2,1,1,8,-10,
+    166,47,41,4,36,48,20,1,11,-10,38,43,13,1,7,-10,6,-20,28,27,21,-12,4,7,185,44,116,64,0,-19,12,8,2,1,2,8,
+    1,2,1,24,15,1,1,1,14,-10,70,8,2,39,16,1,1,1,28,1,10,40,7,1,21,1,11,46,19,1,18,73,199,33,15,-10,6,9,1,37,
+    17,1,15,-29,5,30,112,7,1,2,1,38,21,1,9,-10,6,6,1,2,1,32,14,1,7,-10,310,19,15,1,1,13,1,34,28,-10,86,1,
+    15,-21,43,922,102,-111,17,196,2636,97,15,1072,17,6,25,3995,5,583,6841,30,18,-10,1734,569,7,31,1,-10,6,79,
+    1,-10,6,30,18,48,16,4,12,-10,1,-7,1,21,5,19,432,45,3,-10,198,64,0,-23,105,75,5,1,66,13,64,2,1,1,28,6136,
+    8,1238,41,10,8935,4,1,7,1,2,1,291,15,1,29,3,2,1,14,4,8,396,2308,107,5,13,3,9,7,10,4182,-10,1478,-20,
+    12,-20,108,-25,135,85,1,71,1,2,2,1,2,2,2,4,1,12,1,1,1,7,1,65,1,4,2,8,1,7,1,28,1,4,1,5,1,1,3,7,1,340,2,25,
+    1,25,1,31,1,25,1,31,1,25,1,31,1,25,1,31,1,25,1,8,2,-50,1792,31,6,6,261,62,146,45,10,7,2,-10,4,1,321,30,
+    18,44,4,-10,470,28,4,-10,214,30,2,1,0,-10,485,7,1,4,1,2,1,15,1,197,2,-9,48,68,7,1,4,-10,791,-59,1,-3,1,-4,
+    76,-45,1,-15,194,4,1,27,1,2,1,1,2,1,1,10,1,4,1,1,1,1,6,1,4,1,1,1,1,1,1,3,1,2,1,1,2,1,1,1,1,1,1,1,1,1,1,2,
+    1,1,2,4,1,7,1,4,1,4,1,1,1,10,1,17,5,3,1,5,1,17,580,-13,2787,-10,1030,42720,32,4154,6,222,2,5762,14,7473,
+    15,622,2466,542,1506,4939,5,4192,
+};
+// clang-format on
+
+// Unfolds the table into one byte per code point. Pages that are never looked at cost no memory.
+static unsigned char *classes_make(void) {
+    static const unsigned short spaces[] = {0x09,   0x0a,   0x0b,   0x0c,   0x0d,   0x20,   0x85,
+                                            0xa0,   0x1680, 0x2000, 0x2001, 0x2002, 0x2003, 0x2004,
+                                            0x2005, 0x2006, 0x2007, 0x2008, 0x2009, 0x200a, 0x2028,
+                                            0x2029, 0x202f, 0x205f, 0x3000};
+    unsigned char *classes = xcalloc(CODE_POINTS, 1), *at = classes;
+    for (size_t i = 0; i < sizeof letter_and_number_runs / sizeof(int); i += 2) {
+        int run = letter_and_number_runs[i + 1];
+        at += letter_and_number_runs[i];
+        memset(at, run > 0 ? CLASS_LETTER : CLASS_NUMBER, (size_t)abs(run));
+        at += abs(run);
+    }
+    for (size_t i = 0; i < sizeof spaces / sizeof *spaces; i++) classes[spaces[i]] = CLASS_SPACE;
+    return classes;
+}
+
+// Writes a code point as UTF-8 and returns the number of bytes, 1 to 4.
+static int utf8_write(char *out, unsigned code) {
+    int extra = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    static const unsigned char lead[4] = {0, 0xc0, 0xe0, 0xf0};
+    for (int i = extra; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 63));
+    out[0] = (char)(lead[extra] | code);
+    return extra + 1;
+}
+
+// Reads one UTF-8 character (RFC 3629) and returns its length, 1 to 4, or 0 if the bytes are not valid.
+static int utf8_read(const char *bytes, size_t size, unsigned *code) {
+    static const unsigned smallest[5] = {0, 0, 0x80, 0x800, 0x10000}; // longer forms are not valid
+    if (size == 0) return 0;
+    unsigned char lead = (unsigned char)bytes[0];
+    int length = lead < 0x80 ? 1 : lead < 0xc0 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf8 ? 4 : 0;
+    if (length == 0 || (size_t)length > size) return 0;
+    *code = length == 1 ? lead : lead & (0x7fu >> length);
+    for (int i = 1; i < length; i++) {
+        if ((bytes[i] & 0xc0) != 0x80) return 0;
+        *code = *code << 6 | (bytes[i] & 0x3f);
+    }
+    bool surrogate = *code >= 0xd800 && *code < 0xe000;
+    return *code < smallest[length] || *code >= CODE_POINTS || surrogate ? 0 : length;
+}
+
+// The length of the longest prefix that does not end inside a character: what a stream may show already.
+// "caf\xc3" -> 3, since \xa9 may follow and make it é; "caf\xff" -> 4, since no byte can make \xff valid.
+static size_t utf8_whole(const char *bytes, size_t size) {
+    for (size_t back = 1; back <= 3 && back <= size; back++) {
+        char low[4] = {'\x80', '\x80', '\x80', '\x80'}, high[4] = {'\xbf', '\xbf', '\xbf', '\xbf'};
+        memcpy(low, bytes + size - back, back);
+        memcpy(high, bytes + size - back, back);
+        unsigned code;
+        if (utf8_read(low, 4, &code) > (int)back || utf8_read(high, 4, &code) > (int)back) return size - back;
+    }
+    return size;
+}
+
+// ---- the tokenizer ----
+
+static const char END_OF_TEXT[] = "<|endoftext|>";
+enum { END_OF_TEXT_SIZE = sizeof END_OF_TEXT - 1, SPELLING_CODES = 0x144 };
+
+// Two tokens that may be joined, and the token that they make. A merge's rank is its place in merges.txt.
+typedef struct {
+    int left, right, id;
+} Merge;
+
+typedef struct Encoder Encoder;
+
+typedef struct {
+    int vocab_size, merge_count;
+    int end_of_text;               // id of <|endoftext|>, or -1
+    char **names;                  // [vocab_size] each token as vocab.json spells it
+    Merge *merges;                 // [merge_count] in order of rank
+    int *name_slots, *merge_slots; // hash tables: name -> id, left and right -> rank; -1 in empty slots
+    size_t name_mask, merge_mask;  // slots in each table, less 1
+    short spelled[SPELLING_CODES]; // the byte that each character of a name spells, or -1
+    int byte_ids[256];             // the token of each single byte
+    unsigned char *classes;        // [CODE_POINTS]
+    Encoder *idle;                 // scratch memory that no thread works with now
+} Tokenizer;
+
+// ---- cutting text into pieces ----
+
+// The class of the character at text[at], and its length.
+static inline int class_at(const Tokenizer *t, const char *text, size_t at, size_t size, size_t *length) {
+    unsigned code = (unsigned char)text[at];
+    int found = code < 0x80 ? 1 : utf8_read(text + at, size - at, &code);
+    *length = found ? (size_t)found : 1;
+    return found ? t->classes[code] : CLASS_OTHER;
+}
+
+// Where the run of characters of one class that goes on at text[at] ends.
+static size_t run_end(const Tokenizer *t, const char *text, size_t at, size_t size, int class) {
+    for (;;) {
+        while (at < size && (unsigned char)text[at] < 0x80 && t->classes[(unsigned char)text[at]] == class)
+            at++; // the fast path: ASCII
+        size_t length;
+        if (at == size || (unsigned char)text[at] < 0x80 || class_at(t, text, at, size, &length) != class)
+            return at;
+        at += length;
+    }
+}
+
+// Where the piece that starts at text[at] ends. The rule is GPT-2's regular expression, first match wins:
+//   '(?:[sdmt]|ll|ve|re)     an English ending, lower case: "'s", "'ll"
+//    ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+     letters, or numbers, or others, with one U+0020 before them
+//   \s+(?!\S)                white space, but its last character is left to what follows
+//   \s+                      white space
+// "I'll  pay $100!\n" -> "I" "'ll" " " " pay" " $" "100" "!" "\n"
+static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t size) {
+    if (text[at] == '\'' && at + 1 < size) {
+        char a = text[at + 1], b = at + 2 < size ? text[at + 2] : 0;
+        if (a == 's' || a == 'd' || a == 'm' || a == 't') return at + 2;
+        if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e')) return at + 3;
+    }
+    size_t start = at + (text[at] == ' ' && at + 1 < size), length;
+    int class = class_at(t, text, start, size, &length);
+    if (class != CLASS_SPACE) return run_end(t, text, start + length, size, class);
+    size_t end = run_end(t, text, start + length, size, CLASS_SPACE), last = end - 1;
+    while ((text[last] & 0xc0) == 0x80) // to the byte where the last white space starts
+        last--;
+    return end < size && last > at ? last : end;
+}
+
+// The last place in the text where it may be cut, so that the parts' ids put together are the ids of the
+// whole; 0 if there is none. That is before white space which follows something else: every piece ends there,
+// whatever comes before or after, and <|endoftext|> has no white space inside.
+// "one two  th" -> 7: "one two" can be encoded now, "  th" must wait for more text.
+static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size) {
+    for (size_t length, at = size; at-- > 1;) {
+        if (class_at(t, text, at, size, &length) != CLASS_SPACE) continue;
+        size_t before = at - 1; // where the character before starts; white space has 1 to 3 bytes
+        while (before > 0 && at - before < 3 && (text[before] & 0xc0) == 0x80) before--;
+        if (class_at(t, text, before, size, &length) != CLASS_SPACE || before + length != at) return at;
+    }
+    return 0;
+}
+
+// ---- encoding ----
+
+enum { CACHED_BYTES = 16, CACHED_IDS = 3, CACHE_SLOTS = 1 << 17 };
+
+// Text repeats its words: the ids of short pieces are kept, each in the one slot that its hash names.
+typedef struct {
+    uint64_t piece[2];         // its bytes, filled up with zeros
+    unsigned char size, count; // size 0: an empty slot
+    int ids[CACHED_IDS];
+} CacheSlot; // half a cache line; 4 MB of them for each thread
+
+// A token of the piece at work, chained to its neighbours; -1: none.
+typedef struct {
+    int id, previous, next;
+} Symbol;
+
+// What one thread needs to encode; it never holds anything but scratch and cache.
+struct Encoder {
+    CacheSlot cache[CACHE_SLOTS];
+    Symbol *symbols;
+    uint64_t *queue; // a binary heap of merges that may be done, each rank << 32 | position of its left token
+    size_t symbol_capacity, queue_capacity, queued;
+    Encoder *next; // in the list of idle ones
+};
+
+// Takes an idle encoder, or makes one: any number of threads may encode at once with one tokenizer.
+static Encoder *encoder_take(Tokenizer *t) {
+    Encoder *encoder;
+#pragma omp critical(idle_encoders)
+    {
+        encoder = t->idle;
+        t->idle = encoder ? encoder->next : NULL;
+    }
+    if (!encoder) // where a cache line starts, so that no slot lies in two
+        encoder = memset(xfloats(sizeof *encoder / sizeof(float)), 0, sizeof *encoder);
+    return encoder;
+}
+
+static void encoder_give_back(Tokenizer *t, Encoder *encoder) {
+#pragma omp critical(idle_encoders)
+    {
+        encoder->next = t->idle;
+        t->idle = encoder;
+    }
+}
+
+// The slot that holds the rank of a pair's merge, or -1 when the two are never joined.
+static inline int *merge_slot(const Tokenizer *t, int left, int right) {
+    uint64_t hash = ((uint64_t)(unsigned)left << 32 | (unsigned)right) * 0x9e3779b97f4a7c15u;
+    for (size_t i = (size_t)(hash >> 32) & t->merge_mask;; i = (i + 1) & t->merge_mask) {
+        int rank = t->merge_slots[i];
+        if (rank < 0 || (t->merges[rank].left == left && t->merges[rank].right == right))
+            return &t->merge_slots[i];
+    }
+}
+
+// Adds an entry to the heap: queue[i] is never larger than queue[2i + 1] and queue[2i + 2].
+static void queue_put(Encoder *encoder, uint64_t entry) {
+    encoder->queue = grow(encoder->queue, encoder->queued + 1, &encoder->queue_capacity, sizeof(uint64_t));
+    uint64_t *queue = encoder->queue;
+    size_t at = encoder->queued++;
+    for (; at > 0 && queue[(at - 1) / 2] > entry; at = (at - 1) / 2) queue[at] = queue[(at - 1) / 2];
+    queue[at] = entry;
+}
+
+// Takes the smallest entry: of the lowest rank the leftmost one.
+static uint64_t queue_take(Encoder *encoder) {
+    uint64_t *queue = encoder->queue, smallest = queue[0], last = queue[--encoder->queued];
+    size_t at = 0;
+    for (size_t child; (child = 2 * at + 1) < encoder->queued; at = child) {
+        if (child + 1 < encoder->queued && queue[child + 1] < queue[child]) child++;
+        if (queue[child] >= last) break;
+        queue[at] = queue[child];
+    }
+    queue[at] = last;
+    return smallest;
+}
+
+// Queues the merge of a symbol with its next one, if there is such a merge.
+static void queue_merge(const Tokenizer *t, Encoder *encoder, int position) {
+    const Symbol *symbol = &encoder->symbols[position];
+    int rank = symbol->next < 0 ? -1 : *merge_slot(t, symbol->id, encoder->symbols[symbol->next].id);
+    if (rank < 0) return;
+    queue_put(encoder, (uint64_t)rank << 32 | (unsigned)position);
+}
+
+// Joins the tokens of one piece: lowest rank first, leftmost first among equals, until no merge is left. An
+// entry of the queue is out of date when its symbol was swallowed or has another next one; since a rank
+// belongs to one pair only, it is enough to look whether the pair there still has it. At most n log n steps.
+// " low" with merges "o w", "l ow", "Ġ low": Ġ l o w -> Ġ l ow -> Ġ low -> Ġlow
+static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *piece, size_t size) {
+    if (size > INT_MAX)
+        die("the text has %zu bytes without any place to cut them: expected less than 2 GB", size);
+    Symbol *symbols = grow(encoder->symbols, size, &encoder->symbol_capacity, sizeof(Symbol));
+    encoder->symbols = symbols;
+    for (int i = 0, n = (int)size; i < n; i++)
+        symbols[i] = (Symbol){t->byte_ids[(unsigned char)piece[i]], i - 1, i + 1 < n ? i + 1 : -1};
+    for (int i = 0; i >= 0; i = symbols[i].next) queue_merge(t, encoder, i);
+    while (encoder->queued > 0) {
+        uint64_t entry = queue_take(encoder);
+        int rank = (int)(entry >> 32), at = (int)(entry & INT_MAX);
+        Symbol *left = &symbols[at];
+        if (left->id < 0 || left->next < 0 || *merge_slot(t, left->id, symbols[left->next].id) != rank)
+            continue;
+        Symbol *right = &symbols[left->next];
+        left->id = t->merges[rank].id;
+        left->next = right->next;
+        right->id = -1; // swallowed
+        queue_merge(t, encoder, at);
+        if (left->next >= 0) symbols[left->next].previous = at;
+        if (left->previous >= 0) queue_merge(t, encoder, left->previous);
+    }
+    for (int i = 0; i >= 0; i = symbols[i].next) ids_push(ids, symbols[i].id);
+}
+
+// Appends the ids of text without special tokens.
+static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *text, size_t size) {
+    for (size_t at = 0, end; at < size; at = end) {
+        end = find_piece(t, text, at, size);
+        size_t n = end - at, before = ids->size;
+        if (n > CACHED_BYTES) {
+            merge_piece(t, encoder, ids, text + at, n);
+            continue;
+        }
+        uint64_t key[2] = {0};
+        if (size - at < CACHED_BYTES)
+            memcpy(key, text + at, n);
+        else { // faster: all 16 bytes, and those behind the piece taken off
+            memcpy(key, text + at, CACHED_BYTES);
+            key[0] &= n < 8 ? ~0ull >> (64 - 8 * n) : ~0ull;
+            key[1] &= n > 8 ? ~0ull >> (128 - 8 * n) : 0;
+        }
+        uint64_t hash = (key[0] ^ key[1] * 0x9e3779b97f4a7c15u) + n;
+        hash = (hash ^ hash >> 32) * 0x94d049bb133111ebu;
+        CacheSlot *slot = &encoder->cache[(hash >> 32) % CACHE_SLOTS];
+        if (slot->size == n && slot->piece[0] == key[0] && slot->piece[1] == key[1]) {
+            for (int i = 0; i < slot->count; i++) ids_push(ids, slot->ids[i]);
+            continue;
+        }
+        merge_piece(t, encoder, ids, text + at, n);
+        if (ids->size - before <= CACHED_IDS) {
+            slot->size = (unsigned char)n;
+            slot->count = (unsigned char)(ids->size - before);
+            memcpy(slot->piece, key, sizeof key);
+            memcpy(slot->ids, ids->data + before, slot->count * sizeof(int));
+        }
+    }
+}
+
+// Appends the ids of a text; with `special`, "<|endoftext|>" in it becomes its one id.
+static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special) {
+    Encoder *encoder = encoder_take(t);
+    const char *end = text + size, *found;
+    while (special && t->end_of_text >= 0 &&
+           (found = memmem(text, (size_t)(end - text), END_OF_TEXT, END_OF_TEXT_SIZE))) {
+        encode_plain(t, encoder, ids, text, (size_t)(found - text));
+        ids_push(ids, t->end_of_text);
+        text = found + END_OF_TEXT_SIZE;
+    }
+    encode_plain(t, encoder, ids, text, (size_t)(end - text));
+    encoder_give_back(t, encoder);
+}
+
+// Appends the ids of a text to `ids`. Several threads may call this at once with the same tokenizer; outside
+// a parallel region a large text is cut into parts that the threads share, and the ids are the same.
+// special: "<|endoftext|>" in the text becomes its id; otherwise it is text like any other.
+//   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>", special -> 31373 220 50256
+static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special) {
+    enum { PART_BYTES = 1 << 17 };
+    size_t part_count = size / PART_BYTES;
+    if (part_count < 2 || omp_get_max_threads() == 1 || omp_in_parallel()) {
+        encode_part(t, ids, text, size, special);
+        return;
+    }
+    Ids *parts = xcalloc(part_count, sizeof *parts);
+    size_t *starts = xcalloc(part_count + 1, sizeof *starts);
+    for (size_t i = 1; i < part_count; i++)
+        starts[i] = starts[i - 1] + tokenizer_cut(t, text + starts[i - 1], i * PART_BYTES - starts[i - 1]);
+    starts[part_count] = size;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (size_t i = 0; i < part_count; i++)
+        encode_part(t, &parts[i], text + starts[i], starts[i + 1] - starts[i], special);
+    for (size_t i = 0; i < part_count; i++) {
+        ids->data = grow(ids->data, ids->size + parts[i].size, &ids->capacity, sizeof(int));
+        if (parts[i].size) memcpy(ids->data + ids->size, parts[i].data, parts[i].size * sizeof(int));
+        ids->size += parts[i].size;
+        free(parts[i].data);
+    }
+    free(parts);
+    free(starts);
+}
+
+// ---- its parts ----
+
+// Slots for `count` entries, at most half of them in use; -1: empty.
+static int *slots_make(size_t count, size_t *mask) {
+    if (count > INT_MAX / 4)
+        die("a vocabulary of %zu tokens or merges is too large: expected at most %d", count, INT_MAX / 4);
+    for (*mask = 1023; *mask < 2 * count;) *mask = 2 * *mask + 1;
+    return memset(xmalloc((*mask + 1) * sizeof(int)), -1, (*mask + 1) * sizeof(int));
+}
+
+// A tokenizer that knows characters and spelling, with room for so many tokens and merges, and none yet.
+static Tokenizer *tokenizer_new(size_t tokens, size_t merges) {
+    Tokenizer *t = xcalloc(1, sizeof *t);
+    t->end_of_text = -1;
+    t->name_slots = slots_make(tokens, &t->name_mask);
+    t->merge_slots = slots_make(merges, &t->merge_mask);
+    t->names = xcalloc(tokens, sizeof *t->names);
+    t->merges = xcalloc(merges, sizeof *t->merges);
+    t->classes = classes_make();
+    memset(t->spelled, -1, sizeof t->spelled);
+    for (int byte = 0, hidden = 0x100; byte < 256; byte++) {
+        bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+        t->spelled[printable ? byte : hidden++] = (short)byte;
+    }
+    return t;
+}
+
+static void tokenizer_free(Tokenizer *t) {
+    if (!t) return;
+    for (Encoder *encoder = t->idle, *next; encoder; encoder = next) {
+        next = encoder->next;
+        free(encoder->symbols);
+        free(encoder->queue);
+        free(encoder);
+    }
+    for (int id = 0; id < t->vocab_size; id++) free(t->names[id]);
+    free(t->names);
+    free(t->merges);
+    free(t->name_slots);
+    free(t->merge_slots);
+    free(t->classes);
+    free(t);
+}
+
+// The slot that holds the id of the token with this name, or -1 when there is none.
+static int *name_slot(const Tokenizer *t, const char *name) {
+    uint64_t hash = 0;
+    for (const char *c = name; *c; c++) hash = (hash ^ (unsigned char)*c) * 0x9e3779b97f4a7c15u;
+    for (size_t i = (size_t)(hash >> 32) & t->name_mask;; i = (i + 1) & t->name_mask) {
+        int id = t->name_slots[i];
+        if (id < 0 || strcmp(t->names[id], name) == 0) return &t->name_slots[i];
+    }
+}
+
+// Gives the next id to a name that has none yet; returns the name's id.
+static int name_add(Tokenizer *t, const char *name) {
+    int *slot = name_slot(t, name);
+    if (*slot < 0) {
+        *slot = t->vocab_size++;
+        t->names[*slot] = xstrdup(name);
+    }
+    return *slot;
+}
+
+// ---- decoding ----
+
+// Appends the bytes of one id; ends the program if there is no such id. A token may end inside a UTF-8
+// character: the bytes of several ids put together are the text. 995 -> " world" in GPT-2's vocabulary.
+// A token that no bytes can spell (a special token with a space, say) stands for its name.
+static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
+    if (id < 0 || id >= t->vocab_size)
+        die("token id %d is not in the vocabulary: expected 0 to %d", id, t->vocab_size - 1);
+    const char *name = t->names[id];
+    size_t size = strlen(name), before = text->size;
+    for (size_t at = 0, length; at < size; at += length) {
+        unsigned code = UINT_MAX;
+        length = (size_t)utf8_read(name + at, size - at, &code);
+        if (length == 0 || code >= SPELLING_CODES || t->spelled[code] < 0) {
+            text->size = before;
+            text_append(text, name, size);
+            return;
+        }
+        char byte = (char)t->spelled[code];
+        text_append(text, &byte, 1);
+    }
+}
+
+// =====================================================================================================
+// 10. Generation
 // =====================================================================================================
 // A model gives the probabilities of the next token; text comes from drawing one, appending it and asking
 // again. The model is run on the prompt once; then each new token is a batch of one row per sample that
@@ -2689,8 +1934,495 @@ static void sample_free(Sample *sample) {
     free(sample->text.data);
 }
 
+// #####################################################################################################
+// PART III. Files and data
+// #####################################################################################################
 // =====================================================================================================
-// 9. Files
+// 11. Files
+// =====================================================================================================
+// ---- files ----
+
+// printf for names of files. The result lies in one of 16 places that are used in turn: it need not be freed,
+// and is good until 16 more are asked for.
+static const char *__attribute__((format(printf, 1, 2))) path_of(const char *format, ...) {
+    static char places[16][PATH_MAX];
+    static unsigned used;
+    char *path = places[used++ % 16];
+    va_list arguments;
+    va_start(arguments, format);
+    if (vsnprintf(path, PATH_MAX, format, arguments) >= PATH_MAX)
+        die("%.100s...: this name is too long", path);
+    va_end(arguments);
+    return path;
+}
+
+static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
+
+static bool is_folder(const char *path) {
+    struct stat status;
+    return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
+}
+
+static bool ends_with(const char *string, const char *ending) {
+    size_t n = strlen(string), m = strlen(ending);
+    return n >= m && strcmp(string + n - m, ending) == 0;
+}
+
+// Appends what is left in `file` to `text`; `path` only names it in errors.
+static void read_stream(Text *text, FILE *file, const char *path) {
+    char buffer[1 << 16];
+    for (size_t got = 1; got > 0; text_append(text, buffer, got)) got = fread(buffer, 1, sizeof buffer, file);
+    if (ferror(file)) die("%s: cannot be read: %s", path, strerror(errno));
+}
+
+// Reads a whole file, or standard input when path is "-". Free the result's data.
+static Text read_file(const char *path) {
+    Text text = {0};
+    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    if (!file) die("%s: cannot be opened: %s", path, strerror(errno));
+    read_stream(&text, file, path);
+    if (file != stdin) fclose(file);
+    return text;
+}
+
+static Mapping map_file(const char *path) {
+    int descriptor = open(path, O_RDONLY);
+    struct stat status;
+    if (descriptor < 0 || fstat(descriptor, &status) < 0)
+        die("%s: cannot be opened: %s", path, strerror(errno));
+    if (!S_ISREG(status.st_mode) || status.st_size == 0)
+        die("%s: expected a regular file that is not empty", path);
+    Mapping mapping = {NULL, (size_t)status.st_size};
+    mapping.data = mmap(NULL, mapping.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
+    if (mapping.data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
+    close(descriptor);
+    return mapping;
+}
+
+// Files are written under a temporary name, and get their own only when all bytes are on the disk: under a
+// final name there is never half a file.
+static FILE *create_file(const char *path) {
+    FILE *file = fopen(path_of("%s.tmp", path), "wb");
+    if (!file) die("%s.tmp: cannot be written: %s", path, strerror(errno));
+    return file;
+}
+
+static void finish_file(FILE *file, const char *path) {
+    bool failed = ferror(file) || fflush(file) != 0 || fsync(fileno(file)) != 0;
+    if (fclose(file) != 0 || failed || rename(path_of("%s.tmp", path), path) != 0)
+        die("%s: could not be written whole: %s", path, strerror(errno));
+}
+
+static void write_file(const char *path, const void *bytes, size_t size) {
+    FILE *file = create_file(path);
+    fwrite(bytes, 1, size, file); // finish_file sees an error
+    finish_file(file, path);
+}
+
+// Makes a folder and those above it.
+static void make_folder(const char *path) {
+    char *above = xstrdup(path), *slash = strrchr(above, '/');
+    if (slash && slash > above) {
+        *slash = 0;
+        make_folder(above);
+    }
+    free(above);
+    if (!is_folder(path) && mkdir(path, 0777) < 0)
+        die("%s: folder cannot be made: %s", path, strerror(errno));
+}
+
+// Deletes a folder with what is in it; one that is not there is no error.
+static void remove_folder(const char *path) {
+    DIR *folder = opendir(path);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        char *inside = xprintf("%s/%s", path, entry->d_name);
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0 && unlink(inside) != 0)
+            remove_folder(inside);
+        free(inside);
+    }
+    if (folder) closedir(folder);
+    rmdir(path);
+}
+
+// Makes the renames and deletions in a folder last through a power cut.
+static void sync_folder(const char *path) {
+    int descriptor = open(path, O_RDONLY);
+    if (descriptor >= 0) {
+        fsync(descriptor);
+        close(descriptor);
+    }
+}
+
+// ---- JSON (RFC 8259) ----
+// A file becomes a tree of nodes; members of an object and elements of an array are chained by `next`.
+
+typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonKind;
+
+typedef struct Json {
+    JsonKind kind;
+    char *key;    // name of this member inside its object, or NULL
+    char *string; // UTF-8, NUL-terminated; length counts NULs inside
+    size_t length;
+    double number;
+    struct Json *child, *next;
+} Json;
+
+typedef struct {
+    const char *text, *at; // the whole, which a NUL ends, and where the reader is
+    const char *where;     // file, or file:line, for errors
+} JsonReader;
+
+static void __attribute__((noreturn)) json_die(const JsonReader *reader, const char *expected) {
+    size_t line = 1;
+    const char *start = reader->text; // of the line
+    for (const char *p = reader->text; p < reader->at; p++)
+        if (*p == '\n') line++, start = p + 1;
+    die("%s: not valid JSON at line %zu, column %td: expected %s", reader->where, line,
+        reader->at - start + 1, expected);
+}
+
+// The character that comes next, white space passed over; 0 at the end.
+static char json_peek(JsonReader *reader) {
+    reader->at += strspn(reader->at, " \t\r\n");
+    return *reader->at;
+}
+
+static bool json_accept(JsonReader *reader, char wanted) {
+    if (json_peek(reader) != wanted) return false;
+    reader->at++;
+    return true;
+}
+
+static unsigned json_hex4(JsonReader *reader) {
+    char digits[5];
+    snprintf(digits, sizeof digits, "%.4s", reader->at);
+    if (strspn(digits, "0123456789abcdefABCDEF") != 4) json_die(reader, "four hexadecimal digits");
+    reader->at += 4;
+    return (unsigned)strtoul(digits, NULL, 16);
+}
+
+// The code point that a \u, already taken, and what follows it spell. A lone surrogate becomes U+FFFD.
+static unsigned json_code_point(JsonReader *reader) {
+    unsigned code = json_hex4(reader);
+    if (code >= 0xd800 && code < 0xdc00 && strncmp(reader->at, "\\u", 2) == 0) {
+        const char *before = reader->at;
+        reader->at += 2;
+        unsigned low = json_hex4(reader);
+        if (low >= 0xdc00 && low < 0xe000) return 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+        reader->at = before;
+    }
+    return code >= 0xd800 && code < 0xe000 ? 0xfffd : code;
+}
+
+// Reads a string, its opening quote already taken.
+static Text json_string(JsonReader *reader) {
+    Text string = {0};
+    for (;;) {
+        const char *plain = reader->at;
+        while ((unsigned char)*reader->at >= 0x20 && *reader->at != '"' && *reader->at != '\\') reader->at++;
+        text_append(&string, plain, (size_t)(reader->at - plain));
+        if (*reader->at == '"') {
+            reader->at++;
+            return string;
+        }
+        if (*reader->at != '\\')
+            json_die(reader, *reader->at ? "an escape such as \\n in place of a control character"
+                                         : "the string's closing quote");
+        char escape = *++reader->at, bytes[4];
+        const char *known = "\"\\/bfnrtu", *found = strchr(known, escape);
+        if (!escape || !found)
+            json_die(reader,
+                     escape ? "one of \" \\ / b f n r t u after a backslash" : "the string's closing quote");
+        reader->at++;
+        bytes[0] = "\"\\/\b\f\n\r\t"[found - known];
+        text_append(&string, bytes, escape == 'u' ? (size_t)utf8_write(bytes, json_code_point(reader)) : 1);
+    }
+}
+
+static Json *json_value(JsonReader *reader, int depth) {
+    Json *node = xcalloc(1, sizeof *node);
+    if (depth > 200) json_die(reader, "at most 200 levels of nesting");
+    char c = json_peek(reader);
+    if (c == '{' || c == '[') {
+        node->kind = c == '{' ? JSON_OBJECT : JSON_ARRAY;
+        reader->at++;
+        for (Json **tail = &node->child; !json_accept(reader, c == '{' ? '}' : ']'); tail = &(*tail)->next) {
+            if (node->child && !json_accept(reader, ','))
+                json_die(reader, c == '{' ? "',' or '}'" : "',' or ']'");
+            char *key = NULL;
+            if (c == '{') {
+                if (!json_accept(reader, '"')) json_die(reader, "a name in double quotes");
+                key = json_string(reader).data;
+                if (!json_accept(reader, ':')) json_die(reader, "':'");
+            }
+            *tail = json_value(reader, depth + 1);
+            (*tail)->key = key;
+        }
+    } else if (json_accept(reader, '"')) {
+        Text string = json_string(reader);
+        node->kind = JSON_STRING;
+        node->string = string.data;
+        node->length = string.size;
+    } else if (c == '-' || isdigit((unsigned char)c)) {
+        // strtod reads more than JSON allows: 0x1p3, infinity, 01, .5 and 5.
+        const char *whole = reader->at + (c == '-'), *point = whole + strspn(whole, "0123456789");
+        char *end;
+        node->kind = JSON_NUMBER;
+        node->number = strtod(reader->at, &end);
+        if (end != reader->at + strspn(reader->at, "+-.eE0123456789") || point == whole ||
+            (*whole == '0' && point > whole + 1) || (*point == '.' && !isdigit((unsigned char)point[1])))
+            json_die(reader, "a number");
+        reader->at = end;
+    } else {
+        static const char *const words[] = {"null", "false", "true"}; // as JsonKind begins
+        while (strncmp(reader->at, words[node->kind], strlen(words[node->kind])) != 0)
+            if (++node->kind > JSON_TRUE) json_die(reader, "a value");
+        reader->at += strlen(words[node->kind]);
+    }
+    return node;
+}
+
+// Reads one JSON value that fills the text; ends the program with file, line and column when it is not valid.
+static Json *json_parse(const char *text, size_t size, const char *where) {
+    Text copy = {0}; // which a NUL ends
+    text_append(&copy, text, size);
+    JsonReader reader = {copy.data, copy.data, where};
+    Json *node = json_value(&reader, 1);
+    json_peek(&reader);
+    if (reader.at != copy.data + size) json_die(&reader, "nothing more");
+    free(copy.data);
+    return node;
+}
+
+static Json *json_read_file(const char *path) {
+    Text text = read_file(path);
+    Json *node = json_parse(text.data, text.size, path);
+    free(text.data);
+    return node;
+}
+
+static void json_free(Json *node) {
+    while (node) {
+        Json *next = node->next;
+        json_free(node->child);
+        free(node->key);
+        free(node->string);
+        free(node);
+        node = next;
+    }
+}
+
+// The member called `key`, or NULL (also when `object` is NULL or no object).
+static const Json *json_get(const Json *object, const char *key) {
+    if (!object || object->kind != JSON_OBJECT) return NULL;
+    for (const Json *member = object->child; member; member = member->next)
+        if (strcmp(member->key, key) == 0) return member;
+    return NULL;
+}
+
+static bool json_is_text(const Json *node, const char *text) {
+    return node && node->kind == JSON_STRING && strcmp(node->string, text) == 0;
+}
+
+// The number called `key`, or `otherwise` when it is missing or null. `where` names the file in errors.
+static double json_number(const Json *object, const char *key, double otherwise, const char *where) {
+    const Json *member = json_get(object, key);
+    if (!member || member->kind == JSON_NULL) return otherwise;
+    if (member->kind != JSON_NUMBER) die("%s: \"%s\" must be a number", where, key);
+    return member->number;
+}
+
+// Writes a string with its quotes; bytes that are not ASCII pass through.
+static void json_write_string(FILE *file, const char *string, size_t length) {
+    fputc('"', file);
+    for (size_t i = 0; i < length; i++) {
+        unsigned char c = (unsigned char)string[i];
+        fprintf(file, c == '"' || c == '\\' ? "\\%c" : c < 0x20 ? "\\u%04x" : "%c", c);
+    }
+    fputc('"', file);
+}
+
+// ---- vocabulary files ----
+// vocab.json: {"token": id, ...}. merges.txt: "#version: 0.2", then "left right" a line, in order of rank.
+// Both spell a byte as a printable character: 33-126, 161-172 and 174-255 stand for themselves, the other 68,
+// in rising order, are U+0100, U+0101, ...: a space (32) is Ġ (U+0120), a newline Ċ (U+010A).
+
+// Notes the token of each byte; adds it if `add`, in the order of the characters that spell bytes.
+static void find_byte_ids(Tokenizer *t, bool add, const char *path) {
+    for (unsigned code = 0; code < SPELLING_CODES; code++) {
+        char name[5] = {0};
+        int byte = t->spelled[code];
+        if (byte < 0) continue;
+        utf8_write(name, code);
+        t->byte_ids[byte] = add ? name_add(t, name) : *name_slot(t, name);
+        if (t->byte_ids[byte] < 0)
+            die("%s: no token \"%s\" for byte %d: expected one for each of the 256 bytes", path, name, byte);
+    }
+}
+
+// Takes {"token": id, ...}, in any order, for all the tokenizer's tokens.
+static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const char *path) {
+    for (const Json *token = json->child; token; token = token->next) {
+        double id = token->number;
+        int *slot = name_slot(t, token->key);
+        if (token->kind != JSON_NUMBER || !(id >= 0 && id < (double)count) || id != floor(id) ||
+            t->names[(int)id] || *slot >= 0)
+            die("%s: token \"%s\": expected it once, with an id from 0 to %zu that no other token has", path,
+                token->key, count - 1);
+        *slot = (int)id;
+        t->names[*slot] = xstrdup(token->key);
+    }
+    t->vocab_size = (int)count;
+}
+
+static size_t most_merges(const Text *lines) { return lines->size / 4 + 1; } // "a b\n" is the shortest line
+
+// Takes the lines of merges.txt. Without a vocabulary each merge makes a token, which gets the next id.
+static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const char *path) {
+    size_t number = 1;
+    Text joined = {0};
+    for (char *line = text->data, *end = line + text->size, *next; line < end; line = next, number++) {
+        char *stop = memchr(line, '\n', (size_t)(end - line));
+        stop = stop ? stop : end;
+        next = stop + 1;
+        if (stop > line && stop[-1] == '\r') stop--;
+        *stop = 0;
+        if ((stop == line && next >= end) || (number == 1 && strncmp(line, "#version", 8) == 0)) continue;
+        char *space = strchr(line, ' '), *right = space ? space + 1 : NULL;
+        if (!space || space == line || right == stop || right + strcspn(right, " ") != stop)
+            die("%s: line %zu: expected two tokens with one space between them", path, number);
+        *space = 0;
+        Merge merge = {*name_slot(t, line), *name_slot(t, right), -1};
+        if (merge.left < 0 || merge.right < 0)
+            die("%s: line %zu: expected tokens that %s, and \"%s\" is none", path, number,
+                has_vocabulary ? "the vocabulary has" : "are bytes or made by a line above",
+                merge.left < 0 ? line : right);
+        joined.size = 0;
+        text_append(&joined, line, (size_t)(space - line));
+        text_append(&joined, right, (size_t)(stop - right));
+        int *slot = merge_slot(t, merge.left, merge.right), known = *name_slot(t, joined.data);
+        if (*slot >= 0 || (known >= 0) != has_vocabulary)
+            die("%s: line %zu: expected %s, and \"%s\" is not", path, number,
+                has_vocabulary ? "a merge that is new and makes a token of the vocabulary"
+                               : "a merge that makes a new token",
+                joined.data);
+        merge.id = name_add(t, joined.data);
+        *slot = t->merge_count++;
+        t->merges[*slot] = merge;
+    }
+    free(joined.data);
+}
+
+// Takes tokenizer.json, the one file that newer versions of transformers write, if it says GPT-2's rules:
+// returns its vocabulary, and its merges, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
+static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path) {
+    const Json *model = json_get(json, "model"), *rules = json_get(json, "pre_tokenizer");
+    const Json *prefix = json_get(rules, "add_prefix_space"), *normalizer = json_get(json, "normalizer");
+    if (!json_is_text(json_get(model, "type"), "BPE") ||
+        !json_is_text(json_get(rules, "type"), "ByteLevel") || !prefix || prefix->kind != JSON_FALSE ||
+        (normalizer && normalizer->kind != JSON_NULL))
+        die("%s: expected GPT-2's rules: BPE, ByteLevel without a prefix space, no normalizer", path);
+    Json *vocabulary = (Json *)json_get(model, "vocab"); // part of `json`, which is ours to change
+    text_append(lines, "", 0);
+    const Json *added = json_get(json, "added_tokens"), *merges = json_get(model, "merges");
+    for (const Json *token = added ? added->child : NULL; token; token = token->next) {
+        const Json *content = json_get(token, "content");
+        if (!vocabulary || !content || !content->string || json_get(vocabulary, content->string))
+            continue; // most often the vocabulary has it too
+        Json *member = xcalloc(1, sizeof *member);
+        *member = (Json){.kind = JSON_NUMBER, .key = xstrdup(content->string), .next = vocabulary->child};
+        member->number = json_number(token, "id", -1, path);
+        vocabulary->child = member;
+    }
+    for (const Json *merge = merges ? merges->child : NULL; merge; merge = merge->next) {
+        const Json *part = merge->kind == JSON_ARRAY ? merge->child : merge;
+        for (; part && part->string; part = part == merge ? NULL : part->next) {
+            text_append(lines, " ", part != merge && part != merge->child);
+            text_append(lines, part->string, part->length);
+        }
+        text_append(lines, "\n", 1);
+    }
+    return vocabulary;
+}
+
+// The files of a tokenizer in a folder, vocabulary first: one of three pairs; NULL when it has none of them.
+static bool tokenizer_files(const char *folder, const char *files[2]) {
+    static const char *const pairs[][2] = {
+        {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}, {"tokenizer.json", "tokenizer.json"}};
+    for (int i = 0; i < 3; i++) {
+        files[0] = path_of("%s/%s", folder, pairs[i][0]);
+        files[1] = path_of("%s/%s", folder, pairs[i][1]);
+        if (file_exists(files[0]) && file_exists(files[1])) return true;
+    }
+    return false;
+}
+
+static Tokenizer *load_tokenizer_folder(const char *folder) {
+    const char *files[2];
+    if (!tokenizer_files(folder, files))
+        die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", folder);
+    Text lines = {0};
+    Json *json = json_read_file(files[0]), *vocabulary = json;
+    if (strcmp(files[0], files[1]) == 0)
+        vocabulary = read_tokenizer_json(json, &lines, files[0]);
+    else
+        lines = read_file(files[1]);
+    if (!vocabulary || vocabulary->kind != JSON_OBJECT)
+        die("%s: expected an object {\"token\": id, ...}", files[0]);
+    size_t count = 0;
+    for (const Json *token = vocabulary->child; token; token = token->next) count++;
+    Tokenizer *t = tokenizer_new(count, most_merges(&lines));
+    load_vocabulary(t, vocabulary, count, files[0]);
+    load_merges(t, &lines, true, files[1]);
+    find_byte_ids(t, false, folder);
+    json_free(json);
+    free(lines.data);
+    return t;
+}
+
+// The ids are the 256 bytes in the order of the characters that spell them ("!" is 0), the merges, and
+// <|endoftext|>, as in GPT-2.
+static Tokenizer *load_merges_file(const char *path) {
+    if (ends_with(path, ".bin") || ends_with(path, ".tiktoken"))
+        die("%s: is not a merges file; python3 data/convert.py %s FOLDER makes a folder of it", path, path);
+    Text lines = read_file(path);
+    Tokenizer *t = tokenizer_new(256 + most_merges(&lines) + 1, most_merges(&lines));
+    find_byte_ids(t, true, path);
+    load_merges(t, &lines, false, path);
+    name_add(t, END_OF_TEXT);
+    free(lines.data);
+    return t;
+}
+
+// Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
+// tokenizer.json), or from a merges file alone. Whatever is wrong with a file ends the program with one line.
+static Tokenizer *tokenizer_load(const char *path) {
+    Tokenizer *t = is_folder(path) ? load_tokenizer_folder(path) : load_merges_file(path);
+    t->end_of_text = *name_slot(t, END_OF_TEXT);
+    return t;
+}
+
+// Writes vocab.json and merges.txt into a folder, to the byte as Hugging Face's tokenizers writes them.
+static void tokenizer_save(const Tokenizer *t, const char *folder) {
+    make_folder(folder);
+    const char *vocabulary = path_of("%s/vocab.json", folder), *merges = path_of("%s/merges.txt", folder);
+    FILE *file = create_file(vocabulary);
+    for (int id = 0; id < t->vocab_size; id++) {
+        fputc(id ? ',' : '{', file);
+        json_write_string(file, t->names[id], strlen(t->names[id]));
+        fprintf(file, ":%d", id);
+    }
+    fputc('}', file);
+    finish_file(file, vocabulary);
+    file = create_file(merges);
+    fputs("#version: 0.2\n", file);
+    for (int i = 0; i < t->merge_count; i++)
+        fprintf(file, "%s %s\n", t->names[t->merges[i].left], t->names[t->merges[i].right]);
+    finish_file(file, merges);
+}
+
+// =====================================================================================================
+// 12. Model folders
 // =====================================================================================================
 // A model is a folder as Hugging Face writes it: config.json, model.safetensors, vocab.json, merges.txt
 // and two small files for the tokenizer and generation. A checkpoint is such a folder and beside it
@@ -2921,6 +2653,36 @@ static bool json_is_true(const Json *object, const char *key, bool otherwise) {
     return member && member->kind != JSON_NULL ? member->kind == JSON_TRUE : otherwise;
 }
 
+// The sizes as config.json calls them, what they are when it does not say (0: n_inner is 4 n_embd), and
+// limits that keep every count of elements far inside 64 bits.
+static const struct {
+    const char *name;
+    size_t field;
+    int otherwise, largest;
+} config_sizes[] = {
+    {"vocab_size", offsetof(Config, vocab_size), 50257, 1 << 24},
+    {"n_positions", offsetof(Config, n_positions), 1024, 1 << 20},
+    {"n_layer", offsetof(Config, n_layer), 12, 1000},
+    {"n_head", offsetof(Config, n_head), 12, 1 << 16},
+    {"n_embd", offsetof(Config, n_embd), 768, 1 << 16},
+    {"n_inner", offsetof(Config, n_inner), 0, 1 << 18},
+};
+enum { CONFIG_SIZES = sizeof config_sizes / sizeof *config_sizes };
+
+static int *config_size(Config *config, int i) { return (int *)((char *)config + config_sizes[i].field); }
+
+// Ends the program when a size is out of range or does not fit the others. `where` names the
+// file or the options.
+static void check_config(Config config, const char *where) {
+    for (int i = 0; i < CONFIG_SIZES; i++)
+        if (*config_size(&config, i) < 1 || *config_size(&config, i) > config_sizes[i].largest)
+            die("%s: %s must be between 1 and %d", where, config_sizes[i].name, config_sizes[i].largest);
+    if (config.n_embd % config.n_head)
+        die("%s: n_embd %d is not a multiple of n_head %d", where, config.n_embd, config.n_head);
+    if (!(config.layer_norm_epsilon > 0 && config.layer_norm_epsilon < 1))
+        die("%s: layer_norm_epsilon must be between 0 and 1", where);
+}
+
 // Reads config.json, and refuses by name the variants of GPT-2 that this program does not compute.
 static Config config_read(const char *path) {
     Json *json = json_read_file(path);
@@ -3084,7 +2846,7 @@ static long *list_checkpoints(const char *out, size_t *count, bool clean) {
 }
 
 // =====================================================================================================
-// 10. Data
+// 13. Data
 // =====================================================================================================
 // Whatever the file, training sees examples: n tokens make n - 1 rows, row i reading token i and being scored
 // on token i + 1, unless that still belongs to the prompt.
@@ -3326,13 +3088,23 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
     }
 }
 
+// #####################################################################################################
+// PART IV. Running it
+// #####################################################################################################
+// Seconds on a clock that never goes back.
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 // =====================================================================================================
-// 11. Training
+// 14. Training
 // =====================================================================================================
 // The recipe: warm up, decay, evaluate now and then, keep the best, stop in order. Everything that must
 // survive an interruption is in a checkpoint; everything else is a pure function of the options and the step.
 
-// The settings of a run, as section 12 reads them from the command line.
+// The settings of a run, as section 15 reads them from the command line.
 typedef struct {
     const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *stop;
     double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm;
@@ -3512,46 +3284,6 @@ static void load_trainer_state(Run *run, const char *folder, long step) {
     json_free(json);
 }
 
-typedef struct {
-    double loss, accuracy, norm, learning_rate;
-    size_t rows, targets;
-} Update;
-
-// Takes one update on `count` micro-batches. The loss is the mean over the scored tokens of all of them
-// together, so it does not matter how examples fall into micro-batches. Nothing is changed when nothing is
-// scored (then targets is 0), and the program ends before the update when loss or gradient is not finite.
-static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
-                          const Options *options, long step, double learning_rate) {
-    Update update = {.learning_rate = learning_rate};
-    double loss = 0;
-    size_t hits = 0;
-    for (long i = 0; i < count; i++) {
-        update.targets += (size_t)batches[i].targets;
-        update.rows += (size_t)batches[i].rows;
-    }
-    if (update.targets == 0) return update;
-    uint64_t stream = random_stream((uint64_t)options->seed, 0x64726f70u + (uint64_t)step);
-    for (long i = 0; i < count; i++) {
-        Dropout dropout = {(float)options->dropout, random_stream(stream, (uint64_t)i)};
-        activations_reserve(a, model, batches[i].rows, true, options->recompute, options->dropout > 0, false);
-        loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
-        for (int j = 0; j < batches[i].targets; j++) hits += a->hit[j];
-    }
-    update.loss = loss / (double)update.targets;
-    update.accuracy = (double)hits / (double)update.targets;
-    const Tensor *worst = NULL;
-    const bool finite = isfinite(update.loss);
-    update.norm = finite ? gradient_norm(model, &worst) : 0;
-    if (!finite || worst)
-        die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
-            "help",
-            step + 1, worst ? "gradient of " : "loss", worst ? worst->name : "");
-    Adam adam = {options->beta1, options->beta2, options->epsilon, options->weight_decay,
-                 options->max_grad_norm};
-    adamw_update(model, &adam, learning_rate, step + 1, clip_factor(update.norm, adam.max_grad_norm));
-    return update;
-}
-
 // Shows what the model writes after <|endoftext|>.
 static void print_sample(const Run *run) {
     Ids prompt = {0};
@@ -3655,10 +3387,16 @@ static int finish_training(const Run *run, double last_accuracy) {
     return passed ? 0 : 1;
 }
 
+static Hyperparameters hyperparameters_of(const Options *o) {
+    return (Hyperparameters){o->beta1,          o->beta2,           o->epsilon,        o->weight_decay,
+                             o->max_grad_norm, (float)o->dropout, (uint64_t)o->seed, o->recompute};
+}
+
 // Trains from run->step to run->steps, or until a signal or --patience ends it, and saves the final model in
 // OUT. With --overfit nothing is saved. Returns the program's exit status.
 static int train(Run *run) {
     const Options *options = run->options;
+    const Hyperparameters h = hyperparameters_of(options);
     const bool on_terminal = isatty(1);
     const long plain_every = run->steps / 40 > 0 ? run->steps / 40 : 1; // about 40 lines in a pipe
     // The first SIGINT or SIGTERM asks the loop to finish its step and save; a second one ends it at once.
@@ -3693,7 +3431,7 @@ static int train(Run *run) {
 
         double step_started = now();
         long count = next_batches(run, batches, &order, &order_epoch);
-        update = take_update(run->model, &run->activations, batches, count, options, run->step,
+        update = take_update(run->model, &run->activations, batches, count, &h, run->step,
                              rate_of(run, run->step));
         run->step++;
         if (update.targets == 0) {
@@ -3718,7 +3456,7 @@ static int train(Run *run) {
 }
 
 // =====================================================================================================
-// 12. Command line
+// 15. Command line
 // =====================================================================================================
 // One table makes the parser, --help, defaults and range checks, and the settings that a
 // checkpoint remembers.
@@ -3956,7 +3694,34 @@ static void print_help(void) {
            "signal and saved.\n");
 }
 
+static bool patterns_match(const Patterns *patterns, const char *name) {
+    for (size_t i = 0; i < patterns->size; i++) {
+        regex_t regex;
+        int error = regcomp(&regex, patterns->items[i], REG_EXTENDED | REG_NOSUB);
+        if (error) {
+            char reason[128];
+            regerror(error, &regex, reason, sizeof reason);
+            die_usage("regular expression '%s': %s", patterns->items[i], reason);
+        }
+        bool found = regexec(&regex, name, 0, NULL, 0) == 0;
+        regfree(&regex);
+        if (found) return true;
+    }
+    return false;
+}
+
+// How many parameters there are: all, or only those that are trained.
+static size_t count_parameters(const Model *model, bool only_trainable) {
+    size_t count = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        if (!(only_trainable && model->tensors[i].frozen)) count += model->tensors[i].size;
+    return count;
+}
+
 // ---- the machine ----
+
+static void choose_matmul(Options *options); // Part V
+static const char *matmul_name(void);
 
 // Gives each thread a core of its own when there are as many threads as cores. Left alone, the
 // system puts two of them on one core as soon as another program runs, and each waits out the
@@ -3976,38 +3741,6 @@ static void pin_threads(void) {
         CPU_SET(core, &own);
         sched_setaffinity(0, sizeof own, &own);
     }
-#endif
-}
-
-// Times both matmuls on one shape, the best of three, and takes the built-in one when it is
-// over 1.2 times faster.
-static void choose_matmul(Options *options) {
-#ifdef USE_OPENBLAS
-    if (openblas_get_parallel() == 1) // a pool of threads of its own, which would fight with OpenMP's
-        openblas_set_num_threads(1);
-#endif
-#ifdef USE_CBLAS
-    if (options->matmul == AUTO_CHOICE) {
-        enum { M = 256, N = 768, K = 768 };
-        float *memory = xfloats(M * K + K * N + M * N), *a = memory, *b = a + M * K, *c = b + K * N;
-        for (size_t i = 0; i < M * K + K * N; i++) memory[i] = random_uniform(1, i) - 0.5f;
-        double best[2] = {INFINITY, INFINITY};
-        for (int repeat = 0; repeat < 4; repeat++)
-            for (MatmulKind kind = MATMUL_BUILTIN; kind <= MATMUL_CBLAS; kind++) {
-                matmul_kind = kind;
-                double begin = now();
-                matmul(c, N, a, K, false, b, N, false, M, N, K, false);
-                double seconds = now() - begin;
-                best[kind] = repeat > 0 && seconds < best[kind] ? seconds : best[kind];
-            }
-        free(memory);
-        options->matmul = best[MATMUL_BUILTIN] * 1.2 < best[MATMUL_CBLAS] ? BUILTIN_CHOICE : OPENBLAS_CHOICE;
-    }
-    matmul_kind = options->matmul == BUILTIN_CHOICE ? MATMUL_BUILTIN : MATMUL_CBLAS;
-#else
-    if (options->matmul == OPENBLAS_CHOICE)
-        die_usage("--matmul openblas: this program was built without a BLAS; --matmul builtin works");
-    options->matmul = BUILTIN_CHOICE;
 #endif
 }
 
@@ -4191,12 +3924,7 @@ static void print_banner(const Run *run, const char *checkpoint) {
     const Config *config = &run->model->config;
     size_t tokens, targets;
     dataset_size(run->train, &tokens, &targets);
-    const char *blas = "CBLAS";
-#ifdef USE_OPENBLAS
-    blas = openblas_get_config(); // its version and the kind of core
-#endif
-    printf("machine: %d threads, %s\n", omp_get_max_threads(),
-           matmul_kind == MATMUL_BUILTIN ? "built-in matmul" : blas);
+    printf("machine: %d threads, %s\n", omp_get_max_threads(), matmul_name());
     printf(
         "model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them trained\n",
         checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
@@ -4325,3 +4053,327 @@ static int train_gpt2_main(int argc, char **argv) {
 #ifndef TRAIN_GPT2_NO_MAIN
 int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
 #endif
+
+// #####################################################################################################
+// PART V. Speed
+// #####################################################################################################
+// =====================================================================================================
+// 16. How a product gets fast
+// =====================================================================================================
+// ---- the built-in matmul: how a product gets fast ----
+// C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
+// what the processor can do: every multiplication waits for memory. Four steps repair that.
+// 1. Registers. A tile of C (6 x 16 floats with AVX2) stays in the vector registers while k runs. One step of
+//    k loads 16 floats of B and 6 of A, and multiplies each with each: 8 loads for 96 multiply-adds. The 12
+//    sums are independent, so no addition waits for the one before it.
+// 2. Cache. DEPTH steps of k at a time: a panel of B, as wide as the tile, then stays in the first-level
+//    cache for GROUP rows of A; those and a block of panels stay in the second-level cache.
+// 3. Packing. That block is first copied into the order in which tiles read it: one stream, few pages, and B
+//    is transposed on the way if need be. A is read in place, unless it is transposed or its rows, a multiple
+//    of 4 KB apart, would push each other out of the cache.
+// 4. Threads. C is cut into blocks; each thread takes the next one when it is done with its last.
+// Each element of C sums k = 0, 1, 2, ... in the same order, DEPTH at a time, wherever its tile lies and
+// whoever computes it: results do not depend on the number of threads. (After Goto and van de Geijn, "Anatomy
+// of High-Performance Matrix Multiplication", 2008.)
+
+#if defined(__AVX512F__)
+enum { LANES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers: 24 sums, 3 of B, 1 of A
+#elif defined(__AVX__)
+enum { LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2 }; // 16 registers: 12 sums, 2 of B, 1 of A
+#elif defined(__aarch64__)
+enum { LANES = 4, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers, narrower
+#else
+enum { LANES = 4, TILE_ROWS = 6, TILE_VECTORS = 2 };
+#endif
+enum { TILE_COLUMNS = LANES * TILE_VECTORS, DEPTH = 384, A_LD = DEPTH + 16, GROUP = 48, PACKED_B = 100000 };
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // at any address
+
+// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += with accumulate. op transposes when told; all is row-major;
+// ldc, lda, ldb are the distances between rows as stored.
+typedef struct {
+    float *C;
+    const float *A, *B;
+    size_t ldc, lda, ldb, M, N, K;
+    bool transpose_a, transpose_b, accumulate;
+    size_t rows, columns, across; // of a block of C, and how many blocks lie side by side
+} Product;
+
+// C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
+// computed more than once, beyond the right edge the panel holds anything: neither is stored.
+static void matmul_tile(float *C, size_t ldc, const float *A, size_t lda, const float *panel, size_t rows,
+                        size_t columns, size_t depth, bool add) {
+    Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
+    const float *a[TILE_ROWS];
+    for (size_t i = 0; i < TILE_ROWS; i++) {
+        a[i] = A + smaller(i, rows - 1) * lda;
+        __builtin_prefetch(C + smaller(i, rows - 1) * ldc + columns - 1, 1);
+    }
+    for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
+        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 8 * TILE_COLUMNS + j);
+        for (int i = 0; i < TILE_ROWS; i++)
+            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += a[i][k] * ((const Vector *)panel)[v];
+    }
+    for (size_t i = 0; i < TILE_ROWS && i < rows; i++, C += ldc) {
+        for (int v = 0; v < TILE_VECTORS && columns == TILE_COLUMNS; v++)
+            ((Vector *)C)[v] = sum[i][v] + (add ? ((Vector *)C)[v] : (Vector){0});
+        for (size_t j = 0; j < columns && columns < TILE_COLUMNS; j++)
+            C[j] = sum[i][j / LANES][j % LANES] + (add ? C[j] : 0);
+    }
+}
+
+// to (columns, rows) = from (rows, columns), transposed: four by four, which fits in registers.
+static void transpose(float *to, size_t to_ld, const float *from, size_t from_ld, size_t rows,
+                      size_t columns) {
+    for (size_t i = 0; i < rows; i += 4)
+        for (size_t j = 0; j < columns; j += 4) {
+            const float *a = from + i * from_ld + j;
+            float *out = to + j * to_ld + i;
+            for (size_t x = 8; x < 12; x++) __builtin_prefetch(a + x * from_ld);
+            if (i + 4 <= rows && j + 4 <= columns) {
+                float r[4][4];
+                for (size_t x = 0; x < 16; x++) r[x / 4][x % 4] = a[x / 4 * from_ld + x % 4];
+                for (size_t y = 0; y < 16; y++) out[y / 4 * to_ld + y % 4] = r[y % 4][y / 4];
+            } else // at an edge
+                for (size_t x = 0; x < 4 && i + x < rows; x++)
+                    for (size_t y = 0; y < 4 && j + y < columns; y++) out[y * to_ld + x] = a[x * from_ld + y];
+        }
+}
+
+// Copies the rows k.. (depth of them) and columns j.. (panel by panel) of op(B).
+static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, size_t depth, size_t j,
+                        size_t width) {
+    const float *B = p->B + (p->transpose_b ? j * p->ldb + k : k * p->ldb + j);
+    for (size_t c = 0; p->transpose_b && c < width; c += TILE_COLUMNS, panel += size)
+        transpose(panel, TILE_COLUMNS, B + c * p->ldb, p->ldb, smaller(width - c, TILE_COLUMNS), depth);
+    for (size_t d = 0; !p->transpose_b && d < depth; d++)
+        for (size_t c = 0; c < width; c += TILE_COLUMNS) {
+            const float *from = B + d * p->ldb + c;
+            float *to = panel + c / TILE_COLUMNS * size + d * TILE_COLUMNS;
+            for (int x = 0; x < TILE_COLUMNS; x += 16) __builtin_prefetch(from + 8 * p->ldb + x);
+            if (width - c >= TILE_COLUMNS)
+                memcpy(to, from, TILE_COLUMNS * sizeof(float)); // a constant size: two vectors, no call
+            else
+                memcpy(to, from, (width - c) * sizeof(float));
+        }
+}
+
+// One block of C, for all of K.
+static void matmul_block(const Product *p, size_t block) {
+    static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
+    size_t row = block / p->across * p->rows, end = smaller(row + p->rows, p->M);
+    size_t column = block % p->across * p->columns, columns = smaller(p->columns, p->N - column);
+    bool in_place = !p->transpose_a && p->lda % 1024 != 0;
+    size_t lda = in_place ? p->lda : A_LD;
+    for (size_t k = 0, depth, pieces = (p->K + DEPTH - 1) / DEPTH; pieces > 0; k += depth, pieces--) {
+        depth = (p->K - k) / pieces;
+        size_t panel_size = depth * TILE_COLUMNS + 16; // + 16: no multiple of 4 KB here either
+        matmul_pack(packed_b, panel_size, p, k, depth, column, columns);
+        for (size_t i = row, group; i < end; i += group) {
+            group = smaller(GROUP, end - i);
+            if (p->transpose_a) transpose(packed_a, A_LD, p->A + k * p->lda + i, p->lda, depth, group);
+            for (size_t x = 0; !in_place && !p->transpose_a && x < group; x++)
+                memcpy(packed_a + x * A_LD, p->A + (i + x) * p->lda + k, depth * sizeof(float));
+            const float *group_a = in_place ? p->A + i * p->lda + k : packed_a;
+            for (size_t j = 0; j < columns; j += TILE_COLUMNS)
+                for (size_t x = 0; x < group; x += TILE_ROWS)
+                    matmul_tile(p->C + (i + x) * p->ldc + column + j, p->ldc, group_a + x * lda, lda,
+                                packed_b + j / TILE_COLUMNS * panel_size, smaller(group - x, TILE_ROWS),
+                                smaller(columns - j, TILE_COLUMNS), depth, p->accumulate || k > 0);
+        }
+    }
+}
+
+// At most FEW rows, as when tokens are generated: nothing of B is used again, so it is read once,
+// in place. What is prefetched is what comes next: the processor's own guesses end at each page,
+// and rows may be pages apart.
+enum { FEW = 8 };
+
+// Columns column .. end - 1 of A · Bᵀ: dot products with the rows of B.
+static void few_rows_transposed(const Product *p, size_t column, size_t end) {
+    for (size_t j = column; j < end; j++) {
+        const float *B = p->B + j * p->ldb;
+        for (size_t k = 0; k < p->K; k += 16) __builtin_prefetch(B + (1 + 2048 / p->K) * p->ldb + k);
+        for (size_t i = 0; i < p->M; i++) {
+            const float *A = p->A + i * p->lda;
+            Vector sum[4] = {0};
+            float total = p->accumulate ? p->C[i * p->ldc + j] : 0;
+            size_t k = 0;
+            for (; k + 4 * LANES <= p->K; k += 4 * LANES)
+                for (int v = 0; v < 4; v++)
+                    sum[v] += ((const Vector *)(A + k))[v] * ((const Vector *)(B + k))[v];
+            const Vector all = sum[0] + sum[1] + (sum[2] + sum[3]);
+            const float *lanes = (const float *)&all;
+#pragma omp simd reduction(+ : total)
+            for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+            for (; k < p->K; k++) total += A[k] * B[k];
+            p->C[i * p->ldc + j] = total;
+        }
+    }
+}
+
+// Columns column .. end - 1 of A · B: eight rows of B at a time, each times its elements of A.
+static void few_rows_plain(const Product *p, size_t column, size_t end) {
+    const size_t ahead = 8 + 2048 / (end - column); // rows to prefetch
+    for (size_t i = 0; !p->accumulate && i < p->M; i++)
+        memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
+    for (size_t k = 0, n; k < p->K; k += n) {
+        const float *B = p->B + k * p->ldb;
+        float a[FEW][8] = {0};
+        n = smaller(8, p->K - k);
+        for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
+        size_t j = column;
+        for (; n == 8 && j + LANES <= end; j += LANES) {
+            Vector b[8];
+            for (size_t x = 0; x < 8; x++) {
+                b[x] = *(const Vector *)(B + x * p->ldb + j);
+                __builtin_prefetch(B + (x + ahead) * p->ldb + j);
+            }
+            for (size_t i = 0; i < p->M; i++) {
+                Vector sum = *(Vector *)(p->C + i * p->ldc + j);
+                for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
+                *(Vector *)(p->C + i * p->ldc + j) = sum;
+            }
+        }
+        for (; j < end; j++)
+            for (size_t i = 0; i < p->M; i++)
+                for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
+    }
+}
+
+static void matmul_few_rows(const Product *p, size_t block) {
+    size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
+    (p->transpose_b ? few_rows_transposed : few_rows_plain)(p, column, end);
+}
+
+// Cuts C into blocks and shares them out. Inside a parallel region the calling thread works alone.
+static void matmul_builtin(Product p) {
+    if (p.M == 0 || p.N == 0) return;
+    bool few = (p.M <= FEW && !p.transpose_a) || p.K == 0;
+    bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
+    size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
+    // A block's panels: none wider than packed_b can hold, as many blocks as threads or a multiple of them.
+    size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    size_t most = few ? panels : PACKED_B / (smaller(p.K, DEPTH) * TILE_COLUMNS + 16);
+    p.across = ((panels + most - 1) / most + threads - 1) / threads * threads;
+    p.columns = (panels + p.across - 1) / p.across * TILE_COLUMNS;
+    p.across = (p.N + p.columns - 1) / p.columns;
+    p.rows = few || threads == 1 ? p.M : smaller(p.M, 10 * GROUP);
+    size_t blocks = p.across * ((p.M + p.rows - 1) / p.rows);
+    void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
+    if (threads == 1) // even an idle parallel region takes time
+        for (size_t block = 0; block < blocks; block++) work(&p, block);
+    else
+#pragma omp parallel for schedule(dynamic)
+        for (size_t block = 0; block < blocks; block++) work(&p, block);
+}
+
+// ---- the one matmul ----
+// Every product of the program goes through matmul(): a CBLAS where there is one, or the built-in one.
+
+typedef enum { MATMUL_BUILTIN, MATMUL_CBLAS } MatmulKind;
+
+#ifdef USE_CBLAS
+static MatmulKind matmul_kind = MATMUL_CBLAS;
+#else
+static MatmulKind matmul_kind = MATMUL_BUILTIN;
+#endif
+
+// C (M, N) = op(A) (M, K) · op(B) (K, N), or C +=, as Product says. Uses all threads, or only the calling one
+// inside a parallel region.
+static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
+                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate) {
+#ifdef USE_CBLAS
+    bool empty = M == 0 || N == 0 || K == 0;
+    bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
+    if (matmul_kind == MATMUL_CBLAS && !few_rows && !empty) {
+        // Not in a parallel region of one thread (`if (false)`): OpenMP would make new threads each time.
+        cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
+                    transpose_b ? CblasTrans : CblasNoTrans, (int)M, (int)N, (int)K, 1, A, (int)lda, B,
+                    (int)ldb, accumulate, C, (int)ldc);
+        return;
+    }
+#endif
+    matmul_builtin((Product){C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0});
+}
+
+// Times both matmuls on one shape, the best of three, and takes the built-in one when it is
+// over 1.2 times faster.
+static void choose_matmul(Options *options) {
+#ifdef USE_OPENBLAS
+    if (openblas_get_parallel() == 1) // a pool of threads of its own, which would fight with OpenMP's
+        openblas_set_num_threads(1);
+#endif
+#ifdef USE_CBLAS
+    if (options->matmul == AUTO_CHOICE) {
+        enum { M = 256, N = 768, K = 768 };
+        float *memory = xfloats(M * K + K * N + M * N), *a = memory, *b = a + M * K, *c = b + K * N;
+        for (size_t i = 0; i < M * K + K * N; i++) memory[i] = random_uniform(1, i) - 0.5f;
+        double best[2] = {INFINITY, INFINITY};
+        for (int repeat = 0; repeat < 4; repeat++)
+            for (MatmulKind kind = MATMUL_BUILTIN; kind <= MATMUL_CBLAS; kind++) {
+                matmul_kind = kind;
+                double begin = now();
+                matmul(c, N, a, K, false, b, N, false, M, N, K, false);
+                double seconds = now() - begin;
+                best[kind] = repeat > 0 && seconds < best[kind] ? seconds : best[kind];
+            }
+        free(memory);
+        options->matmul = best[MATMUL_BUILTIN] * 1.2 < best[MATMUL_CBLAS] ? BUILTIN_CHOICE : OPENBLAS_CHOICE;
+    }
+    matmul_kind = options->matmul == BUILTIN_CHOICE ? MATMUL_BUILTIN : MATMUL_CBLAS;
+#else
+    if (options->matmul == OPENBLAS_CHOICE)
+        die_usage("--matmul openblas: this program was built without a BLAS; --matmul builtin works");
+    options->matmul = BUILTIN_CHOICE;
+#endif
+}
+
+// What the banner says of the matmul in use.
+static const char *matmul_name(void) {
+#ifdef USE_OPENBLAS
+    if (matmul_kind == MATMUL_CBLAS) return openblas_get_config(); // its version and the kind of core
+#endif
+    return matmul_kind == MATMUL_BUILTIN ? "built-in matmul" : "CBLAS";
+}
+
+// ---- exp ----
+// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where eight terms of the series
+// suffice: the relative error stays below 2e-7. Unlike expf it is plain arithmetic, so the compiler
+// vectorises loops around it. Below -87 the result stays at 1.6e-38 in place of denormals; NaN stays NaN.
+static inline float fast_exp(float x) {
+    const float rounder = 12582912.0f; // 1.5 · 2^23: adding it leaves the rounded integer in the low bits
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    union {
+        float f;
+        int32_t i;
+    } n = {.f = x * 1.44269504f + rounder}, power;
+    // 2^n has n + 127 in the exponent's bits, and 0x4b400000 are rounder's. (Unsigned: NaN shifts bits out.)
+    power.i = (int32_t)((uint32_t)(n.i - 0x4b400000 + 127) << 23);
+    n.f -= rounder;
+    float r = x - n.f * 0.693359375f + n.f * 2.12194440e-4f; // ln 2 in two parts, the first one exact in n.f
+    float series = 1 / 5040.f;                               // of exp(r), innermost term first
+    series = series * r + 1 / 720.f;
+    series = series * r + 1 / 120.f;
+    series = series * r + 1 / 24.f;
+    series = series * r + 1 / 6.f;
+    series = series * r + 1 / 2.f;
+    series = series * r + 1;
+    series = series * r + 1;
+    return series * power.f;
+}
+
+// The largest of x (n), or -INFINITY. Sixteen maxima side by side, because compilers keep the
+// order of comparisons.
+static float largest_of(const float *x, int n) {
+    float largest[16];
+    int i = 0;
+    for (int lane = 0; lane < 16; lane++) largest[lane] = -INFINITY;
+    for (; i + 16 <= n; i += 16)
+        for (int lane = 0; lane < 16; lane++)
+            largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
+    for (; i < n; i++) largest[0] = x[i] > largest[0] ? x[i] : largest[0];
+    for (int lane = 1; lane < 16; lane++)
+        largest[0] = largest[lane] > largest[0] ? largest[lane] : largest[0];
+    return largest[0];
+}

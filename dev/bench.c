@@ -203,9 +203,9 @@ KERNEL(run_gradient_norm) {
     gradient_norm(model, &worst);
 }
 KERNEL(run_adamw) {
-    Adam adam = {0.9, 0.999, 1e-8, 0.01, 1};
+    const Hyperparameters h = {0.9, 0.999, 1e-8, 0.01, 1, 0, 0, false};
     (void)a, (void)batch;
-    adamw_update(model, &adam, 1e-6, 1000, 1);
+    adamw_update(model, &h, 1e-6, 1000, 1);
 }
 
 // ---- the machine ----
@@ -283,10 +283,11 @@ int main(int argc, char **argv) {
     // The step.
     double times[MOST];
     int steps = options.steps ? (int)smaller((size_t)options.steps, MOST) : R > 1500 ? 5 : 9;
-    take_update(model, &a, &batch, 1, &options, 0, 1e-6);
+    const Hyperparameters h = hyperparameters_of(&options);
+    take_update(model, &a, &batch, 1, &h, 0, 1e-6);
     for (int i = 0; i < steps; i++) {
         double start = now();
-        take_update(model, &a, &batch, 1, &options, i + 1, 1e-6);
+        take_update(model, &a, &batch, 1, &h, i + 1, 1e-6);
         times[i] = now() - start;
     }
     double step = median(times, steps), best = times[0];

@@ -171,7 +171,7 @@ static void show_gradients(const Model *model, double norm) {
 }
 
 // One weight through AdamW, before and after.
-static void show_weight(const Tensor *tensor, float before, float clip, const Adam *adam, double rate) {
+static void show_weight(const Tensor *tensor, float before, float clip, const Hyperparameters *adam, double rate) {
     double g = tensor->gradient[0] * clip, m = tensor->exp_avg[0], v = tensor->exp_avg_sq[0];
     fprintf(out, "%s[0]:\n", tensor->name);
     fprintf(out, "  g = %.6f   m = %.7f   v = %.3e\n", g, m, v);
@@ -217,7 +217,7 @@ static void walk(void) {
     show_forward(model, t, &a, &batch);
     show_loss(model, t, &a, &batch, classifier(model, &a, &batch, false, 0, false));
 
-    const Adam adam = {0.9, 0.999, 1e-8, 0.01, 1};
+    const Hyperparameters adam = {0.9, 0.999, 1e-8, 0.01, 1, 0, 0, false};
     const double rate = 1e-2;
     const Tensor *worst, *weight = model_tensor(model, FC_WEIGHT, 0), *bias = model_tensor(model, FC_BIAS, 0);
     double losses[101];
