@@ -25,10 +25,12 @@ const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
 static const char *current_test = "";
 static int failures_of_test = 0;
+static size_t checks_of_test = 0; // a test that makes none has failed: see main
 static char self_path[4096]; // of this program, which also acts as the trainer: see run_trainer
 
 // Records whether something holds; says what when it does not.
 static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *format, ...) {
+    checks_of_test++;
     if (ok || ++failures_of_test > 5) return;
     va_list arguments;
     va_start(arguments, format);
@@ -54,7 +56,7 @@ static int run_child(void (*f)(void), Text *stderr_text) {
     FILE *file = fdopen(ends[0], "r");
     read_stream(stderr_text, file, "standard error of a test");
     fclose(file);
-    waitpid(child, &status, 0);
+    if (waitpid(child, &status, 0) != child) die("waitpid: %s", strerror(errno));
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
@@ -211,144 +213,178 @@ static void keep_tensor(StoredTensor **list, size_t *count, size_t *capacity, co
     memcpy(kept->data, data, shape->bytes);
 }
 
+// What is compared, in this order.
+enum { LOGITS, LOSS, GRADIENTS, LOSSES, NORMS, RATES, UPDATES, KINDS };
+
+// A reference folder at work: what PyTorch computed, our model and batches, and what we computed so far.
+typedef struct {
+    const char *folder;
+    char *path; // of its reference.safetensors
+    SafeTensors file;
+    Options options;
+    Model *model;
+    int B, T, A; // sequences, their length, micro-batches
+    Batch whole, *batches;
+    const int64_t *mask; // (B, T)
+    Activations activations;
+    StoredTensor *kept; // ours, for --dump
+    size_t kept_count, kept_capacity;
+    Worst worst[KINDS];
+} Reference;
+
+// Packs the reference's sequences as one batch and as its micro-batches.
+static void reference_batches(Reference *r) {
+    const StoredTensor *ids = reference_tensor(&r->file, "input_ids", "I64", 0, r->path);
+    if (ids->dims != 2) die("%s: input_ids must be [B, T]", r->path);
+    const int B = r->B = (int)ids->shape[0], T = r->T = (int)ids->shape[1];
+    const int A = r->A = (int)r->options.accumulate;
+    const int64_t V = r->model->config.vocab_size, P = r->model->config.n_positions;
+    static const char *const names[] = {"input_ids", "attention_mask", "position_ids", "labels"};
+    const int64_t *data[4]; // of these names
+    for (int i = 0; i < 4; i++)
+        data[i] = (int64_t *)reference_tensor(&r->file, names[i], "I64", ids->count, r->path)->data;
+    const int64_t *input_ids = data[0], *mask = r->mask = data[1], *positions = data[2], *labels = data[3];
+    for (size_t i = 0; i < ids->count; i++)
+        if (mask[i] && (input_ids[i] < 0 || input_ids[i] >= V || positions[i] < 0 || positions[i] >= P ||
+                        labels[i] >= V))
+            die("%s: token, position or label out of range at element %zu", r->path, i);
+    if (T > P) die("%s: sequences of %d, but the model has %d positions", r->path, T, (int)P);
+    if (B % A) die("%s: %d sequences do not make %d micro-batches", r->path, B, A);
+    pack_padded(&r->whole, input_ids, mask, positions, labels, B, T);
+    r->batches = xcalloc((size_t)A, sizeof *r->batches);
+    for (int a = 0; a < A; a++) {
+        size_t begin = (size_t)a * (B / A) * T;
+        pack_padded(&r->batches[a], input_ids + begin, mask + begin, positions + begin, labels + begin, B / A,
+                    T);
+    }
+}
+
+static Reference reference_open(const char *folder, bool recompute) {
+    static const char *const kinds[KINDS] = {"logits", "loss",  "gradients", "losses",
+                                             "norms",  "rates", "updates"};
+    Reference r = {.folder = folder, .path = xprintf("%s/reference.safetensors", folder)};
+    for (int i = 0; i < KINDS; i++) r.worst[i].kind = kinds[i];
+    r.file = safetensors_open(r.path);
+    const Json *metadata = json_get(json_get(r.file.header, "__metadata__"), "options");
+    options_from_text(&r.options, metadata && metadata->string ? metadata->string : "");
+    r.options.recompute = r.activations.recompute = recompute;
+    r.model = model_load(folder);
+    model_set_training(r.model, &r.options.freeze, &r.options.no_decay);
+    model_allocate_training(r.model, true);
+    reference_batches(&r);
+    return r;
+}
+
+static void reference_close(Reference *r) {
+    for (size_t i = 0; i < r->kept_count; i++) {
+        free((char *)r->kept[i].name);
+        free(r->kept[i].data);
+    }
+    free(r->kept);
+    for (int a = 0; a < r->A; a++) batch_free(&r->batches[a]);
+    free(r->batches);
+    batch_free(&r->whole);
+    activations_free(&r->activations);
+    model_free(r->model);
+    safetensors_close(&r->file, false);
+    free(r->path);
+}
+
+// Keeps `ours`, `count` floats, and returns PyTorch's tensor of that name.
+static const StoredTensor *reference_keep(Reference *r, const char *name, const float *ours, size_t count) {
+    const StoredTensor *theirs = reference_tensor(&r->file, name, "F32", count, r->path);
+    keep_tensor(&r->kept, &r->kept_count, &r->kept_capacity, "", name, theirs, ours);
+    return theirs;
+}
+
+static void reference_compare(Reference *r, int kind, const char *name, const float *ours, size_t count) {
+    compare_values(&r->worst[kind], name, ours, reference_keep(r, name, ours, count));
+}
+
+// One pass over all sequences: logits, loss and gradients.
+static void reference_pass(Reference *r) {
+    const size_t V = (size_t)r->model->config.vocab_size, padded_size = (size_t)r->B * (size_t)r->T * V;
+    float *packed = xfloats((size_t)r->whole.rows * V), *padded = xfloats(padded_size);
+    all_logits(r->model, &r->activations, &r->whole, packed);
+    unpack_rows(padded, packed, r->mask, r->B, r->T, V);
+    reference_compare(r, LOGITS, "logits", padded, padded_size);
+    free(packed);
+    free(padded);
+
+    const int targets = r->whole.targets;
+    double total = 0;
+    for (int a = 0; a < r->A; a++) {
+        activations_reserve(&r->activations, r->model, r->batches[a].rows, true, r->options.recompute, false,
+                            false);
+        total += model_forward_backward(r->model, &r->activations, &r->batches[a],
+                                        targets ? 1.0f / (float)targets : 0, a > 0, (Dropout){0});
+    }
+    float loss = targets ? (float)(total / targets) : 0;
+    reference_compare(r, LOSS, "loss", &loss, 1);
+    for (int i = 0; i < r->model->tensor_count; i++) {
+        const Tensor *tensor = &r->model->tensors[i];
+        char *name = xprintf("grad.%s", tensor->name);
+        if (tensor->gradient)
+            reference_compare(r, GRADIENTS, name, tensor->gradient, tensor->size);
+        else if (safetensors_find(&r->file, name))
+            die("%s: has %s, which --freeze makes superfluous", r->path, name);
+        free(name);
+    }
+}
+
+// The updates, if the reference has some: loss, norm and rate of each, and where they took the weights.
+static void reference_updates(Reference *r) {
+    const StoredTensor *series = safetensors_find(&r->file, "losses");
+    if (!series) return;
+    const Options *o = &r->options;
+    const size_t steps = series->count;
+    float *initial = xfloats(count_parameters(r->model, false)), *at = initial, *values[3];
+    for (int i = 0; i < r->model->tensor_count; at += r->model->tensors[i++].size)
+        memcpy(at, r->model->tensors[i].value, r->model->tensors[i].size * sizeof(float));
+    for (int i = 0; i < 3; i++) values[i] = xfloats(steps);
+    const long total = o->steps ? o->steps : (long)steps, warmup = warmup_of(o, total, total);
+    for (size_t s = 0; s < steps; s++) {
+        double factor = schedule_factor((Schedule)o->schedule, (long)s, warmup, total, o->final_lr);
+        Update update = take_update(r->model, &r->activations, r->batches, r->A, HYPERPARAMETERS(o), (long)s,
+                                    factor * o->learning_rate);
+        values[0][s] = (float)update.loss;
+        values[1][s] = (float)update.norm;
+        values[2][s] = (float)update.learning_rate;
+    }
+    static const char *const names[] = {"losses", "grad_norms", "learning_rates"};
+    for (int i = 0; i < 3; i++) {
+        reference_compare(r, LOSSES + i, names[i], values[i], steps);
+        free(values[i]);
+    }
+    at = initial;
+    for (int i = 0; i < r->model->tensor_count; at += r->model->tensors[i++].size) {
+        const Tensor *tensor = &r->model->tensors[i];
+        char *name = xprintf("param.%s", tensor->name);
+        compare_update(&r->worst[UPDATES], tensor, at, reference_keep(r, name, tensor->value, tensor->size));
+        free(name);
+    }
+    free(initial);
+}
+
 // Computes everything that the folder's reference.safetensors holds, compares, prints (unless `quiet`) the worst
 // deviation of each kind, and returns whether all are inside the tolerance. With dump_path also writes it all.
 static bool compare_reference(const char *folder, const char *dump_path, bool quiet, bool recompute) {
-    char *path = xprintf("%s/reference.safetensors", folder);
-    SafeTensors file = safetensors_open(path);
-    const Json *metadata = json_get(json_get(file.header, "__metadata__"), "options");
-    Options options;
-    options_from_text(&options, metadata && metadata->string ? metadata->string : "");
-    options.recompute = recompute;
-    Model *model = model_load(folder);
-    const size_t V = (size_t)model->config.vocab_size;
-    model_set_training(model, &options.freeze, &options.no_decay);
-    model_allocate_training(model, true);
-
-    const StoredTensor *ids = reference_tensor(&file, "input_ids", "I64", 0, path);
-    if (ids->dims != 2) die("%s: input_ids must be [B, T]", path);
-    const int B = (int)ids->shape[0], T = (int)ids->shape[1], A = (int)options.accumulate;
-    const int64_t *input_ids = (int64_t *)ids->data;
-    const int64_t *mask = (int64_t *)reference_tensor(&file, "attention_mask", "I64", ids->count, path)->data;
-    const int64_t *positions =
-        (int64_t *)reference_tensor(&file, "position_ids", "I64", ids->count, path)->data;
-    const int64_t *labels = (int64_t *)reference_tensor(&file, "labels", "I64", ids->count, path)->data;
-    for (size_t i = 0; i < ids->count; i++)
-        if (mask[i] && (input_ids[i] < 0 || input_ids[i] >= (int64_t)V || positions[i] < 0 ||
-                        positions[i] >= model->config.n_positions || labels[i] >= (int64_t)V))
-            die("%s: token, position or label out of range at element %zu", path, i);
-    if (T > model->config.n_positions)
-        die("%s: sequences of %d, but the model has %d positions", path, T, model->config.n_positions);
-    if (B % A) die("%s: %d sequences do not make %d micro-batches", path, B, A);
-
-    Batch whole = {0}, *batches = xcalloc((size_t)A, sizeof *batches);
-    pack_padded(&whole, input_ids, mask, positions, labels, B, T);
-    for (int a = 0; a < A; a++) {
-        size_t begin = (size_t)a * (B / A) * T;
-        pack_padded(&batches[a], input_ids + begin, mask + begin, positions + begin, labels + begin, B / A,
-                    T);
-    }
-    Activations activations = {.recompute = recompute};
-    StoredTensor *kept = NULL;
-    size_t kept_count = 0, kept_capacity = 0;
-    Worst worst[] = {{.kind = "logits"}, {.kind = "loss"},  {.kind = "gradients"}, {.kind = "losses"},
-                     {.kind = "norms"},  {.kind = "rates"}, {.kind = "updates"}};
-    enum { LOGITS, LOSS, GRADIENTS, LOSSES, NORMS, RATES, UPDATES, KINDS };
-
-    const StoredTensor *theirs = reference_tensor(&file, "logits", "F32", ids->count * V, path);
-    float *packed = xfloats((size_t)whole.rows * V), *padded = xfloats(ids->count * V);
-    all_logits(model, &activations, &whole, packed);
-    unpack_rows(padded, packed, mask, B, T, V);
-    compare_values(&worst[LOGITS], "logits", padded, theirs);
-    keep_tensor(&kept, &kept_count, &kept_capacity, "", "logits", theirs, padded);
-
-    double total = 0;
-    for (int a = 0; a < A; a++) {
-        activations_reserve(&activations, model, batches[a].rows, true, recompute, false, false);
-        total += model_forward_backward(model, &activations, &batches[a],
-                                        whole.targets ? 1.0f / (float)whole.targets : 0, a > 0, (Dropout){0});
-    }
-    float loss = whole.targets ? (float)(total / whole.targets) : 0;
-    theirs = reference_tensor(&file, "loss", "F32", 1, path);
-    compare_values(&worst[LOSS], "loss", &loss, theirs);
-    keep_tensor(&kept, &kept_count, &kept_capacity, "", "loss", theirs, &loss);
-    for (int i = 0; i < model->tensor_count; i++) {
-        const Tensor *tensor = &model->tensors[i];
-        char *name = xprintf("grad.%s", tensor->name);
-        if (tensor->gradient) {
-            theirs = reference_tensor(&file, name, "F32", tensor->size, path);
-            compare_values(&worst[GRADIENTS], name, tensor->gradient, theirs);
-            keep_tensor(&kept, &kept_count, &kept_capacity, "", name, theirs, tensor->gradient);
-        } else if (safetensors_find(&file, name)) {
-            die("%s: has %s, which --freeze makes superfluous", path, name);
-        }
-        free(name);
-    }
-
-    if (safetensors_find(&file, "losses")) {
-        size_t steps = safetensors_find(&file, "losses")->count;
-        float *initial = xfloats(count_parameters(model, false)), *at = initial;
-        float *losses = xfloats(steps), *norms = xfloats(steps), *rates = xfloats(steps);
-        for (int i = 0; i < model->tensor_count; at += model->tensors[i++].size)
-            memcpy(at, model->tensors[i].value, model->tensors[i].size * sizeof(float));
-        long total_steps = options.steps ? options.steps : (long)steps;
-        long warmup = warmup_of(&options, total_steps, total_steps);
-        for (size_t s = 0; s < steps; s++) {
-            double factor =
-                schedule_factor((Schedule)options.schedule, (long)s, warmup, total_steps, options.final_lr);
-            Update update = take_update(model, &activations, batches, A, HYPERPARAMETERS(&options), (long)s,
-                                        factor * options.learning_rate);
-            losses[s] = (float)update.loss;
-            norms[s] = (float)update.norm;
-            rates[s] = (float)update.learning_rate;
-        }
-        const struct {
-            const char *name;
-            const float *values;
-        } series[] = {{"losses", losses}, {"grad_norms", norms}, {"learning_rates", rates}};
-        for (int i = 0; i < 3; i++) {
-            theirs = reference_tensor(&file, series[i].name, "F32", steps, path);
-            compare_values(&worst[LOSSES + i], series[i].name, series[i].values, theirs);
-            keep_tensor(&kept, &kept_count, &kept_capacity, "", series[i].name, theirs, series[i].values);
-        }
-        at = initial;
-        for (int i = 0; i < model->tensor_count; at += model->tensors[i++].size) {
-            char *name = xprintf("param.%s", model->tensors[i].name);
-            theirs = reference_tensor(&file, name, "F32", model->tensors[i].size, path);
-            compare_update(&worst[UPDATES], &model->tensors[i], at, theirs);
-            keep_tensor(&kept, &kept_count, &kept_capacity, "", name, theirs, model->tensors[i].value);
-            free(name);
-        }
-        free(initial);
-        free(losses);
-        free(norms);
-        free(rates);
-    }
-    bool passed = true;
+    Reference r = reference_open(folder, recompute);
+    reference_pass(&r);
+    reference_updates(&r);
+    bool passed = r.worst[LOGITS].compared && r.worst[LOSS].compared && r.worst[GRADIENTS].compared;
     for (int i = 0; i < KINDS; i++) {
-        passed = passed && worst[i].outside == 0;
-        if (worst[i].compared && (!quiet || worst[i].outside))
-            printf("    %-28s %-10s worst absolute %.2e, relative %.2e in %s%s\n", folder, worst[i].kind,
-                   worst[i].absolute, worst[i].relative, worst[i].where,
-                   worst[i].outside ? "   OUTSIDE" : "");
+        const Worst *worst = &r.worst[i];
+        passed = passed && worst->outside == 0;
+        if (worst->compared && (!quiet || worst->outside))
+            printf("    %-28s %-10s worst absolute %.2e, relative %.2e in %s%s\n", folder, worst->kind,
+                   worst->absolute, worst->relative, worst->where, worst->outside ? "   OUTSIDE" : "");
     }
-    if (dump_path) safetensors_write(dump_path, kept, kept_count);
-    for (size_t i = 0; i < kept_count; i++) {
-        free((char *)kept[i].name);
-        free(kept[i].data);
-    }
-    free(kept);
-    free(packed);
-    free(padded);
-    for (int a = 0; a < A; a++) batch_free(&batches[a]);
-    free(batches);
-    batch_free(&whole);
-    activations_free(&activations);
-    model_free(model);
-    safetensors_close(&file, false);
-    free(path);
+    if (dump_path) safetensors_write(dump_path, r.kept, r.kept_count);
+    reference_close(&r);
     return passed;
 }
+
 // ---- matmul ----
 
 // Random operands. Storage ends exactly where the last row does, so that a sanitizer sees any read beyond; C
@@ -413,7 +449,7 @@ static double matmul_case_error(MatmulCase *c) {
         double error = c->C[at] == before[at] ? 0 : HUGE_VAL, wanted = c->accumulate ? before[at] : 0;
         if (i < c->M && j < c->N)
             error = fabs(c->C[at] - wanted - matmul_naive(c, i, j)) * 0x1p24 / (double)(c->K + 1);
-        worst = error <= worst ? worst : error; // NaN counts as worst
+        if (!(error <= worst)) worst = isnan(error) ? HUGE_VAL : error; // so that a NaN stays the worst
     }
     free(before);
     return worst;
@@ -926,7 +962,7 @@ static void test_long_runs(void) {
     tokenizer_free(t);
 }
 
-// The command-line program, when it was built beside this one.
+// The command-line program, which `make` builds beside this one.
 static void test_tokenizer_program(void) {
     const char *slash = strrchr(self_path, '/');
     char *program = xprintf("%.*s/tokenizer", slash ? (int)(slash - self_path) : 1, slash ? self_path : ".");
@@ -959,7 +995,7 @@ static void test_tokenizer_program(void) {
         {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
         {"$T", 2, "expected a command"},
     };
-    if (!file_exists(program)) printf("    %s is not built: not tested\n", program);
+    check(file_exists(program), "%s is not built; make builds it", program);
     for (size_t i = 0; i < sizeof cases / sizeof *cases && file_exists(program); i++) {
         char *full = realpath(program, NULL);
         char *command = xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, cases[i].command);
@@ -1256,7 +1292,8 @@ static void test_exp(void) {
     double worst = 0;
     for (int i = 0; i <= 1000000; i++) {
         float x = -87.0f + 175.0f * 1e-6f * (float)i;
-        worst = fmax(worst, x <= 88 ? fabs(fast_exp(x) / exp(x) - 1) : 0);
+        double error = x <= 88 ? fabs(fast_exp(x) / exp(x) - 1) : 0;
+        if (!(error <= worst)) worst = isnan(error) ? HUGE_VAL : error; // fmax would lose a NaN
     }
     check(worst < 2e-7, "relative error %.2e", worst);
     check(fast_exp(0) == 1, "exp(0) is %.9g", fast_exp(0));
@@ -2406,8 +2443,15 @@ static pid_t start_trainer(rlim_t file_limit, const char *words) {
 
 static int wait_for(pid_t child) {
     int status;
-    waitpid(child, &status, 0);
+    if (waitpid(child, &status, 0) != child) die("waitpid: %s", strerror(errno));
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// Has a child ended? It stays to be waited for.
+static bool has_ended(pid_t child) {
+    siginfo_t ended = {0};
+    waitid(P_PID, (id_t)child, &ended, WEXITED | WNOHANG | WNOWAIT);
+    return ended.si_pid != 0;
 }
 
 // Makes, once, what the runs need: a tokenizer of two merges (V = 259), texts, a model folder.
@@ -3641,10 +3685,8 @@ static void test_run(void) {
 // Waits until the log of a run has this many lines, or the run has ended.
 static void wait_for_lines(const char *out, size_t lines, pid_t child) {
     char *path = xprintf("%s/log.csv", in_tests(out));
-    siginfo_t ended = {0};
-    for (size_t count = 0; count < lines && ended.si_pid == 0;) {
+    for (size_t count = 0; count < lines && !has_ended(child);) {
         usleep(200);
-        waitid(P_PID, (id_t)child, &ended, WEXITED | WNOHANG | WNOWAIT);
         if (!file_exists(path)) continue;
         Text text = read_file(path);
         count = count_of(text.data, "\n");
@@ -3985,8 +4027,10 @@ int main(int argc, char **argv) {
         double begin = now();
         current_test = tests[i].name;
         failures_of_test = 0;
+        checks_of_test = 0;
         fflush(stdout);
         tests[i].function();
+        check(checks_of_test > 0, "made no check at all");
         printf("%-6s %-60s %6.2f s\n", failures_of_test ? "FAILED" : "ok", tests[i].name, now() - begin);
         failures_of_test ? failed++ : passed++;
     }
