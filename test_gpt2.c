@@ -2813,36 +2813,74 @@ static void save_changed(StoredTensor change, const char *name) {
     model_free(model);
 }
 
-static void test_damaged_weights(void) {
+static Model *undamaged; // what child_same_model compares with
+
+// Status 0: loaded, and the same to the bit; 3: loaded, but something else.
+static void child_same_model(void) {
+    alarm(20);
+    if (!same_values(model_load(child_path), undamaged)) _exit(3);
+}
+
+// A weights file that ends too early.
+static void test_cut_weights(void) {
     Model *model = small_model(true);
-    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
-    model_save(model, NULL, folder);
+    const char *weights = in_tests("small/model.safetensors");
+    model_save(model, NULL, in_tests("small"));
     model_free(model);
+    child_path = in_tests("small");
+    Text good = read_file(weights);
+    uint64_t header;
+    memcpy(&header, good.data, 8);
+    for (size_t size = 0; size <= good.size; size += size < 8 + header ? 97 : 997) {
+        size_t kept = size + 997 > good.size ? good.size - 1 : size; // the last time: one byte is missing
+        put_file(weights, good.data, kept);
+        const char *error = kept == 0           ? "expected a regular file that is not empty"
+                            : kept < 8 + header ? "its header should have"
+                                                : "the file is cut off";
+        expect_death(child_model, weights, "cut off");
+        expect_death(child_model, error, "cut off");
+    }
+    free(good.data);
+}
+
+// One byte of the header wrong: one line. Only in the metadata, which nobody reads, and among the spaces at the
+// end it may be something else that is right; then the model is the same.
+static void test_wrong_header(void) {
+    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
+    undamaged = small_model(true);
+    model_save(undamaged, NULL, folder);
     child_path = folder;
     Text good = read_file(weights), printed = {0};
     uint64_t header;
     memcpy(&header, good.data, 8);
-    for (size_t size = 0; size < good.size; size += size < 8 + header ? 97 : 997) {
-        put_file(weights, good.data, size);
-        expect_death(child_model, weights, "cut off");
-    }
-    put_file(weights, good.data, good.size - 1);
-    expect_death(child_model, weights, "the last byte is missing");
-    for (uint64_t i = 0; i < 300;
-         i++) { // one byte of the header wrong: loaded (a name in the metadata), or one line
-        size_t at = random_bits(1, i) % (8 + header);
+    const char *metadata = memmem(good.data, good.size, "{\"format\":\"pt\"}", 15);
+    int refused = 0, harmless = 0;
+    for (uint64_t i = 0; i < 300; i++) {
+        size_t at = i < 15 ? (size_t)(metadata - good.data) + i : random_bits(1, i) % (8 + header);
         char kept = good.data[at], wrong = i % 2 ? kept ^ (char)(1 << i / 2 % 8) : (char)random_bits(2, i);
+        bool is_metadata = good.data + at >= metadata && good.data + at < metadata + 15;
+        bool may_load = wrong == kept || is_metadata || (kept == ' ' && strchr("\t\r\n", wrong));
         good.data[at] = wrong;
         put_file(weights, good.data, good.size);
         printed.size = 0;
-        int status = run_child(child_model, &printed);
-        check(status == 0 || (status == 1 && one_error_line(&printed, folder)),
-              "byte %zu = %d: status %d, %s", at, wrong, status, printed.data);
+        int status = run_child(child_same_model, &printed);
+        check((status == 0 && may_load) || (status == 1 && one_error_line(&printed, folder)),
+              "byte %zu = %d: status %d, %s", at, wrong, status, status ? printed.data : "loaded");
         good.data[at] = kept;
+        refused += status == 1;
+        harmless += status == 0;
     }
+    check(refused > 250 && harmless > 5, "%d headers were refused, %d loaded", refused, harmless);
     free(printed.data);
     free(good.data);
+    model_free(undamaged);
+}
 
+static void test_wrong_tensors(void) {
+    const char *weights = in_tests("small/model.safetensors");
+    Model *model = small_model(true);
+    model_save(model, NULL, in_tests("small"));
+    child_path = in_tests("small");
     const char *name = "transformer.h.1.mlp.c_fc.weight"; // [8, 24]
     save_changed((StoredTensor){name, "F32", 2, {24, 8}, 192, 768, NULL}, name);
     expect_death(child_model, "c_fc.weight has shape [24, 8], expected [8, 24]", "transposed");
@@ -2852,18 +2890,17 @@ static void test_damaged_weights(void) {
     expect_death(child_model, "c_fc.weight is I32; F32, F16 or BF16 expected", "integers");
     save_changed((StoredTensor){0}, name);
     expect_death(child_model, "transformer.h.1.mlp.c_fc.weight is missing", "missing");
-    model = small_model(true);
     StoredTensor extra[64];
     for (int i = 0; i <= model->tensor_count; i++) {
         extra[i] = stored_tensor(&model->tensors[i % model->tensor_count], STORE_VALUE);
         if (i == model->tensor_count) memcpy((char *)extra[i].name, "transformer.xte", 15);
     }
     safetensors_write(weights, extra, (size_t)model->tensor_count + 1);
-    expect_death(child_model, "transformer.xte.weight", "one too many");
+    expect_death(child_model, "tensor transformer.xte.weight is not one of this GPT-2's", "one too many");
     for (int i = 0; i <= model->tensor_count; i++) free((char *)extra[i].name);
     model_free(model);
     unlink(weights);
-    expect_death(child_model, weights, "no weights");
+    expect_death(child_model, "model.safetensors: is missing", "no weights");
 }
 
 static void test_config(void) {
@@ -3142,7 +3179,8 @@ static void test_shards(void) {
 
 // ---- the command line ----
 
-static void test_wrong_input(void) {
+// The files that these command lines name.
+static void make_wrong_inputs(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model->config.n_embd = 8; // does not fit the weights
@@ -3157,80 +3195,86 @@ static void test_wrong_input(void) {
     free(config.data);
     write_text("bad.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n");
     write_text("other.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"b\"}\n");
-    static const struct {
-        int status;
-        const char *error, *words;
-    } wrong[] = {
-        {2, "unknown option --lerning-rate; --help lists all", "--lerning-rate 1"},
-        {2, "unknown option --something-else", "--something-else"},
-        {2, "unknown option -Z", "-Z"},
-        {2, "unknown option -Z;", "-Z5"},
-        {2, "unknown option -Z;", "-yZ"},
-        {2, "--quiet", "--quiet=1"},
-        {2, "'text.txt' is not an option", "text.txt"},
-        {2, "--steps needs a value", "--steps"},
-        {2, "-x needs a value", "-x"},
-        {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
-        {2, "--steps 0:", "--steps 0"},
-        {2, "--steps ten:", "--steps ten"},
-        {2, "--steps :", "--steps ''"},
-        {2, "--steps 5x:", "-x 5x"},
-        {2, "--learning-rate nan:", "--learning-rate nan"},
-        {2, "--learning-rate -1:", "--learning-rate -1"},
-        {2, "--dropout 1: a number from 0 to 0.99", "--dropout 1"},
-        {2, "--top-p 1.1:", "--generate 1 --top-p 1.1"},
-        {2, "--beta2 1:", "--beta2 1"},
-        {2, "--steps 1e400:", "--steps 1e400"},
-        {2, "--keep 0:", "--keep 0"},
-        {2, "say one of linear|cosine|constant", "--schedule square"},
-        {2, "say one of", "--schedule ''"},
-        {2, "say one of", "--schedule 'linear|cosine'"},
-        {2, "say one of auto|openblas|builtin", "--matmul mkl"},
-        {2, "--temperature does not apply to training", "--temperature 1"},
-        {2, "--eval", "--eval --generate 5"},
-        {2, "--steps does not apply to --eval", "--eval --val $D/val.txt --steps 3"},
-        {2, "--train does not apply to --generate", "--generate 3 --train $D/text.txt"},
-        {2, "--train FILE", "$TINY --out $D/none"},
-        {2, "--eval needs --val", "--eval --init $D/model"},
-        {1, "none.txt", "$TINY --train $D/none.txt"},
-        {1, "none-*.txt", "$TINY --train '$D/none-*.txt'"},
-        {1, "none/merges.txt", "--tokenizer $D/none/merges.txt --train $D/text.txt"},
-        {1, "$D/none", "--init $D/none --train $D/text.txt"},
-        {1, "cut off", "--init $D/cut --eval --val $D/val.txt"},
-        {1, "transformer.wte.weight has shape [259, 16], expected [259, 8]",
-         "--init $D/narrow --tokenizer $D/merges.txt --generate 1"},
-        {1, "ends in .txt, .jsonl or .bin", "$TINY --train $D/table.csv"},
-        {1, "folder.txt", "$TINY --train $D/folder.txt"},
-        {1, "empty.txt: holds no example", "$TINY --train $D/empty.txt"},
-        {1,
-         "bad.jsonl:3: not valid JSON at line 1, "
-         "column 13",
-         "$TINY --train $D/bad.jsonl"},
-        {1, "other.jsonl:2: {\"prompt\"", "$TINY --train $D/other.jsonl"},
-        {1, "text needs a tokenizer",
-         "--n-layer 1 --n-embd 16 --n-head 2 --matmul builtin --train $D/text.txt"},
-        {2, "--seq-len 17: the model has only 16 positions", "$TINY --train $D/text.txt --seq-len 17"},
-        {2, "--seq-len 17", "--init $D/model --eval --val $D/val.txt --seq-len 17"},
-        {2, "regular expression '('", "$TINY --train $D/text.txt --freeze '('"},
-        {2, "regular expression 'a['", "$TINY --train $D/text.txt --no-decay 'a['"},
-        {2, "--freeze leaves nothing to train", "$TINY --train $D/text.txt --freeze ."},
-        {2, "--warmup-steps 5x", "$TINY --train $D/text.txt --warmup-steps 5x"},
-        {2, "--epochs 0", "$TINY --train $D/text.txt --epochs 0"},
-        {1, "too few", "$TINY --train $D/d.txt"},
-        {2, "--n-layer", "--init $D/model --n-layer 2 --train $D/text.txt"},
-        {1, "n_embd 16 is not a multiple of n_head 3", "$TINY --n-head 3 --train $D/text.txt"},
-        {1, "merges.txt", "$TINY --train $D/text.txt --out $D/merges.txt"},
-    };
     write_text("d.txt", "abc");
     make_folder(in_tests("folder.txt"));
+}
+
+// What is wrong on the command line or in a file that it names: exit status, part of the one line that is said.
+static const struct {
+    int status;
+    const char *error, *words;
+} wrong_input[] = {
+    {2, "unknown option --lerning-rate; --help lists all", "--lerning-rate 1"},
+    {2, "unknown option --something-else", "--something-else"},
+    {2, "unknown option -Z", "-Z"},
+    {2, "unknown option -Z;", "-Z5"},
+    {2, "unknown option -Z;", "-yZ"},
+    {2, "--quiet=1: this option takes no value", "--quiet=1"},
+    {2, "--resume=1: this option takes no value", "--resume=1"},
+    {2, "'text.txt' is not an option", "text.txt"},
+    {2, "--steps needs a value", "--steps"},
+    {2, "-x needs a value", "-x"},
+    {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
+    {2, "--steps 0:", "--steps 0"},
+    {2, "--steps ten:", "--steps ten"},
+    {2, "--steps :", "--steps ''"},
+    {2, "--steps 5x:", "-x 5x"},
+    {2, "--learning-rate nan:", "--learning-rate nan"},
+    {2, "--learning-rate -1:", "--learning-rate -1"},
+    {2, "--dropout 1: a number from 0 to 0.99", "--dropout 1"},
+    {2, "--top-p 1.1:", "--generate 1 --top-p 1.1"},
+    {2, "--beta2 1:", "--beta2 1"},
+    {2, "--steps 1e400:", "--steps 1e400"},
+    {2, "--keep 0:", "--keep 0"},
+    {2, "say one of linear|cosine|constant", "--schedule square"},
+    {2, "say one of", "--schedule ''"},
+    {2, "say one of", "--schedule 'linear|cosine'"},
+    {2, "say one of auto|openblas|builtin", "--matmul mkl"},
+    {2, "--temperature does not apply to training", "--temperature 1"},
+    {2, "--eval does not apply to --generate", "--eval --generate 5"},
+    {2, "--steps does not apply to --eval", "--eval --val $D/val.txt --steps 3"},
+    {2, "--train does not apply to --generate", "--generate 3 --train $D/text.txt"},
+    {2, "nothing to train on: say --train FILE", "$TINY --out $D/none"},
+    {2, "--eval needs --val FILE", "--eval --init $D/model"},
+    {1, "none.txt: no such file", "$TINY --train $D/none.txt"},
+    {1, "none-*.txt: no such file", "$TINY --train '$D/none-*.txt'"},
+    {1, "none/merges.txt: cannot be opened", "--tokenizer $D/none/merges.txt --train $D/text.txt"},
+    {1, "none: no such model folder", "--init $D/none --train $D/text.txt"},
+    {1, "cut off", "--init $D/cut --eval --val $D/val.txt"},
+    {1, "transformer.wte.weight has shape [259, 16], expected [259, 8]",
+     "--init $D/narrow --tokenizer $D/merges.txt --generate 1"},
+    {1, "ends in .txt, .jsonl or .bin", "$TINY --train $D/table.csv"},
+    {1, "folder.txt: cannot be read: Is a directory", "$TINY --train $D/folder.txt"},
+    {1, "empty.txt: holds no example", "$TINY --train $D/empty.txt"},
+    {1,
+     "bad.jsonl:3: not valid JSON at line 1, "
+     "column 13",
+     "$TINY --train $D/bad.jsonl"},
+    {1, "other.jsonl:2: {\"prompt\"", "$TINY --train $D/other.jsonl"},
+    {1, "text needs a tokenizer",
+     "--n-layer 1 --n-embd 16 --n-head 2 --matmul builtin --train $D/text.txt"},
+    {2, "--seq-len 17: the model has only 16 positions", "$TINY --train $D/text.txt --seq-len 17"},
+    {2, "--seq-len 17: the model has only 16 positions", "--init $D/model --eval --val $D/val.txt --seq-len 17"},
+    {2, "regular expression '('", "$TINY --train $D/text.txt --freeze '('"},
+    {2, "regular expression 'a['", "$TINY --train $D/text.txt --no-decay 'a['"},
+    {2, "--freeze leaves nothing to train", "$TINY --train $D/text.txt --freeze ."},
+    {2, "--warmup-steps 5x: steps, or a share", "$TINY --train $D/text.txt --warmup-steps 5x"},
+    {2, "--epochs 0: less than one update", "$TINY --train $D/text.txt --epochs 0"},
+    {1, "too few", "$TINY --train $D/d.txt"},
+    {2, "for a random start, not for a model folder", "--init $D/model --n-layer 2 --train $D/text.txt"},
+    {1, "n_embd 16 is not a multiple of n_head 3", "$TINY --n-head 3 --train $D/text.txt"},
+    {1, "merges.txt: folder cannot be made", "$TINY --train $D/text.txt --out $D/merges.txt"},
+};
+
+static void test_wrong_input(void) {
+    make_wrong_inputs();
     uint64_t before = fingerprint(temporary_folder());
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        bool trains = strstr(wrong[i].words, "$TINY") || strstr(wrong[i].words, "--train $D");
-        bool elsewhere = trains && !strstr(wrong[i].words, "--out"); // ./out may hold a run
-        char *words = xprintf("%s%s", wrong[i].words, elsewhere ? " --quiet --out $D/never" : "");
-        const char *error =
-            strncmp(wrong[i].error, "$D", 2) == 0 ? in_tests(wrong[i].error + 3) : wrong[i].error;
-        expect_refusal(wrong[i].status, error, words);
+    for (size_t i = 0; i < sizeof wrong_input / sizeof *wrong_input; i++) {
+        bool trains = strstr(wrong_input[i].words, "$TINY") || strstr(wrong_input[i].words, "--train $D");
+        bool elsewhere = trains && !strstr(wrong_input[i].words, "--out"); // ./out may hold a run
+        char *words = xprintf("%s%s", wrong_input[i].words, elsewhere ? " --quiet --out $D/never" : "");
+        check(!strstr(words, wrong_input[i].error), "'%s' is an echo of %s", wrong_input[i].error, words);
+        expect_refusal(wrong_input[i].status, wrong_input[i].error, words);
         free(words);
     }
     check(fingerprint(temporary_folder()) == before, "wrong input changed files");
@@ -3414,6 +3458,65 @@ static void test_progress(void) {
     }
 }
 
+#if defined(__linux__) && defined(_OPENMP)
+enum { MOST_THREADS = 256 };
+
+// The cores that each of this team's threads may run on; returns how many threads there are.
+static int read_affinities(cpu_set_t cores[MOST_THREADS]) {
+    int threads = 0;
+#pragma omp parallel reduction(+ : threads)
+    {
+        sched_getaffinity(0, sizeof *cores, &cores[omp_get_thread_num()]);
+        threads += 1;
+    }
+    return threads;
+}
+
+// As many threads as cores: each gets one of the allowed cores, and no two the same. Otherwise, and when
+// OMP_PROC_BIND says what is wanted, all stay as they are.
+static void test_pin_threads(void) {
+    cpu_set_t allowed, last, own[MOST_THREADS], before[MOST_THREADS];
+    const int threads_before = omp_get_max_threads();
+    const char *bind = getenv("OMP_PROC_BIND");
+    char *kept = bind ? xstrdup(bind) : NULL;
+    sched_getaffinity(0, sizeof allowed, &allowed);
+    const int cores = CPU_COUNT(&allowed) < MOST_THREADS ? CPU_COUNT(&allowed) : MOST_THREADS - 1;
+    int highest = 0;
+    for (int core = 0; core < CPU_SETSIZE; core++) highest = CPU_ISSET(core, &allowed) ? core : highest;
+
+    for (int pinned = 0; pinned < 3; pinned++) { // bound by the environment; one thread too many; as it should be
+        omp_set_num_threads(cores + (pinned == 1));
+        pinned == 0 ? setenv("OMP_PROC_BIND", "false", 1) : unsetenv("OMP_PROC_BIND");
+        int threads = read_affinities(before);
+        pin_threads();
+        check(read_affinities(own) == threads && threads == cores + (pinned == 1), "%d threads", threads);
+        cpu_set_t together;
+        CPU_ZERO(&together);
+        for (int i = 0; i < threads; i++) {
+            check(pinned == 2 ? CPU_COUNT(&own[i]) == 1 : CPU_EQUAL(&own[i], &before[i]),
+                  "case %d: thread %d of %d may run on %d cores", pinned, i, threads, CPU_COUNT(&own[i]));
+            CPU_OR(&together, &together, &own[i]);
+        }
+        check(pinned < 2 || CPU_EQUAL(&together, &allowed), "%d threads on %d of %d cores", threads,
+              CPU_COUNT(&together), cores);
+#pragma omp parallel
+        sched_setaffinity(0, sizeof allowed, &allowed);
+    }
+    // Only the last core is allowed: that is where one thread goes.
+    CPU_ZERO(&last);
+    CPU_SET(highest, &last);
+    sched_setaffinity(0, sizeof last, &last);
+    omp_set_num_threads(1);
+    pin_threads();
+    sched_getaffinity(0, sizeof *own, &own[0]);
+    check(CPU_EQUAL(&own[0], &last), "one thread with one core allowed goes elsewhere");
+    sched_setaffinity(0, sizeof allowed, &allowed);
+    omp_set_num_threads(threads_before);
+    kept ? setenv("OMP_PROC_BIND", kept, 1) : unsetenv("OMP_PROC_BIND");
+    free(kept);
+}
+#endif
+
 // ---- runs ----
 
 typedef struct {
@@ -3558,22 +3661,30 @@ static void test_stop(void) {
     model_free(model);
 }
 
+// Trains, once, the model that the tests of runs look at: 30 updates and 4 evaluations in D/run. Returns what was
+// printed then.
+static const char *make_run(void) {
+    static Text printed;
+    make_inputs();
+    if (!printed.data)
+        expect_run(0, &printed,
+                   "$TINY --train $D/text.txt --val $D/val.txt --steps 30 --val-every 10 --out $D/run");
+    return printed.data;
+}
+
 static void test_run(void) {
     LogLine lines[500];
-    Text printed, again;
-    make_inputs();
-    expect_run(0, &printed,
-               "$TINY --train $D/text.txt --val $D/val.txt --steps 30 --val-every 10 --out $D/run");
+    Text printed;
+    const char *progress = make_run();
     size_t count = read_log("run", lines, NULL);
     check(count == 34 && lines[33].val && lines[33].step == 30 && lines[1].loss > 5,
           "30 updates, 4 evaluations");
     check(lines[33].loss < 0.75 * lines[0].loss, "loss %g -> %g", lines[0].loss, lines[33].loss);
-    check(count_of(printed.data, " tok/s\n") == 30 && count_of(printed.data, ":00 left") > 0,
-          "a line a step: %s", printed.data);
-    check(strstr(printed.data, "tok/s") && strstr(printed.data, "val loss") && !strchr(printed.data, '\r') &&
-              !strchr(printed.data, '\033'),
-          "progress in a pipe is plain lines: %s", printed.data);
-    free(printed.data);
+    check(count_of(progress, " tok/s\n") == 30 && count_of(progress, ":00 left") > 0, "a line a step: %s",
+          progress);
+    check(strstr(progress, "tok/s") && strstr(progress, "val loss") && !strchr(progress, '\r') &&
+              !strchr(progress, '\033'),
+          "progress in a pipe is plain lines: %s", progress);
     check(same_files("run/model.safetensors", "run/checkpoint-000030/model.safetensors"),
           "the result is the last state");
     expect_run(0, &printed, "--init $D/run --eval --val $D/val.txt --batch-size 2 --matmul builtin --quiet");
@@ -3597,7 +3708,11 @@ static void test_run(void) {
               strstr(printed.data, "sample at step 2"),
           "--quiet prints: %s", printed.data);
     free(printed.data);
+}
 
+static void test_freeze_and_overfit(void) {
+    Text printed;
+    make_run();
     expect_run(0, NULL,
                "--init $D/run --train $D/text.txt --steps 3 --save-every 3 --freeze wte --val-fraction 0 "
                "--out $D/frozen --quiet --matmul builtin");
@@ -3618,32 +3733,11 @@ static void test_run(void) {
     expect_run(1, NULL, "--overfit $TINY --train $D/text.txt --steps 2 --out $D/over --quiet");
     expect_run(0, NULL,
                "$TINY --train $D/short.txt --batch-size 1048576 --accumulate 65536 --steps 1 --out $D/huge");
+}
 
-    static const char *const variants[] = {"--seed 1",
-                                           "--seed 1",
-                                           "--seed 2",
-                                           "--temperature 0 --seed 1",
-                                           "--temperature 0 --seed 2",
-                                           "--top-k 1 --seed 3",
-                                           "--top-p 0 --seed 4"};
-    Text texts[7];
-    for (int i = 0; i < 7; i++) {
-        char *words =
-            xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s", variants[i]);
-        expect_run(0, &texts[i], words);
-        check(strncmp(texts[i].data, "the cat", 7) == 0 && texts[i].data[texts[i].size - 1] == '\n',
-              "--generate starts with "
-              "the prompt, ends a line: %s",
-              texts[i].data);
-        free(words);
-    }
-    check(strcmp(texts[0].data, texts[1].data) == 0, "the same seed, the same text");
-    check(strcmp(texts[0].data, texts[2].data) != 0 && strcmp(texts[0].data, texts[3].data) != 0,
-          "another seed");
-    for (int i = 4; i < 7; i++)
-        check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
-    // --stop, streamed: pieces of the text; at last its end with more behind, which is held back to the end.
-    const Text *all = &texts[0];
+// --stop, streamed: pieces of the text that a seed gives; at last the text's end with more behind it, which is
+// held back until the last token.
+static void expect_stops(const Text *all, const char *seed) {
     int stops = 0;
     for (size_t n = 0; n <= 40; n += 4) {
         char stop[5] = "";
@@ -3654,7 +3748,7 @@ static void test_run(void) {
         const char *found = strstr(all->data + 7, stop);
         Text stopped;
         char *line = xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s --stop '%s'",
-                             variants[0], stop);
+                             seed, stop);
         expect_run(0, &stopped, line);
         char *wanted =
             found && stop[0] ? xprintf("%.*s\n", (int)(found - all->data), all->data) : xstrdup(all->data);
@@ -3663,6 +3757,32 @@ static void test_run(void) {
         free(line), free(wanted), free(stopped.data);
     }
     check(stops >= 5, "--stop ended %d of 11 texts", stops);
+}
+
+static void test_generate(void) {
+    static const char *const variants[] = {"--seed 1",
+                                           "--seed 1",
+                                           "--seed 2",
+                                           "--temperature 0 --seed 1",
+                                           "--temperature 0 --seed 2",
+                                           "--top-k 1 --seed 3",
+                                           "--top-p 0 --seed 4"};
+    Text texts[7], printed, again;
+    make_run();
+    for (int i = 0; i < 7; i++) {
+        char *words =
+            xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s", variants[i]);
+        expect_run(0, &texts[i], words);
+        check(strncmp(texts[i].data, "the cat", 7) == 0 && texts[i].data[texts[i].size - 1] == '\n',
+              "--generate starts with the prompt, ends a line: %s", texts[i].data);
+        free(words);
+    }
+    check(strcmp(texts[0].data, texts[1].data) == 0, "the same seed, the same text");
+    check(strcmp(texts[0].data, texts[2].data) != 0 && strcmp(texts[0].data, texts[3].data) != 0,
+          "another seed");
+    for (int i = 4; i < 7; i++)
+        check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
+    expect_stops(&texts[0], variants[0]);
     for (int i = 0; i < 7; i++) free(texts[i].data);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
     check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
@@ -3714,51 +3834,63 @@ static void expect_same_run(const char *out, const char *how) {
     free(parts.data);
 }
 
-static void test_resume(void) {
-    LogLine lines[500];
+// The run that nothing interrupts, once, in D/whole. Returns the seconds that it took.
+static double make_whole_run(void) {
+    static double duration;
     make_inputs();
+    if (duration > 0) return duration;
     double begin = now();
     char *words = xprintf("%swhole", RESUMABLE);
     expect_run(0, NULL, words);
-    double duration = now() - begin;
     free(words);
+    return duration = now() - begin;
+}
+
+// Ends a run by a signal in its middle, and checks what it says and saves. One that was done before the signal
+// came is started again.
+static void stop_run(const char *out, int signal_number) {
+    LogLine lines[500];
+    char *words = xprintf("%s%s", RESUMABLE, out);
+    int status = 0;
+    for (int attempt = 0; attempt < 5 && status == 0; attempt++) {
+        remove_folder(in_tests(out));
+        pid_t child = start_trainer(0, words);
+        wait_for_lines(out, 5, child);
+        kill(child, signal_number);
+        status = wait_for(child);
+    }
+    Text printed = read_file(in_tests("printed"));
+    size_t count = read_log(out, lines, NULL);
+    check(status == 128 + signal_number && strstr(printed.data, "--resume goes on"),
+          "signal %d: status %d, %s", signal_number, status, printed.data);
+    long stopped = -1;
+    const char *said = strstr(printed.data, "stopped at step ");
+    check(said && sscanf(said, "stopped at step %ld", &stopped) == 1 && stopped < 12 && count > 3 &&
+              stopped == lines[count - 1].step,
+          "stopped in the middle, after %ld", stopped);
+    char *saved = xstrdup(checkpoint_path(in_tests(out), stopped));
+    check(is_folder(saved), "%s is not there", saved);
+    uint64_t before = fingerprint(in_tests(out));
+    expect_refusal(2, "--resume goes on with it", words);
+    check(fingerprint(in_tests(out)) == before, "a refused run changed its folder");
+    free(saved);
+    free(words);
+    free(printed.data);
+}
+
+static void test_resume(void) {
     static const struct {
         const char *out;
         int signal;
     } stops[] = {{"terminated", SIGTERM}, {"interrupted", SIGINT}};
+    make_whole_run();
     for (int i = 0; i < 2; i++) {
-        words = xprintf("%s%s", RESUMABLE, stops[i].out);
-        int status = 0;
-        for (int attempt = 0; attempt < 5 && status == 0;
-             attempt++) { // status 0: it was done before the signal came
-            remove_folder(in_tests(stops[i].out));
-            pid_t child = start_trainer(0, words);
-            wait_for_lines(stops[i].out, 5, child);
-            kill(child, stops[i].signal);
-            status = wait_for(child);
-        }
-        Text printed = read_file(in_tests("printed"));
-        size_t count = read_log(stops[i].out, lines, NULL);
-        check(status == 128 + stops[i].signal && strstr(printed.data, "--resume goes on"),
-              "signal %d: status %d, %s", stops[i].signal, status, printed.data);
-        long stopped = -1;
-        const char *said = strstr(printed.data, "stopped at step ");
-        check(said && sscanf(said, "stopped at step %ld", &stopped) == 1 && stopped < 12 && count > 3 &&
-                  stopped == lines[count - 1].step,
-              "stopped in the middle, after %ld", stopped);
-        char *saved = xstrdup(checkpoint_path(in_tests(stops[i].out), stopped));
-        check(is_folder(saved), "%s is not there", saved);
-        free(saved);
-        free(printed.data);
-        // Without --resume it is refused and changes nothing, with it leftovers are swept away.
+        stop_run(stops[i].out, stops[i].signal);
+        // With --resume leftovers are swept away.
         make_folder(in_tests("leftover"));
         char *leftover = xprintf("%s/checkpoint-000099.tmp", in_tests(stops[i].out));
-        rename(in_tests("leftover"), leftover);
-        uint64_t before = fingerprint(in_tests(stops[i].out));
-        expect_refusal(2, "--resume goes on with it", words);
-        check(fingerprint(in_tests(stops[i].out)) == before, "a refused run changed its folder");
-        free(words);
-        words = xprintf("--resume --quiet --threads 1 --out $D/%s", stops[i].out);
+        check(rename(in_tests("leftover"), leftover) == 0, "no leftover to sweep");
+        char *words = xprintf("--resume --quiet --threads 1 --out $D/%s", stops[i].out);
         expect_run(0, NULL, words);
         check(!file_exists(leftover), "the leftover is still there");
         free(leftover);
@@ -3767,93 +3899,138 @@ static void test_resume(void) {
         expect_same_run(stops[i].out, "resumed when done");
         free(words);
     }
-    words = xprintf("%skilled --resume", RESUMABLE);
+}
+
+// Kills that cannot be caught: after so many lines of the log, then at any moment. A run that is done before it
+// was killed three times begins anew.
+static void test_kills(void) {
+    const double duration = make_whole_run();
+    char *words = xprintf("%skilled --resume", RESUMABLE);
     int kills = 0;
-    for (uint64_t i = 0; i < 8; i++) {
-        pid_t child = start_trainer(0, words);
-        usleep((useconds_t)(1e6 * duration * (0.2 + random_uniform((uint64_t)(1e9 * now()), i))));
-        kill(child, SIGKILL);
-        kills += wait_for(child) == 128 + SIGKILL;
+    for (int attempt = 0; attempt < 5 && kills < 3; attempt++) {
+        remove_folder(in_tests("killed"));
+        kills = 0;
+        for (uint64_t i = 0; i < 8; i++) {
+            pid_t child = start_trainer(0, words);
+            if (i < 4)
+                wait_for_lines("killed", 3 + 3 * (size_t)i, child);
+            else
+                usleep((useconds_t)(1e6 * duration * (0.2 + random_uniform((uint64_t)(1e9 * now()), i))));
+            kill(child, SIGKILL);
+            kills += wait_for(child) == 128 + SIGKILL;
+        }
     }
+    check(kills >= 3, "a run of 12 steps could be killed only %d times", kills);
     expect_run(0, NULL, words);
     free(words);
     words = xprintf("killed %d times", kills);
     expect_same_run("killed", words);
     free(words);
-    words =
-        xprintf("%sjust-saved", RESUMABLE); // killed when a checkpoint stands that knows of its evaluation
-    pid_t child = start_trainer(0, words);
-    while (!file_exists(in_tests("just-saved/checkpoint-000006")) && waitpid(child, NULL, WNOHANG) == 0)
-        ;
-    kill(child, SIGKILL);
-    wait_for(child);
+
+    words = xprintf("%sjust-saved", RESUMABLE); // killed when a checkpoint stands that knows of its evaluation
+    int status = 0;
+    for (int attempt = 0; attempt < 5 && status == 0; attempt++) {
+        remove_folder(in_tests("just-saved"));
+        pid_t child = start_trainer(0, words);
+        while (!file_exists(in_tests("just-saved/checkpoint-000006")) && !has_ended(child)) usleep(100);
+        kill(child, SIGKILL);
+        status = wait_for(child);
+    }
+    check(status == 128 + SIGKILL, "just-saved ends with %d before it can be killed", status);
     free(words);
     expect_run(0, NULL, "--resume --quiet --out $D/just-saved");
     expect_same_run("just-saved", "killed after a checkpoint");
 }
 
-static void test_checkpoints(void) {
-    LogLine lines[500];
+// A run whose validation loss rises from evaluation to evaluation, whatever the seed. The model learns that b
+// follows a, and is asked whether the other letters and digits do. If b has the probability p, the others share
+// 1 - p, and their mean loss is at least log(61) - log(1 - p): it rises without end as p comes near 1. (Of the
+// three tokens a, b and <|endoftext|> --seq-len 1 leaves the first two.)
+#define RISING                                                                                               \
+    "$TINY --train $D/rising.jsonl --val $D/others.jsonl --seq-len 1 --schedule constant --warmup-steps 0 "  \
+    "--val-every 10 --quiet "
+
+static void make_rising(void) {
     make_inputs();
-    // Letters that training never shows: their loss rises. The best checkpoint is kept besides the newest,
-    // and is the result.
-    write_text("strange.txt", "QXZ ZXQ QZX XQZ 0123456789");
-    expect_run(0, NULL,
-               "$TINY --train $D/text.txt --val $D/strange.txt --steps 9 --learning-rate 1e-2 --schedule constant --val-every 1 --keep 1 --quiet "
-               "--out $D/keep");
-    size_t count = read_log("keep", lines, NULL), found;
-    long best = -1;
-    double best_loss = INFINITY;
+    Text train = {0}, others = {0};
+    for (int i = 0; i < 8; i++) text_append(&train, "{\"prompt\": \"a\", \"completion\": \"b\"}\n", 35);
+    for (int c = '0'; c <= 'z'; c++) {
+        if (!isalnum(c) || c == 'b') continue;
+        char *line = xprintf("{\"prompt\": \"a\", \"completion\": \"%c\"}\n", c);
+        text_append(&others, line, strlen(line));
+        free(line);
+    }
+    put_file(in_tests("rising.jsonl"), train.data, train.size);
+    put_file(in_tests("others.jsonl"), others.data, others.size);
+    free(train.data);
+    free(others.data);
+}
+
+// The best checkpoint is kept besides the newest, and is the result; --patience ends what gets no better.
+static void test_best_and_patience(void) {
+    LogLine lines[500];
+    make_rising();
+    expect_run(0, NULL, RISING "--steps 50 --keep 1 --out $D/keep");
+    size_t count = read_log("keep", lines, NULL), found, rising = 0;
+    double last = 0; // loss of the evaluation before
     for (size_t i = 0; i < count; i++)
-        if (lines[i].val && lines[i].step > 0 && lines[i].loss < best_loss) {
-            best = lines[i].step;
-            best_loss = lines[i].loss;
+        if (lines[i].val) {
+            rising += lines[i].loss > last;
+            last = lines[i].loss;
         }
+    check(count == 56 && rising == 6, "%zu of 6 losses rise", rising);
     long *steps = list_checkpoints(in_tests("keep"), &found, false);
-    check(best < 9 && found == 2 && steps[0] == best && steps[1] == 9, "the best and the last of 9 stay: %zu",
-          found);
+    check(found == 2 && steps[0] == 10 && steps[1] == 50, "the best and the last stay: %zu", found);
     free(steps);
-    char *model = xstrdup(checkpoint_path("keep", best)), *weights = xprintf("%s/model.safetensors", model);
-    check(same_files("keep/model.safetensors", weights), "the result is the best state (step %ld)", best);
-    free(model);
-    free(weights);
-    Text printed;
-    expect_run(0, &printed,
-               "$TINY --train $D/text.txt --val $D/strange.txt --steps 99 --val-every 1 --patience 3 "
-               "--quiet --save-every 400 --out $D/patience");
+    check(same_files("keep/model.safetensors", "keep/checkpoint-000010/model.safetensors"),
+          "the result is not the best state");
+    check(!same_files("keep/model.safetensors", "keep/checkpoint-000050/model.safetensors"),
+          "the last state is the best one");
+
+    Text printed; // the second, third and fourth evaluation are no better than the first
+    expect_run(0, &printed, RISING "--steps 99 --patience 3 --save-every 400 --out $D/patience");
     count = read_log("patience", lines, NULL);
-    best_loss = INFINITY;
-    for (size_t i = 0, stale = 0; i < count; i++)
-        if (lines[i].val && lines[i].step > 0) {
-            stale = lines[i].loss < best_loss ? 0 : stale + 1;
-            best_loss = fmin(best_loss, lines[i].loss);
-            check((stale >= 3) == (i == count - 1), "--patience 3 at step %ld: %zu", lines[i].step, stale);
-        }
-    check(count < 199 && strstr(printed.data, "--patience"), "--patience: %s", printed.data);
+    check(count == 45 && lines[count - 1].step == 40 && strstr(printed.data, "--patience"),
+          "--patience 3 after %zu lines of the log: %s", count, printed.data);
     free(printed.data);
     expect_run(0, NULL, "--resume --quiet --out $D/patience");
     check(read_log("patience", lines, NULL) == count, "--patience ends a resumed run too");
+}
 
-    // After --resume a tensor may be frozen that was not; the other way round its moments are missing.
+// After --resume a tensor may be frozen that was not; the other way round its moments are missing.
+static void test_resumed_freezing(void) {
+    make_inputs();
     expect_run(0, NULL,
                "$TINY --train $D/text.txt --val-fraction 0 --steps 3 --freeze wte --quiet --out $D/thawed");
     expect_refusal(1, "a tensor that was frozen cannot be trained after --resume",
                    "--resume --steps 4 --freeze none --quiet --out $D/thawed");
     expect_run(0, NULL, "--resume --steps 4 --freeze wte --freeze wpe --quiet --out $D/thawed");
+    Model *before = model_load(in_tests("thawed/checkpoint-000003"));
+    Model *after = model_load(in_tests("thawed/checkpoint-000004"));
+    for (int i = 0; i < before->tensor_count; i++) {
+        const Tensor *a = &before->tensors[i], *b = &after->tensors[i];
+        check(same_bits(a->value, b->value, a->size) == (i == WTE || i == WPE), "after --resume: %s", a->name);
+    }
+    model_free(before);
+    model_free(after);
+}
 
-    // A full disk while the second half of a run is saved: what the first one saved stays whole.
-    const char *half =
-        "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --schedule constant --warmup-steps 0 --quiet "
-        "--val-every 4 --keep 1 --out $D/full";
+// A full disk while the second half of a run is saved: what the first one saved stays whole.
+static void test_full_disk(void) {
+    const char *const run = "$TINY --train $D/text.txt --val $D/val.txt --schedule constant --warmup-steps 0 "
+                            "--quiet --val-every 4 --keep 1 ";
+    make_inputs();
+    char *half = xprintf("%s --steps 4 --out $D/full", run);
+    char *whole = xprintf("%s --steps 8 --out $D/roomy", run);
     expect_run(0, NULL, half);
-    expect_run(
-        0, NULL,
-        "$TINY --train $D/text.txt --val $D/val.txt --steps 8 --schedule constant --warmup-steps 0 --quiet "
-        "--val-every 4 --keep 1 --out $D/roomy");
+    expect_run(0, NULL, whole);
+    free(half);
+    free(whole);
+    const uint64_t before = fingerprint(in_tests("full/checkpoint-000004"));
+    check(before != 0, "no checkpoint after half of the run");
     for (rlim_t limit = 20000; limit <= 50000; limit += 30000) { // the weights fail, the moments fail
-        uint64_t before = fingerprint(in_tests("full/checkpoint-000004"));
         int status = wait_for(start_trainer(limit, "--resume --steps 8 --quiet --out $D/full"));
-        printed = read_file(in_tests("printed"));
+        Text printed = read_file(in_tests("printed"));
         const char *error = strstr(printed.data, "train_gpt2: ");
         check(status == 1 && error && strchr(error, '\n') == printed.data + printed.size - 1 &&
                   strstr(error, limit < 30000 ? "model.safetensors: could not be written whole"
@@ -3866,16 +4043,20 @@ static void test_checkpoints(void) {
     expect_run(0, NULL, "--resume --steps 8 --quiet --out $D/full");
     check(same_files("full/model.safetensors", "roomy/model.safetensors"),
           "goes on when there is room again");
+}
 
-    // Weights that grow until they are no numbers: the run ends before it saves them.
+// Weights that grow until they are no numbers: the run ends before it saves them.
+static void test_diverging(void) {
     Text error;
+    size_t found;
+    make_inputs();
     expect_run(
         1, &error,
         "$TINY --train $D/text.txt --val-fraction 0 --steps 60 --save-every 1 --keep 1 --warmup-steps 0 "
         "--learning-rate 1e3 --weight-decay 1e3 --schedule constant --quiet --out $D/diverges");
     check(one_error_line(&error, " is not finite"), "not finite: %s", error.data);
     free(error.data);
-    steps = list_checkpoints(in_tests("diverges"), &found, false);
+    long *steps = list_checkpoints(in_tests("diverges"), &found, false);
     for (size_t i = 0; i < found; i++) {
         char *path = xstrdup(checkpoint_path(in_tests("diverges"), steps[i]));
         Model *saved = model_load(path);
@@ -3987,7 +4168,9 @@ static const struct {
     {"JSON: strings, numbers, nesting, errors with their place", test_json},
     {"safetensors: round trip, wrong headers", test_safetensors},
     {"model folder: round trip to the bit, 16 bits, other names", test_model_folder},
-    {"model folder: damaged weights end in one line", test_damaged_weights},
+    {"model folder: cut weights end in one line", test_cut_weights},
+    {"model folder: a wrong header ends in one line", test_wrong_header},
+    {"model folder: wrong tensors end in one line", test_wrong_tensors},
     {"config.json: defaults, refused variants, sizes", test_config},
     {"text: documents, windows, globs, a split", test_text_data},
     {"JSONL: prompts, lengths, rows", test_jsonl_data},
@@ -3998,10 +4181,19 @@ static const struct {
     {"command line: --plan's share of work that freezing skips", test_skipped_work},
     {"command line: weights in other formats name the converter", test_other_formats},
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
+#if defined(__linux__) && defined(_OPENMP)
+    {"threads: each has a core of its own, if there are as many", test_pin_threads},
+#endif
     {"a run: token shards and no tokenizer", test_without_tokenizer},
-    {"a run: log, loss, --eval, --freeze, --overfit, --generate", test_run},
+    {"a run: log, loss, --eval, progress, --quiet", test_run},
+    {"a run: --freeze and --overfit", test_freeze_and_overfit},
+    {"a run: --generate, --prompt -, --stop while text streams", test_generate},
     {"resume: the same run to the bit after any signal", test_resume},
-    {"checkpoints: kept, best, --patience, full disk, not finite", test_checkpoints},
+    {"resume: the same run to the bit after kills", test_kills},
+    {"resume: tensors that were not frozen, and that were", test_resumed_freezing},
+    {"checkpoints: the best stays and is the result; --patience", test_best_and_patience},
+    {"checkpoints: a full disk leaves the older one whole", test_full_disk},
+    {"checkpoints: nothing that is not finite is saved", test_diverging},
     {"documents: the functions and tests that they name exist", test_documents},
 };
 

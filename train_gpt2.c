@@ -3634,6 +3634,8 @@ static void take_words(Options *options, bool given[OPTION_COUNT], int count, ch
     for (int found; (found = getopt_long(count, words, letters, names, NULL)) != -1;) {
         const char *word = words[optind - 1];
         if (found == ':') die_usage("%s needs a value; --help says which", word);
+        if (found == '?' && optopt > 0 && strncmp(word, "--", 2) == 0 && strchr(word, '='))
+            die_usage("%s: this option takes no value", word);
         if (found == '?' && optopt > 0 && optopt < 256) // perhaps among others, as in -yZ
             die_usage("unknown option -%c; --help lists all", optopt);
         if (found == '?') die_usage("unknown option %s; --help lists all", word);
