@@ -60,8 +60,8 @@ static int run_child(void (*f)(void), Text *stderr_text) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-// Runs `train_gpt2 ARGUMENTS` (words of a shell command) in a process of its own; returns the exit status, and in `out`
-// what it printed on both streams.
+// Runs `train_gpt2 ARGUMENTS` (words of a shell command) in a process of its own; returns the exit status,
+// and in `out` what it printed on both streams.
 static int __attribute__((format(printf, 2, 3))) run_trainer(Text *out, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -118,8 +118,9 @@ static void compare_values(Worst *worst, const char *name, const float *ours, co
     worst->compared += theirs->count;
 }
 
-// Compares updates: |(ours - initial) - (theirs - initial)| / |theirs - initial| <= 1e-3 in the L2 norm, since AdamW
-// magnifies rounding where a gradient is nearly zero. What does not move in PyTorch must be the same to the bit.
+// Compares updates: |(ours - initial) - (theirs - initial)| / |theirs - initial| <= 1e-3 in the L2 norm,
+// since AdamW magnifies rounding where a gradient is nearly zero. What does not move in PyTorch must be the
+// same to the bit.
 static void compare_update(Worst *worst, const Tensor *tensor, const float *initial,
                            const StoredTensor *theirs) {
     const float *expected = (const float *)theirs->data;
@@ -366,8 +367,9 @@ static void reference_updates(Reference *r) {
     free(initial);
 }
 
-// Computes everything that the folder's reference.safetensors holds, compares, prints (unless `quiet`) the worst
-// deviation of each kind, and returns whether all are inside the tolerance. With dump_path also writes it all.
+// Computes everything that the folder's reference.safetensors holds, compares, prints (unless `quiet`) the
+// worst deviation of each kind, and returns whether all are inside the tolerance. With dump_path also writes
+// it all.
 static bool compare_reference(const char *folder, const char *dump_path, bool quiet, bool recompute) {
     Reference r = reference_open(folder, recompute);
     reference_pass(&r);
@@ -876,32 +878,34 @@ static void decode_damaged(void) {
     tokenizer_decode(tokenizer_load(damaged_path), &text, 1000);
 }
 
+// What is wrong with a vocabulary or its merges, and what the error says of it.
+static const struct {
+    const char *vocabulary, *merges, *expected; // how to change a good vocab.json ("from>to"), or NULL
+} damaged_tokenizers[] = {
+    {NULL, "#version: 0.2\na b\nab\n", "line 3: expected two tokens"},
+    {NULL, "a b c\n", "line 1: expected two tokens"},
+    {NULL, "a  b\n", "line 1: expected two tokens"},
+    {NULL, "a b\nab c\nabd c\n", "line 3: expected tokens"},
+    {NULL, "a b\na b\n", "line 2: expected a merge that makes a new token"},
+    {NULL, "a b\nb c\nab c\na bc\n", "line 4: expected a merge that makes a new token"},
+    {NULL, "a \xff\n", "line 1: expected tokens"},
+    {"", "a b\n", "line 1: expected a merge that is new and makes a token of the vocabulary"},
+    {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":257", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"b\":64", "", "\"b\": expected it once"},
+    {"\"a\":64>\"aa\":64", "", "no token \"a\" for byte 97"},
+    {"\"a\":64>\"a\":64,", "", "line 1, column"},
+    {"{>[", "", "not valid JSON at line 1"},
+    {"256}>256", "", "not valid JSON at line 1"},
+    {"256}>257,\"ab\":256}", "a b\na b\n", "line 2: expected a merge that is new"},
+    {NULL, NULL, "cannot be opened"},
+};
+
 static void test_damaged_tokenizers(void) {
-    static const struct {
-        const char *vocabulary, *merges, *expected; // how to change a good vocab.json ("from>to"), or NULL
-    } cases[] = {
-        {NULL, "#version: 0.2\na b\nab\n", "line 3: expected two tokens"},
-        {NULL, "a b c\n", "line 1: expected two tokens"},
-        {NULL, "a  b\n", "line 1: expected two tokens"},
-        {NULL, "a b\nab c\nabd c\n", "line 3: expected tokens"},
-        {NULL, "a b\na b\n", "line 2: expected a merge that makes a new token"},
-        {NULL, "a b\nb c\nab c\na bc\n", "line 4: expected a merge that makes a new token"},
-        {NULL, "a \xff\n", "line 1: expected tokens"},
-        {"", "a b\n", "line 1: expected a merge that is new and makes a token of the vocabulary"},
-        {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":257", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"b\":64", "", "\"b\": expected it once"},
-        {"\"a\":64>\"aa\":64", "", "no token \"a\" for byte 97"},
-        {"\"a\":64>\"a\":64,", "", "line 1, column"},
-        {"{>[", "", "not valid JSON at line 1"},
-        {"256}>256", "", "not valid JSON at line 1"},
-        {"256}>257,\"ab\":256}", "a b\na b\n", "line 2: expected a merge that is new"},
-        {NULL, NULL, "cannot be opened"},
-    };
     char *folder = xprintf("%s/damaged", temporary_folder()), *merges_path = xprintf("%s/merges.txt", folder);
     char *vocabulary_path = xprintf("%s/vocab.json", folder);
     make_folder(folder);
@@ -910,24 +914,25 @@ static void test_damaged_tokenizers(void) {
     tokenizer_save(bytes, folder);
     tokenizer_free(bytes);
     Text good = read_file(vocabulary_path);
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    for (size_t i = 0; i < sizeof damaged_tokenizers / sizeof *damaged_tokenizers; i++) {
         Text bad = {0}, said = {0};
-        const char *change = cases[i].vocabulary, *to = change ? strchr(change, '>') : NULL;
+        const char *change = damaged_tokenizers[i].vocabulary, *to = change ? strchr(change, '>') : NULL;
         size_t from = to ? (size_t)(to - change) : 0;
         const char *place = to ? memmem(good.data, good.size, change, from) : good.data + good.size;
         text_append(&bad, good.data, (size_t)(place - good.data));
         text_append(&bad, to ? to + 1 : "", to ? strlen(to + 1) : 0);
         text_append(&bad, place + from, good.size - (size_t)(place - good.data) - from);
         write_file(vocabulary_path, bad.data, bad.size);
-        if (cases[i].merges) write_file(merges_path, cases[i].merges, strlen(cases[i].merges));
+        if (damaged_tokenizers[i].merges)
+            write_file(merges_path, damaged_tokenizers[i].merges, strlen(damaged_tokenizers[i].merges));
         snprintf(damaged_path, sizeof damaged_path, "%s",
-                 change            ? folder
-                 : cases[i].merges ? merges_path
-                                   : "/nowhere/vocab.bpe");
+                 change                         ? folder
+                 : damaged_tokenizers[i].merges ? merges_path
+                                                : "/nowhere/vocab.bpe");
         int status = run_child(load_damaged, &said);
         check(status == 1, "case %zu ends with status %d", i, status);
-        check(strstr(said.data, cases[i].expected) && strstr(said.data, damaged_path), "case %zu says: %s", i,
-              said.data);
+        check(strstr(said.data, damaged_tokenizers[i].expected) && strstr(said.data, damaged_path),
+              "case %zu says: %s", i, said.data);
         check(said.size > 0 && strchr(said.data, '\n') == said.data + said.size - 1,
               "case %zu does not say one line", i);
         free(bad.data);
@@ -1443,7 +1448,8 @@ static void test_attention(void) {
         attention_forward(out, lse, qkv, 3 * C, qkv + C, qkv + 2 * C, 3 * C, HS, batch.sequences,
                           batch.first_row, batch.first_row, 0, dropout, scratch, size, NH, HS);
         layer_loss(&layer);
-        // exp() turns the rounding of a score into a relative error: as large a score as |q| |k| allows, half an ulp
+        // exp() turns the rounding of a score into a relative error: as large a score as |q| |k| allows, half
+        // an ulp
         double error = deviation(out, layer.y, (size_t)R * C), longest_q = 0, longest_k = 0;
         for (int i = 0; i < R * NH; i++) {
             double q = 0, k = 0;
@@ -1540,7 +1546,10 @@ static void test_dropout(void) {
     }
     for (int k = 0; k < 8; k++) free(y[k]);
     free(ones), free(zeros);
-    // Attention draws for each row, head and key anew: 27 places, in 64 streams none like another.
+}
+
+// Attention draws for each row, head and key anew: 27 places, in 64 streams none like another.
+static void test_attention_dropout(void) {
     uint64_t drawn[27] = {0};
     static const int keys[3] = {0, 1, (1 << 20) - 1};
     for (int i = 0; i < 27; i++) {
@@ -1553,7 +1562,10 @@ static void test_dropout(void) {
         for (int j = 0; j < i; j++)
             check(drawn[i] != drawn[j], "attention draws %d and %d are the same", i, j);
     }
-    // Steps draw differently; the same step draws the same; without dropout the step does not matter.
+}
+
+// Steps draw differently; the same step draws the same; without dropout the step does not matter.
+static void test_dropout_of_steps(void) {
     Model *model = tiny_model(tiny_config(19, 30, 2, 2, 8, 32, true), 1, NULL);
     Batch batches[2] = {ragged_batch(1, 19, 2, (int[]){20, 30}), ragged_batch(1, 19, 2, (int[]){20, 30})};
     Options options;
@@ -2053,7 +2065,8 @@ static Model *updated_model(int threads) {
     options_from_text(&options, "--dropout 0.1");
     int before = omp_get_max_threads();
     omp_set_num_threads(threads);
-    for (int step = 0; step < 2; step++) take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
+    for (int step = 0; step < 2; step++)
+        take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
     omp_set_num_threads(before);
     activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);
@@ -2280,8 +2293,11 @@ static void test_tensor_table(void) {
         }
         model_free(model);
     }
-    // Initial values of GPT-2: deviation 0.02, what writes into the stream 0.02 / sqrt(2L); and each tensor
-    // its own.
+}
+
+// Initial values of GPT-2: deviation 0.02, what writes into the stream 0.02 / sqrt(2L); and each tensor its
+// own.
+static void test_initial_values(void) {
     Model *model = model_new(tiny_config(300, 200, 2, 2, 64, 256, false));
     model_initialise(model, 3);
     for (int i = 0; i < model->tensor_count; i++) {
@@ -2297,6 +2313,10 @@ static void test_tensor_table(void) {
               "%s starts like wte", t->name);
     }
     model_free(model);
+}
+
+// The four sizes of GPT-2 have as many parameters as those that OpenAI published.
+static void test_parameter_counts(void) {
     static const struct {
         int L, NH, C;
         size_t parameters;
@@ -2306,11 +2326,14 @@ static void test_tensor_table(void) {
                  {48, 25, 1600, 1557611200}};
     for (int i = 0; i < 4; i++) {
         Config config = tiny_config(50257, 1024, sizes[i].L, sizes[i].NH, sizes[i].C, 4 * sizes[i].C, true);
-        model = model_new(config);
+        Model *model = model_new(config);
         check(count_parameters(model, false) == sizes[i].parameters, "%d layers have %zu parameters",
               sizes[i].L, count_parameters(model, false));
         model_free(model);
     }
+}
+
+static void test_patterns(void) {
     static const struct {
         const char *regex, *name;
         bool found;
@@ -2503,7 +2526,7 @@ static void child_model(void) {
 }
 static void child_config(void) { config_read(child_path); }
 
-static void test_json(void) {
+static void test_json_strings(void) {
     static const struct {
         const char *text, *string; // what the string means
     } strings[] = {
@@ -2531,11 +2554,13 @@ static void test_json(void) {
     Json *json = json_parse("\"a\\u0000b\"", 10, "here");
     check(json->length == 3 && memcmp(json->string, "a\0b", 4) == 0, "a NUL inside a string");
     json_free(json);
+}
 
+static void test_json_values(void) {
     const char *text =
         "{\"n\": [0, -1, 2.5, 1e3, -2.5E-1, 9007199254740992], \"t\": true, \"f\":false,\"z\" : null , "
         "\"o\": {}, \"a\": [[], [{\"k\": \"v\"}]]}";
-    json = json_parse(text, strlen(text), "here");
+    Json *json = json_parse(text, strlen(text), "here");
     const double numbers[] = {0, -1, 2.5, 1000, -0.25, 9007199254740992.0};
     const Json *number = json_get(json, "n")->child;
     for (int i = 0; i < 6; i++, number = number->next)
@@ -2546,56 +2571,60 @@ static void test_json(void) {
     check(strcmp(json_get(json_get(json, "a")->child->next->child, "k")->string, "v") == 0, "nesting");
     check(json_number(json, "z", 7, "here") == 7 && json_number(json, "x", 8, "here") == 8, "defaults");
     json_free(json);
+}
 
-    static const char *const wrong[][2] = {
-        {"", "line 1, column 1: expected a value"},
-        {"{", "column 2"},
-        {"[1,", "column 4: expected a value"},
-        {"[1 2]", "line 1, column 4: expected ',' or ']'"},
-        {"{\n\"a\": 1,\n \"b\" 2}", "line 3, column 6: expected ':'"},
-        {"[1,]", "column 4: expected a value"},
-        {"[,1]", "column 2"},
-        {"{\"a\":1,}", "column 8: expected a name"},
-        {"{a:1}", "a name in double quotes"},
-        {"{\"a\":1 \"b\":2}", "',' or '}'"},
-        {"\"abc", "closing quote"},
-        {"\"abc\\\"", "closing quote"},
-        {"\"a\\", "closing quote"},
-        {"\"\\x41\"", "after a backslash"},
-        {"\"\\u12g4\"", "four hexadecimal digits"},
-        {"\"\\ud83d\\u00\"", "four hexadecimal digits"},
-        {"\"\\u12\"", "four"},
-        {"\"a\nb\"", "control character"},
-        {"\"a\n\"", "control character"},
-        {"\"\x01\"", "control character"},
-        {"tru", "a value"},
-        {"nul", "a value"},
-        {"True", "a value"},
-        {"NaN", "a value"},
-        {"+1", "a value"},
-        {"-", "a number"},
-        {"1e", "a number"},
-        {"1.2.3", "a number"},
-        {"--1", "a number"},
-        {"01", "a number"},
-        {"-01.5", "a number"},
-        {"1.", "a number"},
-        {"1.e5", "a number"},
-        {"-.5", "a number"},
-        {"0x10", "a number"},
-        {"-inf", "a number"},
-        {"1e+", "a number"},
-        {"1-2", "a number"},
-        {"1 1", "column 3: expected nothing more"},
-        {"{}]", "nothing more"},
-        {"'a'", "a value"},
-        {"]", "a value"},
-        {"{1:2}", "a name in double quotes"},
-    };
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        child_text = wrong[i][0];
+// What is not valid, and what the error says of it.
+static const char *const wrong_json[][2] = {
+    {"", "line 1, column 1: expected a value"},
+    {"{", "column 2"},
+    {"[1,", "column 4: expected a value"},
+    {"[1 2]", "line 1, column 4: expected ',' or ']'"},
+    {"{\n\"a\": 1,\n \"b\" 2}", "line 3, column 6: expected ':'"},
+    {"[1,]", "column 4: expected a value"},
+    {"[,1]", "column 2"},
+    {"{\"a\":1,}", "column 8: expected a name"},
+    {"{a:1}", "a name in double quotes"},
+    {"{\"a\":1 \"b\":2}", "',' or '}'"},
+    {"\"abc", "closing quote"},
+    {"\"abc\\\"", "closing quote"},
+    {"\"a\\", "closing quote"},
+    {"\"\\x41\"", "after a backslash"},
+    {"\"\\u12g4\"", "four hexadecimal digits"},
+    {"\"\\ud83d\\u00\"", "four hexadecimal digits"},
+    {"\"\\u12\"", "four"},
+    {"\"a\nb\"", "control character"},
+    {"\"a\n\"", "control character"},
+    {"\"\x01\"", "control character"},
+    {"tru", "a value"},
+    {"nul", "a value"},
+    {"True", "a value"},
+    {"NaN", "a value"},
+    {"+1", "a value"},
+    {"-", "a number"},
+    {"1e", "a number"},
+    {"1.2.3", "a number"},
+    {"--1", "a number"},
+    {"01", "a number"},
+    {"-01.5", "a number"},
+    {"1.", "a number"},
+    {"1.e5", "a number"},
+    {"-.5", "a number"},
+    {"0x10", "a number"},
+    {"-inf", "a number"},
+    {"1e+", "a number"},
+    {"1-2", "a number"},
+    {"1 1", "column 3: expected nothing more"},
+    {"{}]", "nothing more"},
+    {"'a'", "a value"},
+    {"]", "a value"},
+    {"{1:2}", "a name in double quotes"},
+};
+
+static void test_wrong_json(void) {
+    for (size_t i = 0; i < sizeof wrong_json / sizeof *wrong_json; i++) {
+        child_text = wrong_json[i][0];
         expect_death(child_json, "here: not valid JSON at line ", child_text);
-        expect_death(child_json, wrong[i][1], child_text);
+        expect_death(child_json, wrong_json[i][1], child_text);
     }
     Text wide = {0}; // 500 values side by side are no nesting
     for (int i = 0; i < 500; i++) text_append(&wide, i ? ",[]" : "[[]", 3);
@@ -2654,7 +2683,10 @@ static void test_safetensors(void) {
     }
     check(!safetensors_find(&file, "fi"), "a name that is not there");
     safetensors_close(&file, false);
+}
 
+static void test_wrong_safetensors(void) {
+    const char *path = in_tests("some.safetensors");
     static const struct {
         const char *header;
         size_t size;
@@ -2715,7 +2747,7 @@ static bool same_values(const Model *a, const Model *b) {
 }
 
 static void test_model_folder(void) {
-    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
+    const char *folder = in_tests("small");
     for (int tied = 0; tied < 2; tied++) {
         Model *model = small_model(tied);
         model_save(model, NULL, folder);
@@ -2730,62 +2762,76 @@ static void test_model_folder(void) {
         loaded = model_load(folder);
         check(same_values(model, loaded), "the file is not written to");
         model_free(loaded);
+        model_free(model);
+    }
+    Model *model = small_model(true);
+    model->config.layer_norm_epsilon = 1.2345678e-5f; // takes all its digits
+    model_save(model, NULL, folder);
+    check(config_read(in_tests("small/config.json")).layer_norm_epsilon == model->config.layer_norm_epsilon,
+          "layer_norm_epsilon does not come back to the bit");
+    model_free(model);
+}
 
-        // The same in other clothes: bare names, 16 bits, stored masks, a head that is there but tied.
-        static const struct {
-            uint16_t bits;
-            float value;
-        } half[] =
-            {{0x3c00, 1},        {0xc000, -2},    {0x0001, 0x1p-24f},        {0x83ff, -1023 * 0x1p-24f},
-             {0x0400, 0x1p-14f}, {0x7bff, 65504}, {0x3555, 1365 * 0x1p-12f}, {0x8000, -0.0f},
-             {0x7c00, INFINITY}},
-          brain[] = {{0x3f80, 1},         {0xc000, -2},
-                     {0x0001, 0x1p-133f}, {0x7f7f, 255 * 0x1p120f},
-                     {0x8000, -0.0f},     {0x3eab, 171 * 0x1p-9f},
-                     {0x3f80, 1},         {0xff80, -INFINITY},
-                     {0x0080, 0x1p-126f}};
-        enum { HALVES = 9 };
-        for (int dtype = 0; dtype < 4; dtype++) { // F32, F16, BF16, and the three mixed
-            StoredTensor list[64];
-            int count = 0;
-            for (int i = 0; i < model->tensor_count; i++) {
-                const Tensor *tensor = &model->tensors[i];
-                int as = dtype == 3 ? i % 3 : dtype;
-                list[count] = stored_tensor(tensor, STORE_VALUE);
-                char *name = (char *)list[count].name;
-                list[count].name =
-                    xstrdup(dtype == 2 || name[0] != 't' ? name : name + strlen("transformer."));
-                free(name);
-                if (as > 0) {
-                    uint16_t *bits = xmalloc(2 * tensor->size);
-                    for (size_t j = 0; j < tensor->size; j++) {
-                        bits[j] = as == 1 ? half[j % HALVES].bits : brain[j % HALVES].bits;
-                        tensor->value[j] = as == 1 ? half[j % HALVES].value : brain[j % HALVES].value;
-                    }
-                    list[count].dtype = as == 1 ? "F16" : "BF16";
-                    list[count].data = (char *)bits;
-                    list[count].bytes = 2 * tensor->size;
-                }
-                count++;
-            }
-            static char mask[64];
-            list[count++] = (StoredTensor){xstrdup("h.0.attn.bias"), "U8", 4, {1, 1, 8, 8}, 64, 64, mask};
-            list[count++] = (StoredTensor){xstrdup("h.1.attn.masked_bias"), "F32", 0, {0}, 1, 4, mask};
-            if (tied) {
-                list[count] = stored_tensor(&model->tensors[WTE], STORE_VALUE);
-                free((char *)list[count].name);
-                list[count++].name = xstrdup("lm_head.weight");
-            }
-            safetensors_write(weights, list, (size_t)count);
-            loaded = model_load(folder);
-            check(same_values(model, loaded), "other clothes %d (tied: %d)", dtype, tied);
-            check((loaded->value_file.data != NULL) == (dtype == 0), "what is mapped, %d", dtype);
-            model_free(loaded);
-            for (int i = 0; i < count; i++) {
-                free((char *)list[i].name);
-                if (strcmp(list[i].dtype, "F16") == 0 || strcmp(list[i].dtype, "BF16") == 0)
-                    free(list[i].data);
-            }
+typedef struct {
+    uint16_t bits;
+    float value;
+} Short;
+
+// A tensor as F32 (`as` 0), F16 (1) or BF16 (2); the model's own values become what the 16 bits mean.
+static StoredTensor short_tensor(const Tensor *tensor, int as) {
+    enum { SHORTS = 9 };
+    static const Short half[SHORTS] = {
+        {0x3c00, 1},        {0xc000, -2},    {0x0001, 0x1p-24f},   {0x83ff, -1023 * 0x1p-24f},
+        {0x0400, 0x1p-14f}, {0x7bff, 65504}, {0x3555, 0x555p-12f}, {0x8000, -0.0f},
+        {0x7c00, INFINITY}};
+    static const Short brain[SHORTS] = {{0x3f80, 1},         {0xc000, -2},        {0x0001, 0x1p-133f},
+                                        {0x7f7f, 0xffp120f}, {0x8000, -0.0f},     {0x3eab, 0xabp-9f},
+                                        {0x3f80, 1},         {0xff80, -INFINITY}, {0x0080, 0x1p-126f}};
+    StoredTensor stored = stored_tensor(tensor, STORE_VALUE);
+    if (as == 0) return stored;
+    uint16_t *bits = xmalloc(2 * tensor->size);
+    for (size_t j = 0; j < tensor->size; j++) {
+        Short number = as == 1 ? half[j % SHORTS] : brain[j % SHORTS];
+        bits[j] = number.bits;
+        tensor->value[j] = number.value;
+    }
+    stored.dtype = as == 1 ? "F16" : "BF16";
+    stored.data = (char *)bits;
+    stored.bytes = 2 * tensor->size;
+    return stored;
+}
+
+// The same in other clothes: bare names, 16 bits, stored masks, a head that is there but tied.
+static void test_other_clothes(void) {
+    static char mask[64];
+    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
+    for (int n = 0; n < 8; n++) {
+        const int tied = n / 4, dtype = n % 4; // F32, F16, BF16, and the three mixed
+        Model *model = small_model(tied);
+        model_save(model, NULL, folder);
+        StoredTensor list[64];
+        int count = 0;
+        for (int i = 0; i < model->tensor_count; i++, count++) {
+            list[count] = short_tensor(&model->tensors[i], dtype == 3 ? i % 3 : dtype);
+            char *name = (char *)list[count].name;
+            list[count].name = xstrdup(dtype == 2 ? name : without_prefix(name));
+            free(name);
+        }
+        list[count++] = (StoredTensor){xstrdup("h.0.attn.bias"), "U8", 4, {1, 1, 8, 8}, 64, 64, mask};
+        list[count++] = (StoredTensor){xstrdup("h.1.attn.masked_bias"), "F32", 0, {0}, 1, 4, mask};
+        if (tied) {
+            list[count] = stored_tensor(&model->tensors[WTE], STORE_VALUE);
+            free((char *)list[count].name);
+            list[count++].name = xstrdup("lm_head.weight");
+        }
+        safetensors_write(weights, list, (size_t)count);
+        Model *loaded = model_load(folder);
+        check(same_values(model, loaded), "other clothes %d (tied: %d)", dtype, tied);
+        check((loaded->value_file.data != NULL) == (dtype == 0), "what is mapped, %d", dtype);
+        model_free(loaded);
+        for (int i = 0; i < count; i++) {
+            free((char *)list[i].name);
+            if (strcmp(list[i].dtype, "F16") == 0 || strcmp(list[i].dtype, "BF16") == 0) free(list[i].data);
         }
         model_free(model);
     }
@@ -2843,8 +2889,8 @@ static void test_cut_weights(void) {
     free(good.data);
 }
 
-// One byte of the header wrong: one line. Only in the metadata, which nobody reads, and among the spaces at the
-// end it may be something else that is right; then the model is the same.
+// One byte of the header wrong: one line. Only in the metadata, which nobody reads, and among the spaces at
+// the end it may be something else that is right; then the model is the same.
 static void test_wrong_header(void) {
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
     undamaged = small_model(true);
@@ -3199,7 +3245,8 @@ static void make_wrong_inputs(void) {
     make_folder(in_tests("folder.txt"));
 }
 
-// What is wrong on the command line or in a file that it names: exit status, part of the one line that is said.
+// What is wrong on the command line or in a file that it names: exit status, part of the one line that is
+// said.
 static const struct {
     int status;
     const char *error, *words;
@@ -3251,10 +3298,10 @@ static const struct {
      "column 13",
      "$TINY --train $D/bad.jsonl"},
     {1, "other.jsonl:2: {\"prompt\"", "$TINY --train $D/other.jsonl"},
-    {1, "text needs a tokenizer",
-     "--n-layer 1 --n-embd 16 --n-head 2 --matmul builtin --train $D/text.txt"},
+    {1, "text needs a tokenizer", "--n-layer 1 --n-embd 16 --n-head 2 --matmul builtin --train $D/text.txt"},
     {2, "--seq-len 17: the model has only 16 positions", "$TINY --train $D/text.txt --seq-len 17"},
-    {2, "--seq-len 17: the model has only 16 positions", "--init $D/model --eval --val $D/val.txt --seq-len 17"},
+    {2, "--seq-len 17: the model has only 16 positions",
+     "--init $D/model --eval --val $D/val.txt --seq-len 17"},
     {2, "regular expression '('", "$TINY --train $D/text.txt --freeze '('"},
     {2, "regular expression 'a['", "$TINY --train $D/text.txt --no-decay 'a['"},
     {2, "--freeze leaves nothing to train", "$TINY --train $D/text.txt --freeze ."},
@@ -3292,53 +3339,59 @@ static bool same_option(const Option *option, const Options *a, const Options *b
     return same;
 }
 
+// The letters of the options, and the names that they are short for.
+static const char letters[] =
+    "e init i train j val o out y resume b batch-size t seq-len x steps l learning-rate u warmup-steps k "
+    "schedule "
+    "q final-lr c weight-decay v val-every m val-batches s sample-every g sample-tokens n save-every h help ";
+
+// One option: by its name, by its letter, and as a checkpoint remembers it. Nothing else changes.
+static void check_option(const Option *option) {
+    char value[64] = "a[0-9],b", mode[32] = "", text[256];
+    const bool flag = option->kind == FLAG;
+    if (option->kind == COUNT) snprintf(value, sizeof value, "%g", option->least + 6);
+    if (option->kind == REAL)
+        snprintf(value, sizeof value, "%.17g", option->most / 1.37); // takes all its digits
+    if (option->kind == CHOICE) snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
+    if (!(option->modes & TRAIN)) strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
+    Options initial, by_name, by_letter, again;
+    set_defaults(&initial);
+    snprintf(text, sizeof text, "%s --%s%s%s", mode, option->name, flag ? "" : "=", flag ? "" : value);
+    options_from_text(&by_name, text);
+    check(!same_option(option, &initial, &by_name), "%s is not taken", text);
+    for (const Option *other = option_table; other < option_table + OPTION_COUNT; other++)
+        check(!other->name || other == option || strstr(mode, other->name) ||
+                  same_option(other, &initial, &by_name),
+              "%s changes --%s", text, other->name);
+    if (option->letter) {
+        char pair[64];
+        snprintf(pair, sizeof pair, "%c %s ", option->letter, option->name);
+        check(strstr(letters, pair) != NULL, "-%c is not short for --%s", option->letter, option->name);
+        snprintf(text, sizeof text, "-%c %s", option->letter, flag ? "" : value);
+        options_from_text(&by_letter, text);
+        check(same_option(option, &by_name, &by_letter), "-%c is not --%s", option->letter, option->name);
+    }
+    text[0] = 0;
+    Patterns saved = options_to_save(&by_name);
+    for (size_t i = 0; i < saved.size; i++)
+        snprintf(text + strlen(text), sizeof text - strlen(text), "%s ", saved.items[i]);
+    options_from_text(&again, text);
+    check(same_option(option, option->modes & NOT_SAVED ? &initial : &by_name, &again),
+          "--%s remembered as %s", option->name, text);
+}
+
 static void test_options(void) {
-    static const char letters[] =
-        "e init i train j val o out y resume b batch-size t seq-len x steps l learning-rate "
-        "u warmup-steps k schedule q final-lr c weight-decay v val-every m val-batches s sample-every g "
-        "sample-tokens "
-        "n save-every h help ";
     Text help;
     make_inputs();
     expect_run(0, &help, "--help");
     size_t with_letter = 0;
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         if (!option->name) continue;
-        char *row = xprintf(" --%s ", option->name), value[64] = "a[0-9],b", mode[32] = "", text[256];
+        char *row = xprintf(" --%s ", option->name);
         check(count_of(help.data, row) >= 1, "--help does not list%s", row);
         free(row);
-        if (option->kind == COUNT || option->kind == REAL)
-            snprintf(value, sizeof value, "%g",
-                     option->kind == COUNT ? option->least + 6 : option->most * 0.75);
-        if (option->kind == CHOICE) snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
-        if (!(option->modes & TRAIN)) strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
-        Options initial, by_name, by_letter, again;
-        set_defaults(&initial);
-        bool flag = option->kind == FLAG;
-        snprintf(text, sizeof text, "%s --%s%s%s", mode, option->name, flag ? "" : "=", flag ? "" : value);
-        options_from_text(&by_name, text);
-        check(!same_option(option, &initial, &by_name), "%s is not taken", text);
-        for (const Option *other = option_table; other < option_table + OPTION_COUNT; other++)
-            check(!other->name || other == option || strstr(mode, other->name) ||
-                      same_option(other, &initial, &by_name),
-                  "%s changes --%s", text, other->name);
-        if (option->letter) {
-            char pair[64];
-            snprintf(pair, sizeof pair, "%c %s ", option->letter, option->name);
-            check(strstr(letters, pair) != NULL, "-%c is not short for --%s", option->letter, option->name);
-            snprintf(text, sizeof text, "-%c %s", option->letter, flag ? "" : value);
-            options_from_text(&by_letter, text);
-            check(same_option(option, &by_name, &by_letter), "-%c is not --%s", option->letter, option->name);
-            with_letter++;
-        }
-        // What a checkpoint remembers gives the same again.
-        text[0] = 0;
-        Patterns saved = options_to_save(&by_name);
-        for (size_t i = 0; i < saved.size; i++)
-            snprintf(text + strlen(text), sizeof text - strlen(text), "%s ", saved.items[i]);
-        options_from_text(&again, text);
-        check(same_option(option, option->modes & NOT_SAVED ? &initial : &by_name, &again),
-              "--%s remembered as %s", option->name, text);
+        check_option(option);
+        with_letter += option->letter != 0;
     }
     check(with_letter == count_of(letters, " ") / 2, "%zu options have a letter", with_letter);
     free(help.data);
@@ -3349,8 +3402,12 @@ static void test_options(void) {
     check(options.no_decay.size == 0, "--no-decay none");
     options_from_text(&options, "-x7 -y -b5");
     check(options.steps == 7 && options.resume && options.batch_size == 5, "-x7 -y -b5");
+}
 
-    // On top of what a checkpoint remembers: what is said again replaces it, and is remembered in its place.
+// On top of what a checkpoint remembers: what is said again replaces it, and is remembered in its place.
+static void test_remembered_options(void) {
+    Options options;
+    make_inputs();
     write_text("state.json",
                "{\"options\": [\"--freeze=a\", \"--freeze=b\", \"--no-decay=x\", \"--steps=3\"]}");
     char *words[] = {"train_gpt2", "--freeze", "c", "--freeze=d", "--steps", "4"};
@@ -3365,8 +3422,11 @@ static void test_options(void) {
     check(strcmp(saved.data, "--steps=4--no-decay=x--freeze=c--freeze=d") == 0, "remembered: %s", saved.data);
     free(saved.data);
     unlink(in_tests("state.json"));
+}
 
+static void test_plan(void) {
     Text plan;
+    make_inputs();
     uint64_t before = fingerprint(temporary_folder());
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --freeze wpe --steps 40 --out $D/never");
     check(strstr(plan.data, "transformer.wte.weight") && strstr(plan.data, "[259, 16]") &&
@@ -3379,7 +3439,8 @@ static void test_options(void) {
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --steps 40 --out $D/never");
     check(!strstr(plan.data, "freezing"), "--plan: nothing is frozen");
     free(plan.data);
-    // A block of 128 channels has 198272 parameters; of three blocks, two keep 10 C + NH + 4 floats in 32 rows.
+    // A block of 128 channels has 198272 parameters; of three blocks, two keep 10 C + NH + 4 floats in 32
+    // rows.
     const char *wide = "$TINY --n-layer 3 --n-embd 128 --train $D/text.txt --plan --out $D/never --freeze";
     for (int deep = 0; deep < 2; deep++) {
         char *words = xprintf("%s '%s'", wide, deep ? "h.[01]|w[tp]e" : "h.0");
@@ -3420,8 +3481,8 @@ static void test_skipped_work(void) {
     }
 }
 
-// The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what was
-// there before is covered, and no escape sequence is sent.
+// The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what
+// was there before is covered, and no escape sequence is sent.
 static void test_progress(void) {
     const char *lines[] = {
         "step 1/9  loss 1.2345  0:00:09 left  epoch 0.10  lr 1.00e-03  norm 1.000  99 tok/s", "step 2/9"};
@@ -3484,7 +3545,8 @@ static void test_pin_threads(void) {
     int highest = 0;
     for (int core = 0; core < CPU_SETSIZE; core++) highest = CPU_ISSET(core, &allowed) ? core : highest;
 
-    for (int pinned = 0; pinned < 3; pinned++) { // bound by the environment; one thread too many; as it should be
+    for (int pinned = 0; pinned < 3;
+         pinned++) { // bound by the environment; one thread too many; as it should be
         omp_set_num_threads(cores + (pinned == 1));
         pinned == 0 ? setenv("OMP_PROC_BIND", "false", 1) : unsetenv("OMP_PROC_BIND");
         int threads = read_affinities(before);
@@ -3619,8 +3681,8 @@ static void test_other_formats(void) {
     expect_run(0, NULL, "--init $D/both --generate 1 --matmul builtin");
 }
 
-// Any piece of a sample's text as --stop: each sample ends before the first place where its own text has it, and
-// what the prompt says does not count. Pieces begin and end inside tokens, and span several.
+// Any piece of a sample's text as --stop: each sample ends before the first place where its own text has it,
+// and what the prompt says does not count. Pieces begin and end inside tokens, and span several.
 static void test_stop(void) {
     enum { S = 3, COUNT = 60 };
     make_inputs();
@@ -3661,8 +3723,8 @@ static void test_stop(void) {
     model_free(model);
 }
 
-// Trains, once, the model that the tests of runs look at: 30 updates and 4 evaluations in D/run. Returns what was
-// printed then.
+// Trains, once, the model that the tests of runs look at: 30 updates and 4 evaluations in D/run. Returns what
+// was printed then.
 static const char *make_run(void) {
     static Text printed;
     make_inputs();
@@ -3735,8 +3797,8 @@ static void test_freeze_and_overfit(void) {
                "$TINY --train $D/short.txt --batch-size 1048576 --accumulate 65536 --steps 1 --out $D/huge");
 }
 
-// --stop, streamed: pieces of the text that a seed gives; at last the text's end with more behind it, which is
-// held back until the last token.
+// --stop, streamed: pieces of the text that a seed gives; at last the text's end with more behind it, which
+// is held back until the last token.
 static void expect_stops(const Text *all, const char *seed) {
     int stops = 0;
     for (size_t n = 0; n <= 40; n += 4) {
@@ -3846,8 +3908,8 @@ static double make_whole_run(void) {
     return duration = now() - begin;
 }
 
-// Ends a run by a signal in its middle, and checks what it says and saves. One that was done before the signal
-// came is started again.
+// Ends a run by a signal in its middle, and checks what it says and saves. One that was done before the
+// signal came is started again.
 static void stop_run(const char *out, int signal_number) {
     LogLine lines[500];
     char *words = xprintf("%s%s", RESUMABLE, out);
@@ -3901,8 +3963,8 @@ static void test_resume(void) {
     }
 }
 
-// Kills that cannot be caught: after so many lines of the log, then at any moment. A run that is done before it
-// was killed three times begins anew.
+// Kills that cannot be caught: after so many lines of the log, then at any moment. A run that is done before
+// it was killed three times begins anew.
 static void test_kills(void) {
     const double duration = make_whole_run();
     char *words = xprintf("%skilled --resume", RESUMABLE);
@@ -3927,7 +3989,8 @@ static void test_kills(void) {
     expect_same_run("killed", words);
     free(words);
 
-    words = xprintf("%sjust-saved", RESUMABLE); // killed when a checkpoint stands that knows of its evaluation
+    words =
+        xprintf("%sjust-saved", RESUMABLE); // killed when a checkpoint stands that knows of its evaluation
     int status = 0;
     for (int attempt = 0; attempt < 5 && status == 0; attempt++) {
         remove_folder(in_tests("just-saved"));
@@ -3943,9 +4006,9 @@ static void test_kills(void) {
 }
 
 // A run whose validation loss rises from evaluation to evaluation, whatever the seed. The model learns that b
-// follows a, and is asked whether the other letters and digits do. If b has the probability p, the others share
-// 1 - p, and their mean loss is at least log(61) - log(1 - p): it rises without end as p comes near 1. (Of the
-// three tokens a, b and <|endoftext|> --seq-len 1 leaves the first two.)
+// follows a, and is asked whether the other letters and digits do. If b has the probability p, the others
+// share 1 - p, and their mean loss is at least log(61) - log(1 - p): it rises without end as p comes near 1.
+// (Of the three tokens a, b and <|endoftext|> --seq-len 1 leaves the first two.)
 #define RISING                                                                                               \
     "$TINY --train $D/rising.jsonl --val $D/others.jsonl --seq-len 1 --schedule constant --warmup-steps 0 "  \
     "--val-every 10 --quiet "
@@ -4009,7 +4072,8 @@ static void test_resumed_freezing(void) {
     Model *after = model_load(in_tests("thawed/checkpoint-000004"));
     for (int i = 0; i < before->tensor_count; i++) {
         const Tensor *a = &before->tensors[i], *b = &after->tensors[i];
-        check(same_bits(a->value, b->value, a->size) == (i == WTE || i == WPE), "after --resume: %s", a->name);
+        check(same_bits(a->value, b->value, a->size) == (i == WTE || i == WPE), "after --resume: %s",
+              a->name);
     }
     model_free(before);
     model_free(after);
@@ -4151,6 +4215,8 @@ static const struct {
     {"layers: attention", test_attention},
     {"layers: cross-entropy", test_cross_entropy},
     {"layers: dropout", test_dropout},
+    {"layers: dropout in attention", test_attention_dropout},
+    {"model: dropout of each step", test_dropout_of_steps},
     {"model: logits, loss and every gradient", test_model},
     {"model: NaN and changes do not reach what is masked", test_poison},
     {"model: padded batches equal sequences alone", test_padding},
@@ -4164,10 +4230,17 @@ static const struct {
     {"generation: greedy, past the context, several samples", test_generation},
     {"generation: --stop, in tokens and across them", test_stop},
     {"generation: sampling", test_sampling},
-    {"tensors: names, shapes, initial values, counts, patterns", test_tensor_table},
-    {"JSON: strings, numbers, nesting, errors with their place", test_json},
-    {"safetensors: round trip, wrong headers", test_safetensors},
-    {"model folder: round trip to the bit, 16 bits, other names", test_model_folder},
+    {"tensors: names, shapes, decay", test_tensor_table},
+    {"tensors: initial values", test_initial_values},
+    {"tensors: GPT-2's four sizes", test_parameter_counts},
+    {"tensors: patterns of names", test_patterns},
+    {"JSON: strings", test_json_strings},
+    {"JSON: numbers, nesting, members", test_json_values},
+    {"JSON: errors with their place", test_wrong_json},
+    {"safetensors: round trip", test_safetensors},
+    {"safetensors: wrong headers", test_wrong_safetensors},
+    {"model folder: round trip to the bit", test_model_folder},
+    {"model folder: 16 bits, other names, tensors that are not read", test_other_clothes},
     {"model folder: cut weights end in one line", test_cut_weights},
     {"model folder: a wrong header ends in one line", test_wrong_header},
     {"model folder: wrong tensors end in one line", test_wrong_tensors},
@@ -4177,7 +4250,9 @@ static const struct {
     {"order of examples: each once an epoch, whatever its length", test_dataset_order},
     {"token shards: llm.c's, and wrong ones", test_shards},
     {"command line: wrong input is one line, and changes nothing", test_wrong_input},
-    {"command line: every option, its letter, --help, --plan", test_options},
+    {"command line: every option, its letter, --help", test_options},
+    {"command line: options that a checkpoint remembers", test_remembered_options},
+    {"command line: --plan", test_plan},
     {"command line: --plan's share of work that freezing skips", test_skipped_work},
     {"command line: weights in other formats name the converter", test_other_formats},
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
