@@ -1,29 +1,44 @@
 // train_gpt2.c - train, fine-tune, evaluate and sample GPT-2 on CPU cores, in one file made for reading.
 //
 //   make train_gpt2                                      with OpenBLAS, or without any library:
-//   cc -O3 -march=native -fopenmp train_gpt2.c -lm       the built-in matmul, still a whole fast program
+//   cc -O3 -march=native -fopenmp train_gpt2.c -lm       with the built-in matmul, also a whole fast program
 //   ./train_gpt2 --help
 //
-// Text flows down this file once: text -> ids -> batch -> logits -> loss -> gradients -> update -> file.
+// ---- the parts ----
 //
-//    1. Support       errors, memory, files, clock, random numbers, JSON
-//    2. Tokenizer     byte-level BPE: text <-> ids
-//    3. Batches       sequences packed row after row; what PAD and the causal mask mean here
-//    4. Parameters    one table of tensors; names, shapes, decay, freezing and files all follow from it
-//    5. Layers        matmul, embedding, layernorm, attention, gelu, classifier: forward beside backward
-//    6. Model         the layers in order, forward and back; what is kept and what is recomputed
-//    7. Optimizer     AdamW, decay groups, clipping, the learning-rate schedule
-//    8. Generation    key/value cache, temperature, top-k, top-p
-//    9. Files         safetensors, model folders, checkpoints
-//   10. Data          text, token shards, JSONL examples; shuffling that can be resumed
-//   11. Training      the loops, evaluation, progress, log
-//   12. Command line  one table of options, and main
+//   I.   GPT-2           1 support   2 random numbers   3 parameters   4 batches   5 layers   6 model
+//                        7 optimizer   8 one training step
+//   II.  Text            9 tokenizer: text <-> token ids   10 generation
+//   III. Files and data  11 files and JSON   12 model folders, checkpoints   13 text, shards, JSONL examples
+//   IV.  Running it      14 evaluation, log, the training loop   15 options and main
+//   V.   Speed           16 how a product of matrices gets fast; a fast exp
 //
-// Letters used throughout:
-//   B sequences in a batch    T positions in a sequence    R rows: all tokens of a batch, PAD left out
-//   C channels (n_embd)       F channels inside the MLP (n_inner, usually 4C)    V vocabulary
-//   L layers                  NH attention heads           HS head size C/NH
-// A shape like (R, C) is row-major: R rows of C consecutive floats.
+// Part I is the whole of GPT-2 and of one training step; read it from top to bottom. The other parts are
+// chapters to open when you want them. dev/tour.md follows one batch through Part I with real numbers, and
+// dev/derivations.md derives every gradient.
+//
+// ---- the letters ----
+//
+//   B   sequences in a batch                 R   rows: all tokens of a batch, one row each
+//   T   positions in a sequence              V   vocabulary: how many different tokens there are
+//   C   channels: floats that describe a row (n_embd)       L   layers, also called blocks
+//   F   channels inside the MLP (n_inner, usually 4C)       NH  attention heads    HS  head size, C / NH
+//
+// A shape such as (R, C) is row-major: R rows of C floats, one row behind the other.
+//
+// ---- the conventions ----
+//
+// - A d in front of a name means gradient: dx is d(loss)/dx, how much the loss grows when x grows. It has the
+//   shape of x. X_forward computes a layer; X_backward receives the gradient of the layer's output and
+//   computes the gradients of its inputs and weights.
+// - NULL for an array means not wanted, or not there. A frozen tensor's gradient is NULL, for instance.
+// - A function whose name begins with a type's name works on that type: batch_clear(), model_free(). What a
+//   function returns in fresh memory belongs to the caller: X_free() or free() releases it.
+// - die() ends the program with one line on stderr. It is for whatever the outside world does wrong. assert()
+//   is for our own mistakes only.
+// - `#pragma omp parallel for` shares a loop's iterations out to all threads. Each thread writes rows or
+//   columns of its own, and every sum has a fixed order: the number of threads does not change the result.
+//   `omp simd reduction` allows the compiler to sum in vector lanes.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -70,9 +85,29 @@ static void omp_set_num_threads(int n) { (void)n; }
 // #####################################################################################################
 // PART I. GPT-2
 // #####################################################################################################
+// GPT-2 reads a text and says what comes next. Text is cut into tokens, pieces such as " the" or "ing", and
+// each token has a number, its id. For each position the model computes V numbers, the logits: the higher the
+// logit of a token, the likelier that token comes next. Softmax turns logits into probabilities:
+//
+//     p[v] = exp(logit[v]) / sum over w of exp(logit[w])
+//
+// The text itself says which token did come next. The loss at a position is -log(p[that token]): 0 if the
+// model was sure of it, large if it was surprised. Training makes the mean loss smaller, step by step:
+//
+//     forward     from token ids through all layers to the logits and the loss
+//     backward    from the loss back through all layers: the gradient of each parameter, that is, how much
+//                 the loss changes when this parameter changes
+//     update      each parameter moves a little way against its gradient
+//
+// The parameters are the numbers that training changes: 124 million in the smallest GPT-2, kept in arrays
+// called tensors. Fine-tuning is the same procedure. It only begins with parameters that somebody trained.
+
 // =====================================================================================================
 // 1. Support
 // =====================================================================================================
+// Two things that C does not bring: errors that say in one line what is wrong, and memory that is either
+// there or ends the program, so that nobody has to check for NULL.
+
 static const char *program_name = "train_gpt2";
 static bool progress_line_open = false; // a progress line stands unfinished on the terminal
 
@@ -107,7 +142,7 @@ static void *xcalloc(size_t count, size_t size) {
     return result;
 }
 
-// Returns count floats, not cleared, aligned to a cache line. Freed with free().
+// Returns count floats, not cleared, aligned to a cache line (64 bytes, what memory hands over at once).
 static float *xfloats(size_t count) {
     void *result = NULL;
     if (count > SIZE_MAX / sizeof(float) || posix_memalign(&result, 64, count ? count * sizeof(float) : 64))
@@ -139,14 +174,44 @@ static void *grow(void *data, size_t needed, size_t *capacity, size_t element_si
 
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
+// Several arrays often live in one block of memory. Each begins on a cache line: lengths are rounded up.
+static size_t aligned_size(size_t floats) { return (floats + 15) / 16 * 16; }
+
+typedef struct {
+    float **array; // where the pointer to this part goes
+    size_t size;   // floats
+} Part;
+
+// Divides `memory` into parts, one behind the other, and returns how many floats they take together. With
+// memory NULL it only counts: so the size of a block of memory and its layout come from the same list.
+static size_t lay_out(float *memory, const Part *parts, size_t count) {
+    size_t used = 0;
+    for (size_t i = 0; i < count; used += aligned_size(parts[i++].size))
+        if (memory) *parts[i].array = memory + used;
+    return used;
+}
+
+// ---- declared here, told later ----
+// Part I uses these functions before their code is shown. What they mean is all that one needs to know here.
+
+// C = op(A) · op(B), or C += op(A) · op(B) with `accumulate`: the product of two matrices. op(A) is (M, K),
+// op(B) is (K, N), C is (M, N); op transposes when told. ldc, lda and ldb are the lengths of rows as stored,
+// which may be longer than what is used of them. It takes nearly all the time of training. Part V.
+//     for m < M, n < N:   C[m][n] = sum over k of op(A)[m][k] · op(B)[k][n]
+static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
+                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate);
+
+static inline float fast_exp(float x);          // e to the power of x. Part V
+static float largest_of(const float *x, int n); // the largest of x[0 .. n - 1]. Part V
+
 // =====================================================================================================
 // 2. Random numbers
 // =====================================================================================================
-// ---- random numbers ----
-// Counter-based: draw number `index` of stream `stream` is a pure function of both, so any draw can be made
-// again (dropout in the backward pass, shuffling after a resume) and threads need no shared state.
-// The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+// Training needs chance in three places: initial parameters, the order of examples, dropout. Usual generators
+// have a state that each draw changes. These have none: draw number `index` of the sequence called `stream`
+// is a pure function of both. So any draw can be made again, by any thread, and after an interruption.
 
+// The finaliser of SplitMix64 (Steele, Lea, Flood 2014): each bit of x changes half the bits of the result.
 static uint64_t mix_bits(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -176,21 +241,22 @@ static float random_normal(uint64_t stream, uint64_t index) {
 // =====================================================================================================
 // 3. Parameters
 // =====================================================================================================
-// A model is a list of tensors, and everything asks something of each: what is it called in a file, how large
-// is it, how does it start, is it trained, is it decayed? One table says what GPT-2 consists of, and all the
-// answers follow from it; no tensor is listed twice anywhere.
+// A model is a list of tensors. Everybody asks something of each tensor: what is it called in a file, what is
+// its shape, how does it start, is it trained, is it decayed? One table says what GPT-2 consists of, and all
+// the answers follow from it. No tensor is listed twice anywhere.
 
+// What distinguishes one GPT-2 from another. A model's file config.json has these sizes under the same names.
 typedef struct {
     int vocab_size, n_positions, n_layer, n_head, n_embd, n_inner;
     float layer_norm_epsilon;
     bool tie_word_embeddings; // the output head is the token embedding itself
 } Config;
 
-// A row of the table. Shapes are spelled in letters: V vocabulary, P positions, C channels, F inner MLP
-// channels, Q = 3C (query, key and value side by side). Matrices are [in, out], as Hugging Face's Conv1D has
-// them: y = xW + b. A * in the name stands for the layer. Initial values are GPT-2's (Radford et al. 2019,
-// section 2.3): normal with deviation 0.02, the projections that write into the residual stream divided by
-// sqrt(2L), since 2L of them add up.
+// A row of the table. A * in the name stands for the layer's number. Shapes are spelled in letters: V
+// vocabulary, P positions, C channels, F channels inside the MLP, Q = 3C (query, key and value side by side).
+// Matrices are [in, out], as Hugging Face's Conv1D has them: y = xW + b.
+// Initial values are GPT-2's (Radford et al. 2019, section 2.3): normal with standard deviation 0.02. Each
+// layer adds two projections to the same stream, so 2L of them add up; they start smaller by sqrt(2L).
 typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
 
 // clang-format off
@@ -205,23 +271,23 @@ static const struct {
     const char *name, *shape;
     Initial initial;
 } tensor_table[TENSOR_KINDS] = {
-    [WTE]              = {"transformer.wte.weight",               "VC", NORMAL},
-    [WPE]              = {"transformer.wpe.weight",               "PC", NORMAL},
-    [LN_1_WEIGHT]      = {"transformer.h.*.ln_1.weight",          "C",  ONES},
+    [WTE]              = {"transformer.wte.weight",               "VC", NORMAL},          // of tokens
+    [WPE]              = {"transformer.wpe.weight",               "PC", NORMAL},          // of positions
+    [LN_1_WEIGHT]      = {"transformer.h.*.ln_1.weight",          "C",  ONES},            // layernorm
     [LN_1_BIAS]        = {"transformer.h.*.ln_1.bias",            "C",  ZEROS},
-    [ATTN_WEIGHT]      = {"transformer.h.*.attn.c_attn.weight",   "CQ", NORMAL},
+    [ATTN_WEIGHT]      = {"transformer.h.*.attn.c_attn.weight",   "CQ", NORMAL},          // to q, k and v
     [ATTN_BIAS]        = {"transformer.h.*.attn.c_attn.bias",     "Q",  ZEROS},
-    [ATTN_PROJ_WEIGHT] = {"transformer.h.*.attn.c_proj.weight",   "CC", NORMAL_RESIDUAL},
+    [ATTN_PROJ_WEIGHT] = {"transformer.h.*.attn.c_proj.weight",   "CC", NORMAL_RESIDUAL}, // out of attention
     [ATTN_PROJ_BIAS]   = {"transformer.h.*.attn.c_proj.bias",     "C",  ZEROS},
-    [LN_2_WEIGHT]      = {"transformer.h.*.ln_2.weight",          "C",  ONES},
+    [LN_2_WEIGHT]      = {"transformer.h.*.ln_2.weight",          "C",  ONES},            // layernorm
     [LN_2_BIAS]        = {"transformer.h.*.ln_2.bias",            "C",  ZEROS},
-    [FC_WEIGHT]        = {"transformer.h.*.mlp.c_fc.weight",      "CF", NORMAL},
+    [FC_WEIGHT]        = {"transformer.h.*.mlp.c_fc.weight",      "CF", NORMAL},          // into the MLP
     [FC_BIAS]          = {"transformer.h.*.mlp.c_fc.bias",        "F",  ZEROS},
-    [FC_PROJ_WEIGHT]   = {"transformer.h.*.mlp.c_proj.weight",    "FC", NORMAL_RESIDUAL},
+    [FC_PROJ_WEIGHT]   = {"transformer.h.*.mlp.c_proj.weight",    "FC", NORMAL_RESIDUAL}, // out of the MLP
     [FC_PROJ_BIAS]     = {"transformer.h.*.mlp.c_proj.bias",      "C",  ZEROS},
-    [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},
+    [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},            // last layernorm
     [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
-    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL}, // unless tied to wte
+    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL},          // unless it is wte
 };
 // clang-format on
 enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT }; // per layer
@@ -230,49 +296,46 @@ typedef struct {
     char *name; // Hugging Face's, in full
     int kind, layer;
     int dims;
-    size_t shape[2], size;
+    size_t shape[2], size; // size: elements
     bool frozen, decay;
-    float *value;    // (size) in the model's own memory or mapped from its file
-    float *gradient; // (size) or NULL when frozen, as are AdamW's two moments
-    float *exp_avg, *exp_avg_sq;
+    float *value;                // (size) in the model's own memory or mapped from its file
+    float *gradient;             // (size) NULL when frozen, and so are the next two
+    float *exp_avg, *exp_avg_sq; // (size) AdamW's two moments, section 7
 } Tensor;
 
-// A file seen as memory. The mapping is private: writing to it never reaches the file.
+// A file seen as memory. The mapping is private: what is written to it never reaches the file. Part III.
 typedef struct {
     char *data;
     size_t size;
 } Mapping;
 
-static void unmap_file(Mapping *mapping) {
-    if (mapping->data) munmap(mapping->data, mapping->size);
-}
-
 typedef struct {
     Config config;
     int tensor_count;
     Tensor *tensors;
-    int lowest;          // the lowest block the backward pass must go through; -1: down to the embeddings
-    float *value_memory; // what the tensors point into: one of these two ...
-    Mapping value_file;  // ... the second being a private mapping: what is trained is copied page by page
-    float *training_memory;
+    int lowest_trained; // the lowest block that the backward pass must go through; -1: down to the embeddings
+    float *value_memory; // the tensors' values lie here, or in the next one:
+    Mapping value_file; // the file is mapped copy-on-write: a page is copied when training first writes to it
+    float *training_memory; // gradients, and moments if they do not come from a file:
     Mapping moment_file;
 } Model;
 
 static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
 
-// Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT], ...,
-// t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. `layer` matters for these kinds only.
+// Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT] to
+// t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. For other kinds `layer` does not matter.
 static Tensor *model_tensor(const Model *model, int kind, int layer) {
     if (!kind_is_per_layer(kind)) layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
-// The output head (V, C): wte itself when they are tied.
+// The output head (V, C). When it is tied, it is wte itself: the rows that turn tokens into vectors also
+// judge which token comes next.
 static Tensor *model_head(const Model *model) {
     return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
 
-// Makes the list of tensors, without values: everything trainable, nothing decayed.
+// Makes the list of tensors, without values. Everything is trainable and nothing is decayed.
 static Model *model_new(Config config) {
     const size_t C = (size_t)config.n_embd;
     const size_t size_of[] = {['V'] = (size_t)config.vocab_size,
@@ -282,12 +345,12 @@ static Model *model_new(Config config) {
                               ['Q'] = 3 * C};
     Model *model = xcalloc(1, sizeof *model);
     model->config = config;
-    model->lowest = -1;
+    model->lowest_trained = -1;
     model->tensors = xcalloc((size_t)config.n_layer * BLOCK_TENSORS + TENSOR_KINDS, sizeof *model->tensors);
     for (int kind = 0; kind < TENSOR_KINDS; kind++) {
         if (kind == LM_HEAD && config.tie_word_embeddings) continue;
-        const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape,
-                   *star = strchr(name, '*');
+        const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape;
+        const char *star = strchr(name, '*');
         for (int layer = 0; layer < (star ? config.n_layer : 1); layer++) {
             Tensor *tensor = model_tensor(model, kind, layer);
             *tensor = (Tensor){.kind = kind, .layer = layer, .dims = (int)strlen(shape), .size = 1};
@@ -300,6 +363,10 @@ static Model *model_new(Config config) {
     return model;
 }
 
+static void unmap_file(Mapping *mapping) {
+    if (mapping->data) munmap(mapping->data, mapping->size);
+}
+
 static void model_free(Model *model) {
     for (int i = 0; i < model->tensor_count; i++) free(model->tensors[i].name);
     free(model->tensors);
@@ -309,9 +376,6 @@ static void model_free(Model *model) {
     unmap_file(&model->moment_file);
     free(model);
 }
-
-// Lengths inside one block of memory are rounded up, so that each tensor starts on a cache line.
-static size_t aligned_size(size_t size) { return (size + 15) / 16 * 16; }
 
 static void model_allocate_values(Model *model) {
     size_t total = 0;
@@ -340,7 +404,10 @@ static void model_initialise(Model *model, uint64_t seed) {
     }
 }
 
-// A list of POSIX extended regular expressions; a name is matched when any of them is found anywhere in it.
+// ---- what is trained ----
+// Fine-tuning changes as little as it can. A frozen tensor keeps its values, bit for bit, and saves time and
+// memory: it has no gradient and no moments. The user names tensors by regular expressions, such as
+// "wte|wpe" or "h\.[0-5]\.": POSIX extended ones, and a name matches when one is found anywhere in it.
 typedef struct {
     const char **items;
     size_t size, capacity;
@@ -348,23 +415,23 @@ typedef struct {
 
 static bool patterns_match(const Patterns *patterns, const char *name); // Part IV
 
-// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay pulls
-// towards 0, which keeps matrices, embeddings among them, from growing without need. A layernorm's weight is
-// at home at 1, and biases are few and hardly overfit: they are left out.
+// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay (section
+// 7) pulls values towards 0, which keeps matrices and embeddings from growing without need. A layernorm's
+// weight is at home at 1, and biases are few and hardly overfit: they are left out.
 static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay) {
-    model->lowest = model->config.n_layer;
+    model->lowest_trained = model->config.n_layer;
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
         tensor->frozen = patterns_match(freeze, tensor->name);
         tensor->decay = !patterns_match(no_decay, tensor->name);
-        bool below = tensor->kind < LN_1_WEIGHT, above = tensor->kind >= LN_F_WEIGHT; // the blocks
-        int depth = below ? -1 : above ? model->config.n_layer : tensor->layer;
-        if (!tensor->frozen && depth < model->lowest) model->lowest = depth;
+        bool embedding = tensor->kind < LN_1_WEIGHT, after_blocks = tensor->kind >= LN_F_WEIGHT;
+        int depth = embedding ? -1 : after_blocks ? model->config.n_layer : tensor->layer;
+        if (!tensor->frozen && depth < model->lowest_trained) model->lowest_trained = depth;
     }
 }
 
-// Makes room for gradients and AdamW's moments (zero at first) of what is trained; without moments when they
-// come from a checkpoint.
+// Makes room for gradients and for AdamW's moments (zero at first) of what is trained; without moments when
+// they come from a checkpoint.
 static void model_allocate_training(Model *model, bool with_moments) {
     size_t total = 0;
     for (int i = 0; i < model->tensor_count; i++)
@@ -389,9 +456,10 @@ static void model_allocate_training(Model *model, bool with_moments) {
 // =====================================================================================================
 // 4. Batches
 // =====================================================================================================
-// Sequences differ in length. The usual remedy is to pad them to a rectangle and to hand the model two masks,
-// which it must combine: causal (no looking ahead) and PAD (no looking at filler). Here PAD never enters the
-// model. A batch is a list of sequences packed row after row:
+// A batch is what the model looks at together: a few sequences of tokens. They differ in length. The usual
+// remedy is to fill them up to a rectangle with a filler called PAD, and to hand the model two masks that it
+// must combine: causal (a position must not see later ones, or it would read the answer) and PAD (nobody must
+// see filler). Here PAD never enters the model. A batch is a list of sequences packed row after row:
 //
 //     padded, B = 3, T = 5          packed, R = 9
 //     . . I like tea                row       0 1    2    3   4    5    6  7      8
@@ -399,8 +467,11 @@ static void model_allocate_training(Model *model, bool with_moments) {
 //     The cat sat there !           position  0 1    2    0   0    1    2  3      4
 //                                   first_row 0           3   4                     (9)
 //
-// Row i of sequence s attends to rows first_row[s] .. i, and nothing else exists: the joint causal-and-PAD
-// mask has become a range. It costs no time, and it cannot leak.
+// Row i of sequence s sees rows first_row[s] .. i, and nothing else exists: both masks together have become a
+// range. It costs no time, and nothing can leak through it.
+//
+// A row's target is the token that comes next in its sequence: what the model should predict there. Not every
+// row has one. When a model learns to answer, only the answer is scored and the question is not.
 
 typedef struct {
     int sequences, rows;
@@ -449,24 +520,19 @@ static void batch_end_sequence(Batch *batch) {
 // =====================================================================================================
 // 5. Layers
 // =====================================================================================================
-// A layer turns rows x into rows y. Training needs it twice: forward, and backward, where dy, the gradient of
-// the loss with respect to y, becomes dx and the gradients of the layer's weights by the chain rule. The two
-// functions stand side by side, the formula above each (dev/derivations.md derives them). Nearly all the time
-// goes into products of matrices, so the section begins with making these fast. The rest is plain loops: rows
-// or columns are shared out to threads, and every sum is taken in the same order however many there are.
-
-// ---- declared here, told later ----
-// Part V says how these get fast; their meaning is all that Part I needs.
-
-// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += with accumulate.
-static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
-                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate);
-static inline float fast_exp(float x);
-static float largest_of(const float *x, int n);
+// A layer turns rows x into rows y. Training needs it twice. Forward: y from x. Backward: dy, the gradient of
+// the loss with respect to y, is given; the chain rule turns it into dx, for the layer below, and into the
+// gradients of the layer's own weights. Both functions stand side by side, the formula above each.
+//
+// Nearly all the time goes into matmul(). The rest is plain loops over rows or columns.
 
 // ---- dropout ----
-// y = x · keep / (1 - p), keep being 0 with probability p (Srivastava et al. 2014), else 1. The choice is a
-// pure function of stream and index, so the backward pass draws the same one again and no mask is stored.
+// A model that may rely on every single number learns its examples by heart. Dropout hides some at random, so
+// that it cannot: each number becomes 0 with probability p, and the others grow by 1 / (1 - p), which keeps
+// the average as it was (Srivastava et al. 2014). It is used in training only, and off by default.
+//   y = x · keep / (1 - p),   keep = 0 with probability p, else 1
+// Which numbers are hidden is a pure function of stream and index. So the backward pass draws the same choice
+// again, and no mask is stored.
 typedef struct {
     float probability; // 0: no dropout
     uint64_t stream;
@@ -485,7 +551,10 @@ static void dropout_add(float *y, const float *residual, const float *x, Dropout
 }
 
 // ---- embedding ----
-// x[r] = wte[token[r]] + wpe[position[r]]
+// A token id is only a name: 995 is not more than 994. So the model keeps a vector of C numbers for each
+// token in a table, wte, and learns these vectors like all its parameters. A second table, wpe, has a vector
+// for each position, since nothing else tells the layers above where in the sequence a row stands.
+//   x[r] = wte[token[r]] + wpe[position[r]]
 //   x (R, C); wte (V, C); wpe (P, C); token, position (R)
 static void embedding_forward(float *x, const float *wte, const float *wpe, const int *token,
                               const int *position, int R, int C) {
@@ -496,12 +565,12 @@ static void embedding_forward(float *x, const float *wte, const float *wpe, cons
     }
 }
 
-// Rows of a batch share tokens, so threads would collide in dwte: each takes its own columns instead, and
-// sums in the order of rows however many threads there are.
+// Many rows have the same token, and their gradients all add up in one row of dwte. If threads shared out the
+// rows, two of them could add to the same place at once. So each thread takes columns of its own instead.
 enum { COLUMN_SLAB = 64 };
 
-// dtable[index[r]] += dx[r], for wte by token and for wpe by position.
-//   dx (R, C); dtable (V or P, C)
+// dtable[index[r]] += dx[r]: for wte by token, for wpe by position. It adds; see model_forward_backward.
+//   dx (R, C); dtable (V or P, C); index (R)
 static void embedding_backward(float *dtable, const float *dx, const int *index, int R, int C) {
 #pragma omp parallel for
     for (int slab = 0; slab < C; slab += COLUMN_SLAB) {
@@ -515,9 +584,11 @@ static void embedding_backward(float *dtable, const float *dx, const int *index,
 }
 
 // ---- linear ----
-// y = residual + x · weight + bias, with residual NULL for none
+// The workhorse: each of the N outputs is a weighted sum of all K inputs plus a constant, the bias. Row r of
+// y depends on row r of x only, and the weights are the same for all rows: one product of matrices.
+//   y = residual + x · weight + bias, with residual NULL for none
 //   y, residual (R, N); x (R, K); weight (K, N); bias (N)
-// The bias (and residual) are put into y first, and the product is added to them: no pass of its own.
+// Bias and residual are written into y first, and the product is added to them: that saves a pass.
 static void linear_forward(float *y, const float *residual, const float *x, const float *weight,
                            const float *bias, int R, int K, int N) {
 #pragma omp parallel for
@@ -529,7 +600,9 @@ static void linear_forward(float *y, const float *residual, const float *x, cons
     matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
 }
 
-// out[n] = sum over r of dy[r, n], or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r] when x is given
+// What all rows add up to, column by column: the gradient of a bias. With x, each dy[r, n] is multiplied by
+// the normalised x[r, n] first: the gradient of a layernorm's weight.
+//   out[n] = sum over r of dy[r, n],   or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r]
 //   dy, x (R, N); mean, rstd (R); out (N) is overwritten, or added to when accumulate
 static void column_sums(float *out, const float *dy, const float *x, const float *mean, const float *rstd,
                         bool accumulate, int R, int N) {
@@ -546,9 +619,10 @@ static void column_sums(float *out, const float *dy, const float *x, const float
     }
 }
 
-// y = x · weight + bias, hence dx = dy · weightᵀ, dweight = xᵀ · dy, dbias = column sums of dy.
+// From y = x · weight + bias follow
+//   dx = dy · weightᵀ,   dweight = xᵀ · dy,   dbias = column sums of dy
 //   dx (R, K) is overwritten; dweight, dbias are overwritten, or added to when accumulate.
-//   Each of the three may be NULL: not wanted (what is frozen costs nothing).
+// Each of the three may be NULL, and then costs nothing.
 static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                             const float *weight, bool accumulate, int R, int K, int N) {
     if (dweight) matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
@@ -557,9 +631,12 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
 }
 
 // ---- layernorm ----
-// y = (x - mean) · rstd · weight + bias, per row; rstd = 1 / sqrt(variance + eps)    (Ba, Kiros, Hinton 2016)
+// Numbers that pass through dozens of layers tend to grow or to fade, and then nothing can be learned from
+// them. A layernorm brings each row to mean 0 and variance 1, whatever came in. Then it scales and shifts
+// each channel by a weight and a bias that are learned, so that nothing is lost (Ba, Kiros, Hinton 2016).
+//   y = (x - mean) · rstd · weight + bias, per row;   rstd = 1 / sqrt(variance + eps)
 //   x, y (R, C); mean, rstd (R) are kept for the backward pass; weight, bias (C)
-// y is not kept: where the backward pass wants it, this is called again.
+// y is not kept: where the backward pass wants it, this function computes it again.
 static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight,
                               const float *bias, float eps, int R, int C) {
 #pragma omp parallel for
@@ -579,9 +656,11 @@ static void layernorm_forward(float *y, float *mean, float *rstd, const float *x
     }
 }
 
-// With n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
-//   dx += rstd · (g - average(g) - n · average(g · n));   dweight = sum over rows of dy · n;   dbias = of dy
-// dx is added to, because x is the residual stream and has a second use; dweight and dbias may be NULL.
+// Each x[c] acts on y directly, and on all of the row through mean and rstd: hence the two averages. With
+// n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
+//   dx += rstd · (g - average(g) - n · average(g · n))
+//   dweight = sum over rows of dy · n;   dbias = sum over rows of dy
+// dx is added to, because x is also used elsewhere (section 6). dweight and dbias may be NULL.
 static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                                const float *mean, const float *rstd, const float *weight, bool accumulate,
                                int R, int C) {
@@ -605,14 +684,52 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 }
 
 // ---- attention ----
-// Each head, for row i, over the rows j <= i of the same sequence (Vaswani et al. 2017):
+// Attention is the only layer in which rows see one another; every other layer treats each row alone. A row
+// makes three vectors, each by a linear layer: a query (what am I looking for?), a key (what do I offer?) and
+// a value (what do I pass on?). Its output is an average of the values of all rows that it sees, itself among
+// them. A row counts the more in this average, the more its key points the way of the query: the score is
+// their dot product, and softmax turns the scores of all visible rows into weights that sum to 1.
+//
+// This happens NH times side by side with HS = C / NH channels each. Such a head can look for one thing (the
+// verb, say) while another looks for something else. For each head and row i, over the rows j <= i of the
+// same sequence (Vaswani et al. 2017; the root keeps scores from growing with HS):
 //   score[i, j] = q[i] · k[j] / sqrt(HS)
 //   p[i, j] = exp(score[i, j]) / sum over m of exp(score[i, m])
 //   out[i] = sum over j of p[i, j] v[j]
-// No (T, T) matrix is ever stored. Queries are taken in tiles; of the softmax only its log-sum-exp is kept
-// per row, and the backward pass computes a tile of p again as exp(score - log_sum_exp), as FlashAttention
-// does (Dao et al. 2022).
+//
+// All scores of a sequence would be T x T numbers for each head: too many to store. So queries are taken in
+// tiles of 64. Of a row's softmax only the log-sum-exp is kept, log(sum over m of exp(score[i, m])), and the
+// backward pass computes a tile of p again as exp(score - log_sum_exp), as FlashAttention does (Dao et al.
+// 2022).
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
+
+// Where keys and values are. In training they stand in qkv, beside the queries. In generation earlier rows
+// made them in earlier calls, and a cache holds them (section 10).
+typedef struct {
+    const float *key, *value;         // of head 0 at place 0
+    size_t place_stride, head_stride; // floats from one place to the next, and from one head to the next
+    const int *first;                 // (sequences) the place of each sequence's first row
+    int past; // places before the sequence's first row in this batch: rows of earlier calls; else 0
+} Keys;
+
+// What attention works on, forward and backward.
+typedef struct {
+    const Batch *batch;
+    Dropout dropout; // hides some of p
+    int NH, HS;
+    const float *qkv; // (R, 3C) a row's query, key and value, each (C): NH heads of HS channels
+    Keys keys;
+    float *out;          // (R, C)
+    float *log_sum_exp;  // (R, NH)
+    float *scratch;      // scratch_size floats for each thread
+    size_t scratch_size; // at least attention_scratch()
+} Attention;
+
+// Floats of scratch that each thread needs when the longest sequence has `longest` keys.
+static size_t attention_scratch(int longest) {
+    size_t forward = (size_t)QUERY_TILE * longest, backward = (size_t)QUERY_TILE * (2 * KEY_BLOCK + 1);
+    return aligned_size(forward > backward ? forward : backward);
+}
 
 // Multiplies p (keys) of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
 static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
@@ -621,121 +738,130 @@ static void attention_dropout(float *p, Dropout dropout, int row, int NH, int he
         p[j] *= dropout_factor(dropout, index + (uint64_t)j);
 }
 
-// Floats of scratch that each thread needs when the longest sequence has `longest` keys.
-static size_t attention_scratch(int longest) {
-    size_t forward = (size_t)QUERY_TILE * longest, backward = (size_t)QUERY_TILE * (2 * KEY_BLOCK + 1);
-    return aligned_size(forward > backward ? forward : backward);
-}
-
-// Sequence s has its queries in rows first_row[s] .. first_row[s + 1] - 1, and its keys and values in rows
-// first_key[s] ...: `past` from before (generation with a cache; 0 in training), then one for each query.
-//   out (R, C); log_sum_exp (R, NH); query: rows ldq apart, a head takes HS columns; key, value: rows ldk and
-//   heads key_head floats apart
-static void attention_forward(float *out, float *log_sum_exp, const float *query, size_t ldq,
-                              const float *key, const float *value, size_t ldk, size_t key_head,
-                              int sequences, const int *first_row, const int *first_key, int past,
-                              Dropout dropout, float *scratch, size_t scratch_size, int NH, int HS) {
+// One tile of queries of one head: those of sequence s that begin at its row `begin`.
+//   p: scratch for (queries, keys)
+static void attention_forward_tile(const Attention *a, int s, int head, int begin, float *p) {
+    const int NH = a->NH, HS = a->HS, C = NH * HS, first = a->batch->first_row[s];
+    const int T = a->batch->first_row[s + 1] - first, past = a->keys.past + begin; // keys before the tile
+    const int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys = past + queries;
+    const size_t ldk = a->keys.place_stride, to_first = a->keys.first[s] * ldk + head * a->keys.head_stride;
+    const float *q = a->qkv + (size_t)(first + begin) * 3 * C + head * HS;
+    const float *k = a->keys.key + to_first, *v = a->keys.value + to_first;
     const float scale = 1 / sqrtf((float)HS);
-    const int C = NH * HS;
-#pragma omp parallel
-    for (int s = 0; s < sequences; s++) {
-        int first = first_row[s], T = first_row[s + 1] - first, tiles = (T + QUERY_TILE - 1) / QUERY_TILE;
-#pragma omp for schedule(dynamic) nowait
-        for (int task = 0; task < tiles * NH; task++) {
-            int head = task % NH, begin = (tiles - 1 - task / NH) * QUERY_TILE; // the longest tiles first
-            int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys = past + begin + queries;
-            const float *q = query + (size_t)(first + begin) * ldq + head * HS;
-            const float *k = key + first_key[s] * ldk + head * key_head, *v = value + (k - key);
-            float *p = scratch + omp_get_thread_num() * scratch_size; // (queries, keys)
-            float inverse_sum[QUERY_TILE];
-            matmul(p, keys, q, ldq, false, k, ldk, true, queries, keys, HS, false);
-            for (int i = 0; i < queries; i++) {
-                int visible = past + begin + i + 1;
-                float *row = p + (size_t)i * keys, largest = largest_of(row, visible), sum = 0;
+    float inverse_sum[QUERY_TILE];
+    matmul(p, keys, q, 3 * C, false, k, ldk, true, queries, keys, HS, false); // q · kᵀ
+    for (int i = 0; i < queries; i++) {
+        const int row = first + begin + i, visible = past + i + 1; // the causal mask
+        float *pi = p + (size_t)i * keys, largest = largest_of(pi, visible), sum = 0;
+        // exp(score) may overflow, exp(score - largest) cannot; p is the same. The sum is divided out below.
 #pragma omp simd reduction(+ : sum)
-                for (int j = 0; j < visible; j++) {
-                    row[j] = fast_exp(scale * (row[j] - largest));
-                    sum += row[j];
-                }
-                attention_dropout(row, dropout, first + begin + i, NH, head, 0, visible);
-                log_sum_exp[(size_t)(first + begin + i) * NH + head] = scale * largest + logf(sum);
-                inverse_sum[i] = 1 / sum;
-            }
-            float *o = out + (size_t)(first + begin) * C + head * HS;
-            // The keys before the tile are seen by all its queries; then comes the triangle, where what is
-            // masked is not even multiplied by zero.
-            matmul(o, C, p, keys, false, v, ldk, false, queries, HS, past + begin, false);
-            for (int i = 0; i < queries; i++) {
-                float *oi = o + (size_t)i * C;
-                for (int j = past + begin; j <= past + begin + i; j++)
-                    for (int c = 0; c < HS; c++) oi[c] += p[(size_t)i * keys + j] * v[(size_t)j * ldk + c];
-                for (int c = 0; c < HS; c++) oi[c] *= inverse_sum[i];
-            }
+        for (int j = 0; j < visible; j++) {
+            pi[j] = fast_exp(scale * (pi[j] - largest));
+            sum += pi[j];
         }
+        attention_dropout(pi, a->dropout, row, NH, head, 0, visible);
+        a->log_sum_exp[(size_t)row * NH + head] = scale * largest + logf(sum);
+        inverse_sum[i] = 1 / sum;
+    }
+    // The keys before the tile are seen by all its queries. Then comes a triangle, where what is masked is
+    // not even multiplied by zero.
+    float *out = a->out + (size_t)(first + begin) * C + head * HS;
+    matmul(out, C, p, keys, false, v, ldk, false, queries, HS, past, false);
+    for (int i = 0; i < queries; i++) {
+        float *oi = out + (size_t)i * C;
+        for (int j = past; j <= past + i; j++)
+            for (int c = 0; c < HS; c++) oi[c] += p[(size_t)i * keys + j] * v[(size_t)j * ldk + c];
+        for (int c = 0; c < HS; c++) oi[c] *= inverse_sum[i];
     }
 }
 
-// With d[i] = dout[i] · out[i] (which equals sum over j of p[i, j] dp[i, j]):
-//   dv[j] = sum over i of p[i, j] dout[i];   dp[i, j] = dout[i] · v[j];   dscore = p (dp - d[i]);
-//   dq[i] = scale · sum over j of dscore[i, j] k[j];   dk[j] = scale · sum over i of dscore[i, j] q[i]
-// One thread does one head of one sequence, so that dk and dv are summed in a fixed order.
-//   dqkv, qkv (R, 3C): query, key, value side by side; dout, out (R, C); log_sum_exp (R, NH)
-static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out,
-                               const float *log_sum_exp, int sequences, const int *first_row, Dropout dropout,
-                               float *scratch, size_t scratch_size, int NH, int HS) {
-    const float scale = 1 / sqrtf((float)HS);
-    const size_t C = (size_t)NH * HS, ld = 3 * C;
+// Fills a->out and a->log_sum_exp. Threads take tiles, those with the most keys first: so none is left with a
+// long one at the end.
+static void attention_forward(const Attention *a) {
 #pragma omp parallel
-    for (int s = 0; s < sequences; s++) {
-        int first = first_row[s], T = first_row[s + 1] - first;
+    for (int s = 0; s < a->batch->sequences; s++) {
+        const int T = a->batch->first_row[s + 1] - a->batch->first_row[s];
+        const int tiles = (T + QUERY_TILE - 1) / QUERY_TILE;
 #pragma omp for schedule(dynamic) nowait
-        for (int head = 0; head < NH; head++) {
-            const float *q = qkv + first * ld + head * HS, *k = q + C, *v = q + 2 * C;
-            float *dq = dqkv + first * ld + head * HS, *dk = dq + C, *dv = dq + 2 * C;
-            float *p = scratch + omp_get_thread_num() * scratch_size, *dscore = p + QUERY_TILE * KEY_BLOCK;
-            float *d = dscore + QUERY_TILE * KEY_BLOCK;
-            for (int i = 0; i < T; i++)
-                for (int c = 0; c < HS; c++) dk[i * ld + c] = dv[i * ld + c] = 0;
+        for (int task = 0; task < tiles * a->NH; task++)
+            attention_forward_tile(a, s, task % a->NH, (tiles - 1 - task / a->NH) * QUERY_TILE,
+                                   a->scratch + omp_get_thread_num() * a->scratch_size);
+    }
+}
+
+// The backward pass goes through out = p · v, the softmax and score = scale · q · kᵀ. With
+// d[i] = dout[i] · out[i], which equals the sum over j of p[i, j] dp[i, j]:
+//   dv[j] = sum over i of p[i, j] dout[i];    dp[i, j] = dout[i] · v[j];    dscore = p (dp - d[i])
+//   dq[i] = scale · sum over j of dscore[i, j] k[j];    dk[j] = scale · sum over i of dscore[i, j] q[i]
+// This is the part of one tile of queries and one block of keys: it adds to dq, dk and dv.
+//   d: (queries); p, dscore: scratch for (queries, keys)
+static void attention_backward_tile(const Attention *a, float *dqkv, const float *dout, int s, int head,
+                                    int begin, int block, const float *d, float *p, float *dscore) {
+    const int NH = a->NH, HS = a->HS, first = a->batch->first_row[s], T = a->batch->first_row[s + 1] - first;
+    const int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, seen = begin + queries - block;
+    const int keys = seen < KEY_BLOCK ? seen : KEY_BLOCK;
+    const size_t C = (size_t)NH * HS, ld = 3 * C, to_q = (first + begin) * ld + head * HS;
+    const size_t to_k = (first + block) * ld + C + head * HS, to_v = to_k + C;
+    const float *q = a->qkv + to_q, *k = a->qkv + to_k, *v = a->qkv + to_v, scale = 1 / sqrtf((float)HS);
+    const float *dout_tile = dout + (first + begin) * C + head * HS;
+    matmul(p, keys, q, ld, false, k, ld, true, queries, keys, HS, false);             // q · kᵀ
+    matmul(dscore, keys, dout_tile, C, false, v, ld, true, queries, keys, HS, false); // dp = dout · vᵀ
+    for (int i = 0; i < queries; i++) {
+        const int row = first + begin + i;
+        const float log_sum_exp = a->log_sum_exp[(size_t)row * NH + head], di = d[i];
+        float *pi = p + i * keys, *dscore_i = dscore + i * keys;
+        int visible = begin + i + 1 - block; // of this block's keys
+        visible = visible < 0 ? 0 : visible < keys ? visible : keys;
+        attention_dropout(dscore_i, a->dropout, row, NH, head, block, visible);
+        for (int j = 0; j < visible; j++) {
+            pi[j] = fast_exp(scale * pi[j] - log_sum_exp);
+            dscore_i[j] = scale * pi[j] * (dscore_i[j] - di);
+        }
+        attention_dropout(pi, a->dropout, row, NH, head, block, visible);
+        for (int j = visible; j < keys; j++) pi[j] = dscore_i[j] = 0;
+    }
+    matmul(dqkv + to_v, ld, p, keys, true, dout_tile, C, false, keys, HS, queries, true); // dv += pᵀ · dout
+    matmul(dqkv + to_k, ld, dscore, keys, true, q, ld, false, keys, HS, queries, true); // dk += dscoreᵀ · q
+    matmul(dqkv + to_q, ld, dscore, keys, false, k, ld, false, queries, HS, keys,
+           block > 0); // dq += dscore · k
+}
+
+// Writes dqkv (R, 3C) from dout (R, C) and what attention_forward left. One thread does one head of one
+// sequence, tile after tile, so that dk and dv are summed in a fixed order.
+static void attention_backward(const Attention *a, float *dqkv, const float *dout) {
+    const size_t NH = (size_t)a->NH, HS = (size_t)a->HS, C = NH * HS;
+#pragma omp parallel
+    for (int s = 0; s < a->batch->sequences; s++) {
+        const int first = a->batch->first_row[s], T = a->batch->first_row[s + 1] - first;
+#pragma omp for schedule(dynamic) nowait
+        for (size_t head = 0; head < NH; head++) {
+            float *p = a->scratch + omp_get_thread_num() * a->scratch_size;
+            float *dscore = p + QUERY_TILE * KEY_BLOCK, *d = dscore + QUERY_TILE * KEY_BLOCK;
+            for (int i = 0; i < T; i++) { // tiles add to dk and dv
+                float *dk = dqkv + ((first + i) * 3 + 1) * C + head * HS;
+                for (size_t c = 0; c < HS; c++) dk[c] = dk[C + c] = 0;
+            }
             for (int begin = 0; begin < T; begin += QUERY_TILE) {
-                int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys_end = begin + queries;
-                const float *qt = q + begin * ld, *doutt = dout + (first + begin) * C + head * HS;
-                const float *outt = out + (first + begin) * C + head * HS;
-                for (int i = 0; i < queries; i++) {
+                const int end = T - begin < QUERY_TILE ? T : begin + QUERY_TILE;
+                for (int i = begin; i < end; i++) {
+                    const float *o = a->out + (first + i) * C + head * HS, *dout_i = dout + (o - a->out);
                     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-                    for (int c = 0; c < HS; c++) sum += doutt[i * C + c] * outt[i * C + c];
-                    d[i] = sum;
+                    for (size_t c = 0; c < HS; c++) sum += dout_i[c] * o[c];
+                    d[i - begin] = sum;
                 }
-                for (int block = 0; block < keys_end; block += KEY_BLOCK) {
-                    int keys = keys_end - block < KEY_BLOCK ? keys_end - block : KEY_BLOCK;
-                    matmul(p, keys, qt, ld, false, k + block * ld, ld, true, queries, keys, HS, false);
-                    matmul(dscore, keys, doutt, C, false, v + block * ld, ld, true, queries, keys, HS, false);
-                    for (int i = 0; i < queries; i++) {
-                        int row = first + begin + i, visible = begin + i + 1 - block;
-                        float *pi = p + i * keys, *di = dscore + i * keys, di_sum = d[i];
-                        float lse = log_sum_exp[(size_t)row * NH + head];
-                        visible = visible < 0 ? 0 : visible < keys ? visible : keys;
-                        attention_dropout(di, dropout, row, NH, head, block, visible);
-                        for (int j = 0; j < visible; j++) {
-                            pi[j] = fast_exp(scale * pi[j] - lse);
-                            di[j] = scale * pi[j] * (di[j] - di_sum);
-                        }
-                        attention_dropout(pi, dropout, row, NH, head, block, visible);
-                        for (int j = visible; j < keys; j++) pi[j] = di[j] = 0;
-                    }
-                    matmul(dv + block * ld, ld, p, keys, true, doutt, C, false, keys, HS, queries, true);
-                    matmul(dk + block * ld, ld, dscore, keys, true, qt, ld, false, keys, HS, queries, true);
-                    matmul(dq + begin * ld, ld, dscore, keys, false, k + block * ld, ld, false, queries, HS,
-                           keys, block > 0);
-                }
+                for (int block = 0; block < end; block += KEY_BLOCK)
+                    attention_backward_tile(a, dqkv, dout, s, (int)head, begin, block, d, p, dscore);
             }
         }
     }
 }
 
 // ---- gelu ----
-// gelu(x) = x/2 (1 + tanh(u)) = x · g with u = sqrt(2/pi) (x + 0.044715 x³) and g = 1 / (1 + exp(-2u))
-// (Hendrycks, Gimpel 2016, the tanh form that GPT-2 uses). gelu'(x) = g + x · g (1 - g) · 2u'
+// Layers that are all linear would together be only one linear layer. Between the two linear layers of an MLP
+// stands a bend: gelu lets large x through, turns very negative x into 0, and is smooth between
+// (Hendrycks, Gimpel 2016, in the tanh form that GPT-2 uses). With u = sqrt(2/pi) (x + 0.044715 x³):
+//   gelu(x) = x/2 (1 + tanh(u)) = x · gate,   gate = 1 / (1 + exp(-2u))
 static inline float gelu_gate(float x) {
     return 1 / (1 + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x))); // 1.5957691216 = 2 sqrt(2/pi)
 }
@@ -745,34 +871,41 @@ static void gelu_forward(float *y, const float *x, size_t size) {
     for (size_t i = 0; i < size; i++) y[i] = x[i] * gelu_gate(x[i]);
 }
 
-// dy becomes dx, and x becomes gelu(x), which the projection behind it needs for its weight gradient: so the
-// output of gelu is not stored either.
+// dx = dy · gelu'(x),   gelu'(x) = gate + x · gate (1 - gate) · 2u'
+// dy becomes dx in place. x becomes gelu(x), which the linear layer behind it needs for the gradient of its
+// weight: so gelu's output need not be stored.
 static void gelu_backward(float *dy, float *x, size_t size) {
 #pragma omp parallel for simd
     for (size_t i = 0; i < size; i++) {
-        float g = gelu_gate(x[i]), slope = 1.5957691216f * (1 + 3 * 0.044715f * x[i] * x[i]);
-        dy[i] *= g + x[i] * g * (1 - g) * slope;
-        x[i] *= g;
+        float gate = gelu_gate(x[i]), slope = 1.5957691216f * (1 + 3 * 0.044715f * x[i] * x[i]); // 2u'
+        dy[i] *= gate + x[i] * gate * (1 - gate) * slope;
+        x[i] *= gate;
     }
 }
 
 // ---- cross-entropy ----
-// loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]];   hit[r]: no logit is higher
-// When `backward`, the logits become their gradients, those of weight · (sum of losses):
-//   dlogit[r, v] = weight (softmax(logit[r])[v] - (v == target[r]))
-//   logits (R, V); target, loss, hit (R)
-static void cross_entropy(float *logits, float *loss, bool *hit, const int *target, bool backward,
+// The loss. Softmax gives each token of the vocabulary a probability, and the loss is the surprise at the
+// token that really came: -log(p[target]), which is 0 at p = 1 and grows without limit towards p = 0. Its
+// gradient is simple: the probabilities, less 1 at the target. So logits of wrong tokens are pushed down by
+// as much as they were believed, and the target's is pushed up.
+//   loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]]
+//   dlogit[r, v] = weight (softmax(logit[r])[v] - (v == target[r])), the gradient of weight · (sum of losses)
+//   correct[r]: the target's logit is higher than all others
+//   logits (R, V) become dlogits when `backward`; target, loss, correct (R)
+static void cross_entropy(float *logits, float *loss, bool *correct, const int *target, bool backward,
                           float weight, int R, int V) {
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *row = logits + (size_t)r * V, largest = largest_of(row, V), sum = 0, wanted = row[target[r]];
-#pragma omp simd reduction(+ : sum)
+        int highest = 0; // how many logits equal the largest
+#pragma omp simd reduction(+ : sum, highest)
         for (int v = 0; v < V; v++) {
+            highest += row[v] == largest;
             row[v] = fast_exp(row[v] - largest);
             sum += row[v];
         }
         loss[r] = logf(sum) + (largest - wanted);
-        hit[r] = wanted >= largest;
+        correct[r] = wanted == largest && highest == 1;
         if (!backward) continue;
         float factor = weight / sum;
         for (int v = 0; v < V; v++) row[v] *= factor;
@@ -783,106 +916,53 @@ static void cross_entropy(float *logits, float *loss, bool *hit, const int *targ
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
-// The layers in the order that makes them GPT-2 (Radford et al. 2019). The residual stream x (R, C) runs
-// through everything; each block reads it twice, normalised, and adds what it found:
+// The layers in the order that makes them GPT-2 (Radford et al. 2019). Each row has a vector x of C numbers
+// that runs through the whole model, the residual stream. A block does not replace x. It reads x twice, each
+// time through a layernorm, and adds what it found: first attention, which brings in news from other rows,
+// then the MLP (linear, gelu, linear), which works on each row alone. Since x is only added to, its gradient
+// passes all blocks undiminished, and deep models can be trained.
 //
 //     x = wte[token] + wpe[position]
 //     L times:  x = x + attention(layernorm_1(x));   x = x + mlp(layernorm_2(x))
 //     logits = layernorm_f(x) · headᵀ
 //
-// The backward pass goes the same way back and needs most of what the forward pass computed. What is cheap is
-// computed again instead of being kept: outputs of layernorms and of gelu, attention's probabilities, and
-// logits never exist for more than a chunk of rows. Per row and block 10 C floats are kept; with --recompute
-// only the block's input, C floats, and the rest is computed again just before it is needed.
+// The backward pass goes the same way back. It needs most of what the forward pass computed, so the forward
+// pass keeps it: the activations. What is cheap is computed again instead: the outputs of layernorms and of
+// gelu, attention's probabilities. Logits never exist for more than LOGIT_ROWS rows. Per row and block about
+// 10 C floats are kept.
 
-enum { LOGIT_ROWS = 256 }; // rows of logits that exist at a time
+enum { LOGIT_ROWS = 256 };
+
+// What is kept for the backward pass: nothing (there is none); everything it needs; or of each block only its
+// input, C floats per row, and block_backward computes the rest again (slower, but much less memory).
+typedef enum { KEEP_NOTHING, KEEP_ALL, KEEP_INPUTS } Keep;
 
 // What a forward and a backward pass write, for up to `rows` rows. The names are those of the formulas.
 typedef struct {
     int rows;
-    int first_kept; // blocks from here on are kept for the backward pass; all those below share one place
-    bool recompute; // of those that are kept only the input is: the rest shares one place as well
+    Keep keep;
+    int first_kept; // blocks from here on are kept; the frozen ones below overwrite one shared buffer
     float *memory;
-    size_t memory_size, memory_capacity; // floats: what the parts below take, and what there is
+    size_t memory_size, memory_capacity; // floats: what the arrays below take, and what there is
     // For each block that is kept:
     float *residual; // (blocks + 1, R, C) the stream before each block, and after the last
     float *blocks;   // (blocks, block_size) what block_at() divides
     size_t block_size;
     // Used again by each block:
-    float *normed;                // (R, C) a layernorm's output
-    float *wide;                  // (R, F or 3C) gelu's output; d_hidden; d_qkv
-    float *branch;                // (R, C) only with dropout: what is dropped from
-    float *d_residual, *d_normed; // (R, C) only for training
+    float *normed; // (R, C) a layernorm's output
+    float *gelu, *d_hidden, *d_qkv,
+        *d_selected;              // (R, F or 3C) four names of one buffer, for one thing at a time
+    float *projected;             // (R, C) with dropout: what is about to join the stream
+    float *d_residual, *d_normed; // (R, C)
     float *scratch;               // for attention: scratch_size for each thread
     size_t scratch_size;
-    // The classifier's, for a chunk of rows:
-    float *chosen, *mean_f, *rstd_f, *logits; // (LOGIT_ROWS, C), (LOGIT_ROWS) twice, (LOGIT_ROWS, V)
+    // The classifier's, for LOGIT_ROWS rows at a time:
+    float *selected, *mean_f, *rstd_f, *logits; // (LOGIT_ROWS, C), (LOGIT_ROWS) twice, (LOGIT_ROWS, V)
     // Results, for each scored row in order:
     int *scored; // which row it is
     float *loss;
-    bool *hit; // the target had the highest logit
+    bool *correct; // the target had the highest logit
 } Activations;
-
-// Lays everything out in one piece of memory, for `rows` rows of a model whose training is set; not
-// `training`: nothing is kept for a backward pass. With measure_only nothing is allocated:
-// memory_size tells what would be.
-static void activations_reserve(Activations *a, const Model *model, int rows, bool training, bool recompute,
-                                bool dropout, bool measure_only) {
-    const Config *config = &model->config;
-    a->rows = rows;
-    a->recompute = recompute;
-    a->first_kept = !training ? config->n_layer : model->lowest > 0 ? model->lowest : 0;
-    a->scratch_size = attention_scratch(config->n_positions);
-    const size_t kept = (size_t)(config->n_layer - a->first_kept), blocks = kept == 0 || recompute ? 1 : kept;
-    const size_t R = (size_t)rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
-    const size_t widest = F > 3 * C ? F : 3 * C, chunk = R < LOGIT_ROWS ? R : LOGIT_ROWS;
-    a->block_size = aligned_size(R * (5 * C + F + config->n_head + 4));
-    const struct {
-        float **field;
-        size_t size;
-    } parts[] = {
-        {&a->residual, (kept + 1) * R * C},
-        {&a->blocks, blocks * a->block_size},
-        {&a->normed, R * C},
-        {&a->wide, R * widest},
-        {&a->branch, dropout ? R * C : 0},
-        {&a->d_residual, training ? R * C : 0},
-        {&a->d_normed, training ? R * C : 0},
-        {&a->scratch, a->scratch_size * omp_get_max_threads()},
-        {&a->chosen, chunk * C},
-        {&a->mean_f, chunk},
-        {&a->rstd_f, chunk},
-        {&a->logits, chunk * config->vocab_size},
-        {&a->loss, R},
-    };
-    a->memory_size = 0;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) a->memory_size += aligned_size(parts[i].size);
-    if (measure_only) return;
-    if (a->memory_size > a->memory_capacity) {
-        free(a->memory);
-        a->memory = xfloats(a->memory_capacity = a->memory_size);
-    }
-    float *at = a->memory;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        *parts[i].field = at;
-        at += aligned_size(parts[i].size);
-    }
-    a->scored = xrealloc(a->scored, R * sizeof(int));
-    a->hit = xrealloc(a->hit, R * sizeof(bool));
-}
-
-static void activations_free(Activations *a) {
-    free(a->memory);
-    free(a->scored);
-    free(a->hit);
-    *a = (Activations){0};
-}
-
-// The stream before a block, or after the last one: layer L.
-static float *residual_at(const Activations *a, const Model *model, int layer) {
-    size_t place = layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
-    return a->residual + place * a->rows * model->config.n_embd;
-}
 
 // What one block writes on its way forward.
 typedef struct {
@@ -895,31 +975,91 @@ typedef struct {
     float *mean_1, *rstd_1, *mean_2, *rstd_2; // (R) of the two layernorms
 } Block;
 
+// Divides the memory of one block (or NULL) and returns its size in floats.
+static size_t block_lay_out(Block *b, const Config *config, int rows, float *memory) {
+    const size_t R = (size_t)rows, C = (size_t)config->n_embd;
+    const Part parts[] = {{&b->qkv, R * 3 * C},
+                          {&b->attention, R * C},
+                          {&b->middle, R * C},
+                          {&b->hidden, R * config->n_inner},
+                          {&b->mean_1, R},
+                          {&b->rstd_1, R},
+                          {&b->mean_2, R},
+                          {&b->rstd_2, R},
+                          {&b->log_sum_exp, R * config->n_head}};
+    return lay_out(memory, parts, sizeof parts / sizeof *parts);
+}
+
+// The stream before a block, or after the last one: layer L.
+static float *residual_at(const Activations *a, const Model *model, int layer) {
+    size_t place = layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
+    return a->residual + place * a->rows * model->config.n_embd;
+}
+
 static Block block_at(const Activations *a, const Model *model, int layer) {
-    const Config *config = &model->config;
-    const size_t place = a->recompute || layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
-    const size_t R = (size_t)a->rows, C = (size_t)config->n_embd;
-    Block b = {.x = residual_at(a, model, layer), .qkv = a->blocks + place * a->block_size};
-    b.attention = b.qkv + R * 3 * C;
-    b.middle = b.attention + R * C;
-    b.hidden = b.middle + R * C;
-    b.log_sum_exp = b.hidden + R * config->n_inner;
-    b.mean_1 = b.log_sum_exp + R * config->n_head;
-    b.rstd_1 = b.mean_1 + R;
-    b.mean_2 = b.rstd_1 + R;
-    b.rstd_2 = b.mean_2 + R;
+    const bool kept = a->keep == KEEP_ALL && layer >= a->first_kept;
+    Block b = {.x = residual_at(a, model, layer)};
+    block_lay_out(&b, &model->config, a->rows,
+                  a->blocks + (kept ? (size_t)(layer - a->first_kept) : 0) * a->block_size);
     return b;
 }
 
-// Keys and values of the tokens so far, for generation: (L, sequences, key and value, NH, positions, HS), so
-// that a head reads its own in one stream. A batch need not have all the sequences: first_key says which.
-typedef struct {
-    int sequences, positions, past; // `past` positions are filled
-    float *memory;
-    int *first_key; // (sequences of the batch) where each begins in a layer's part, in rows of HS
-} Cache;
+// Divides `memory` among all activations for `rows` rows of a model whose training is set, and returns how
+// many floats they take. With memory NULL it only tells.
+static size_t activations_lay_out(Activations *a, const Model *model, int rows, Keep keep, float *memory) {
+    const Config *config = &model->config;
+    const bool training = keep != KEEP_NOTHING;
+    a->rows = rows;
+    a->keep = keep;
+    a->first_kept = !training ? config->n_layer : model->lowest_trained > 0 ? model->lowest_trained : 0;
+    a->scratch_size = attention_scratch(config->n_positions);
+    a->block_size = block_lay_out(&(Block){0}, config, rows, NULL);
+    const size_t kept = (size_t)(config->n_layer - a->first_kept), whole = keep == KEEP_ALL ? kept : 0;
+    const size_t R = (size_t)rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
+    const size_t chunk = smaller(R, LOGIT_ROWS), only_training = training ? R * C : 0;
+    const Part parts[] = {{&a->residual, (kept + 1) * R * C},
+                          {&a->blocks, (whole > 0 ? whole : 1) * a->block_size},
+                          {&a->normed, R * C},
+                          {&a->gelu, R * (F > 3 * C ? F : 3 * C)},
+                          {&a->projected, only_training},
+                          {&a->d_residual, only_training},
+                          {&a->d_normed, only_training},
+                          {&a->scratch, a->scratch_size * omp_get_max_threads()},
+                          {&a->selected, chunk * C},
+                          {&a->mean_f, chunk},
+                          {&a->rstd_f, chunk},
+                          {&a->logits, chunk * config->vocab_size},
+                          {&a->loss, R}};
+    size_t size = lay_out(memory, parts, sizeof parts / sizeof *parts);
+    a->d_hidden = a->d_qkv = a->d_selected = a->gelu;
+    return size;
+}
 
-// Where dropout happens; each place in each block draws from a stream of its own.
+// Gets the memory, which is used again as long as it suffices.
+static void activations_reserve(Activations *a, const Model *model, int rows, Keep keep) {
+    a->memory_size = activations_lay_out(a, model, rows, keep, NULL);
+    if (a->memory_size > a->memory_capacity) {
+        free(a->memory);
+        a->memory = xfloats(a->memory_capacity = a->memory_size);
+    }
+    activations_lay_out(a, model, rows, keep, a->memory);
+    a->scored = xrealloc(a->scored, (size_t)rows * sizeof(int));
+    a->correct = xrealloc(a->correct, (size_t)rows * sizeof(bool));
+}
+
+static void activations_free(Activations *a) {
+    free(a->memory);
+    free(a->scored);
+    free(a->correct);
+    *a = (Activations){0};
+}
+
+// Keys and values of earlier calls, for generation. cache_append adds those of this batch and says where all
+// of them are. Section 10.
+typedef struct Cache Cache;
+static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer);
+
+// GPT-2 has dropout at four kinds of places. Each place in each block draws from a stream of its own.
 enum { DROP_EMBEDDING, DROP_ATTENTION, DROP_PROJECTION, DROP_MLP, DROP_PLACES };
 
 static Dropout dropout_at(Dropout dropout, int layer, int place) {
@@ -927,23 +1067,40 @@ static Dropout dropout_at(Dropout dropout, int layer, int place) {
     return dropout;
 }
 
-// y = residual + dropout(x · weight + bias): how a branch joins the stream.
-//   y, residual, branch (R, C); x (R, K)
+// y = residual + dropout(x · weight + bias): how attention and MLP add what they found to the stream.
+//   y, residual, projected (R, C); x (R, K)
 static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
-                        const Tensor *bias, float *branch, Dropout dropout, int R, int K, int C) {
+                        const Tensor *bias, float *projected, Dropout dropout, int R, int K, int C) {
     if (dropout.probability == 0) {
         linear_forward(y, residual, x, weight->value, bias->value, R, K, C);
     } else {
-        linear_forward(branch, NULL, x, weight->value, bias->value, R, K, C);
-        dropout_add(y, residual, branch, dropout, R, C);
+        linear_forward(projected, NULL, x, weight->value, bias->value, R, K, C);
+        dropout_add(y, residual, projected, dropout, R, C);
     }
 }
 
-// One block, from residual_at(layer) to residual_at(layer + 1); the latter only if `finish`.
+// What attention works on in a block, forward and backward alike.
+static Attention block_attention(const Model *model, const Activations *a, const Batch *batch, const Block *b,
+                                 int layer, Dropout dropout) {
+    const size_t C = (size_t)model->config.n_embd, HS = C / (size_t)model->config.n_head;
+    return (Attention){.batch = batch,
+                       .dropout = dropout_at(dropout, layer, DROP_ATTENTION),
+                       .NH = model->config.n_head,
+                       .HS = (int)HS,
+                       .qkv = b->qkv,
+                       .keys = {b->qkv + C, b->qkv + 2 * C, 3 * C, HS, batch->first_row, 0},
+                       .out = b->attention,
+                       .log_sum_exp = b->log_sum_exp,
+                       .scratch = a->scratch,
+                       .scratch_size = a->scratch_size};
+}
+
+// One block, from residual_at(layer) to residual_at(layer + 1); the latter only if `finish`. With a cache,
+// the batch continues the sequences that are in it.
 static void block_forward(const Model *model, Activations *a, const Batch *batch, int layer, Cache *cache,
                           Dropout dropout, bool finish) {
     const Config *config = &model->config;
-    const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
+    const int R = batch->rows, C = config->n_embd, F = config->n_inner;
     const float epsilon = config->layer_norm_epsilon;
     const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
     const Block b = block_at(a, model, layer);
@@ -952,26 +1109,10 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
     layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, epsilon,
                       R, C);
     linear_forward(b.qkv, NULL, a->normed, t[ATTN_WEIGHT].value, t[ATTN_BIAS].value, R, C, 3 * C);
-    const float *key = b.qkv + C;
-    const int *first_key = batch->first_row;
-    size_t key_ld = 3 * C, key_head = HS, to_value = C;
-    if (cache) { // keys and values join those of the tokens before
-        float *store = cache->memory + (size_t)layer * cache->sequences * cache->positions * 2 * C;
-        to_value = (size_t)cache->positions * C;
-        key_ld = HS, key_head = (size_t)cache->positions * HS, first_key = cache->first_key;
-        for (int s = 0; s < batch->sequences; s++)
-            for (int r = batch->first_row[s], at = cache->past; r < batch->first_row[s + 1]; r++, at++)
-                for (int head = 0; head < NH; head++) {
-                    float *to = store + (first_key[s] + at) * key_ld + head * key_head;
-                    memcpy(to, key + r * 3 * C + head * HS, HS * sizeof(float));
-                    memcpy(to + to_value, key + (r * 3 + 1) * C + head * HS, HS * sizeof(float));
-                }
-        key = store;
-    }
-    attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * C, key, key + to_value, key_ld, key_head,
-                      batch->sequences, batch->first_row, first_key, cache ? cache->past : 0,
-                      dropout_at(dropout, layer, DROP_ATTENTION), a->scratch, a->scratch_size, NH, HS);
-    join_stream(b.middle, b.x, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS], a->branch,
+    Attention attention = block_attention(model, a, batch, &b, layer, dropout);
+    if (cache) attention.keys = cache_append(cache, batch, b.qkv, layer);
+    attention_forward(&attention);
+    join_stream(b.middle, b.x, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS], a->projected,
                 dropout_at(dropout, layer, DROP_PROJECTION), R, C, C);
 
     // x = middle + dropout(gelu(hidden) · c_proj + bias),   hidden = layernorm_2(middle) · c_fc + bias
@@ -979,12 +1120,12 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
                       epsilon, R, C);
     linear_forward(b.hidden, NULL, a->normed, t[FC_WEIGHT].value, t[FC_BIAS].value, R, C, F);
     if (!finish) return;
-    gelu_forward(a->wide, b.hidden, (size_t)R * F);
-    join_stream(residual_at(a, model, layer + 1), b.middle, a->wide, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS],
-                a->branch, dropout_at(dropout, layer, DROP_MLP), R, F, C);
+    gelu_forward(a->gelu, b.hidden, (size_t)R * F);
+    join_stream(residual_at(a, model, layer + 1), b.middle, a->gelu, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS],
+                a->projected, dropout_at(dropout, layer, DROP_MLP), R, F, C);
 }
 
-// Embeddings and all blocks: fills a->residual_at(L). With a cache the batch continues what is in it.
+// Embeddings and all blocks: fills residual_at(L).
 static void model_forward(const Model *model, Activations *a, const Batch *batch, Cache *cache,
                           Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
@@ -993,136 +1134,159 @@ static void model_forward(const Model *model, Activations *a, const Batch *batch
     embedding_forward(x, t[WTE].value, t[WPE].value, batch->token, batch->position, R, C);
     if (dropout.probability > 0) dropout_add(x, NULL, x, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
     for (int layer = 0; layer < L; layer++) block_forward(model, a, batch, layer, cache, dropout, true);
-    if (cache) cache->past += batch->first_row[1];
 }
 
-// Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
-// the gradients of what is trained in the block. Each step differentiates the line that is quoted.
-static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
-                           bool accumulate) {
-    const Config *config = &model->config;
-    const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
-    const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
-    const Block b = block_at(a, model, layer);
-    float *d_branch = a->d_residual;                 // with dropout: what is left of it
-    if (a->recompute && layer < config->n_layer - 1) // the last block's are still there
-        block_forward(model, a, batch, layer, NULL, dropout, false);
-
-    // x = middle + dropout(gelu(hidden) · c_proj + bias)
-    if (dropout.probability > 0)
-        dropout_add(d_branch = a->branch, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R, C);
-    linear_backward(a->wide, NULL, t[FC_PROJ_BIAS].gradient, d_branch, NULL, t[FC_PROJ_WEIGHT].value,
-                    accumulate, R, F, C);
-    gelu_backward(a->wide, b.hidden, (size_t)R * F); // hidden becomes gelu(hidden)
-    linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_branch, b.hidden, NULL, accumulate, R, F, C);
-    // hidden = layernorm_2(middle) · c_fc + bias
-    if (t[FC_WEIGHT].gradient)
-        layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
-                          config->layer_norm_epsilon, R, C);
-    linear_backward(a->d_normed, t[FC_WEIGHT].gradient, t[FC_BIAS].gradient, a->wide, a->normed,
-                    t[FC_WEIGHT].value, accumulate, R, C, F);
-    layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
-                       b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
-
-    // middle = x + dropout(attention(qkv) · c_proj + bias)
-    if (dropout.probability > 0)
-        dropout_add(d_branch, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
-    linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_branch,
-                    b.attention, t[ATTN_PROJ_WEIGHT].value, accumulate, R, C, C);
-    attention_backward(a->wide, a->d_normed, b.qkv, b.attention, b.log_sum_exp, batch->sequences,
-                       batch->first_row, dropout_at(dropout, layer, DROP_ATTENTION), a->scratch,
-                       a->scratch_size, NH, HS);
-    // qkv = layernorm_1(x) · c_attn + bias
-    if (t[ATTN_WEIGHT].gradient)
-        layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
-                          config->layer_norm_epsilon, R, C);
-    linear_backward(a->d_normed, t[ATTN_WEIGHT].gradient, t[ATTN_BIAS].gradient, a->wide, a->normed,
-                    t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
-    layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
-                       b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
-}
-
-// a->logits (count, V) = layernorm_f(residual[chosen rows]) · headᵀ, for at most LOGIT_ROWS chosen rows.
-// Leaves the rows in a->chosen and their normalised form in a->normed.
+// a->logits (count, V) = layernorm_f(residual[given rows]) · headᵀ, for at most LOGIT_ROWS rows. Leaves these
+// rows of the stream in a->selected and their normalised form in a->normed.
 static void head_forward(const Model *model, Activations *a, const int *rows, int count) {
     const int C = model->config.n_embd, V = model->config.vocab_size;
     const float *residual = residual_at(a, model, model->config.n_layer);
     const float *weight = model_tensor(model, LN_F_WEIGHT, 0)->value;
     const float *bias = model_tensor(model, LN_F_BIAS, 0)->value;
     for (int i = 0; i < count; i++)
-        memcpy(a->chosen + (size_t)i * C, residual + (size_t)rows[i] * C, (size_t)C * sizeof(float));
-    layernorm_forward(a->normed, a->mean_f, a->rstd_f, a->chosen, weight, bias,
+        memcpy(a->selected + (size_t)i * C, residual + (size_t)rows[i] * C, (size_t)C * sizeof(float));
+    layernorm_forward(a->normed, a->mean_f, a->rstd_f, a->selected, weight, bias,
                       model->config.layer_norm_epsilon, count, C);
     matmul(a->logits, V, a->normed, C, false, model_head(model)->value, C, true, count, V, C, false);
 }
 
-// The classifier: head, softmax and loss, and when `backward` the gradients of all three, one chunk of scored
-// rows after the other. Rows that are not scored (prompts) cost nothing and get gradient 0.
-//   Fills a->scored, a->loss and a->hit for each scored row; when `backward`, also the gradient of
+// The way back from dlogits (count, V), in a->logits, for the rows that head_forward was given last:
+//   logits = normed · headᵀ:   dhead = dlogitsᵀ · normed,   dnormed = dlogits · head
+// and on through layernorm_f. Writes these rows of a->d_residual.
+static void head_backward(const Model *model, Activations *a, const int *rows, int count, bool accumulate) {
+    const int C = model->config.n_embd, V = model->config.vocab_size;
+    const Tensor *head = model_head(model), *ln_weight = model_tensor(model, LN_F_WEIGHT, 0);
+    const Tensor *ln_bias = model_tensor(model, LN_F_BIAS, 0);
+    if (head->gradient)
+        matmul(head->gradient, C, a->logits, V, true, a->normed, C, false, V, C, count, accumulate);
+    matmul(a->d_normed, C, a->logits, V, false, head->value, C, false, count, C, V, false);
+    memset(a->d_selected, 0, (size_t)count * C * sizeof(float)); // layernorm_backward adds
+    layernorm_backward(a->d_selected, ln_weight->gradient, ln_bias->gradient, a->d_normed, a->selected,
+                       a->mean_f, a->rstd_f, ln_weight->value, accumulate, count, C);
+    for (int i = 0; i < count; i++)
+        memcpy(a->d_residual + (size_t)rows[i] * C, a->d_selected + (size_t)i * C, (size_t)C * sizeof(float));
+}
+
+// The classifier: head, softmax and loss, and when `backward` the gradients of all three. Logits of a whole
+// batch would be R x V floats, 800 MB for 4 x 1024 rows. So rows are taken LOGIT_ROWS at a time, all the way
+// to the gradient. Rows that are not scored cost nothing and get gradient 0.
+//   Fills a->scored, a->loss and a->correct for each scored row; when `backward`, also the gradient of
 //   weight · (sum of losses) in a->d_residual and in the head's tensors. Returns the sum of losses.
 static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward, float weight,
                          bool accumulate) {
     const int C = model->config.n_embd, V = model->config.vocab_size;
-    const Tensor *head = model_head(model), *ln_weight = model_tensor(model, LN_F_WEIGHT, 0);
-    const Tensor *ln_bias = model_tensor(model, LN_F_BIAS, 0);
     int targets[LOGIT_ROWS], count = 0;
     for (int r = 0; r < batch->rows; r++)
         if (batch->target[r] >= 0) a->scored[count++] = r;
     if (backward) memset(a->d_residual, 0, (size_t)batch->rows * C * sizeof(float));
     double total = 0;
     for (int begin = 0, n; begin < count; begin += n, accumulate = true) {
-        n = count - begin < LOGIT_ROWS ? count - begin : LOGIT_ROWS;
+        n = (int)smaller((size_t)(count - begin), LOGIT_ROWS);
         const int *rows = a->scored + begin;
         for (int i = 0; i < n; i++) targets[i] = batch->target[rows[i]];
         head_forward(model, a, rows, n);
-        cross_entropy(a->logits, a->loss + begin, a->hit + begin, targets, backward, weight, n, V);
+        cross_entropy(a->logits, a->loss + begin, a->correct + begin, targets, backward, weight, n, V);
         for (int i = 0; i < n; i++) total += a->loss[begin + i];
-        if (!backward) continue;
-        // logits = normed · headᵀ: dhead = dlogitsᵀ · normed, dnormed = dlogits · head
-        if (head->gradient)
-            matmul(head->gradient, C, a->logits, V, true, a->normed, C, false, V, C, n, accumulate);
-        float *d_normed = a->d_normed, *d_chosen = a->wide;
-        matmul(d_normed, C, a->logits, V, false, head->value, C, false, n, C, V, false);
-        memset(d_chosen, 0, (size_t)n * C * sizeof(float));
-        layernorm_backward(d_chosen, ln_weight->gradient, ln_bias->gradient, d_normed, a->chosen, a->mean_f,
-                           a->rstd_f, ln_weight->value, accumulate, n, C);
-        for (int i = 0; i < n; i++)
-            memcpy(a->d_residual + (size_t)rows[i] * C, d_chosen + (size_t)i * C, (size_t)C * sizeof(float));
+        if (backward) head_backward(model, a, rows, n, accumulate);
     }
     return total;
 }
 
-// Gradients of weight · (sum of losses over the batch): added to those that are there when accumulate, else
-// they are written new. Returns the sum of losses. Blocks below the lowest trainable tensor are not visited.
+// Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
+// the gradients of what is trained in the block. Each step differentiates the line of block_forward that is
+// quoted. Where x is both used and passed on, as in y = x + f(x), its gradient is the sum of both ways:
+// d_residual already holds the way past f, and the way through f is added to it.
+static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
+                           bool accumulate) {
+    const Config *config = &model->config;
+    const int R = batch->rows, C = config->n_embd, F = config->n_inner;
+    const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
+    const Block b = block_at(a, model, layer);
+    float *d_projected = a->d_residual; // with dropout: what dropout lets through of it
+    if (a->keep == KEEP_INPUTS && layer < config->n_layer - 1) // the last block's are still there
+        block_forward(model, a, batch, layer, NULL, dropout, false);
+
+    // x = middle + dropout(gelu(hidden) · c_proj + bias)
+    if (dropout.probability > 0)
+        dropout_add(d_projected = a->projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R,
+                    C);
+    linear_backward(a->d_hidden, NULL, t[FC_PROJ_BIAS].gradient, d_projected, NULL, t[FC_PROJ_WEIGHT].value,
+                    accumulate, R, F, C);
+    gelu_backward(a->d_hidden, b.hidden, (size_t)R * F); // hidden becomes gelu(hidden)
+    linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_projected, b.hidden, NULL, accumulate, R, F, C);
+    // hidden = layernorm_2(middle) · c_fc + bias
+    if (t[FC_WEIGHT].gradient)
+        layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
+                          config->layer_norm_epsilon, R, C);
+    linear_backward(a->d_normed, t[FC_WEIGHT].gradient, t[FC_BIAS].gradient, a->d_hidden, a->normed,
+                    t[FC_WEIGHT].value, accumulate, R, C, F);
+    layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
+                       b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
+
+    // middle = x + dropout(attention(qkv) · c_proj + bias)
+    if (dropout.probability > 0)
+        dropout_add(d_projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
+    linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_projected,
+                    b.attention, t[ATTN_PROJ_WEIGHT].value, accumulate, R, C, C);
+    const Attention attention = block_attention(model, a, batch, &b, layer, dropout);
+    attention_backward(&attention, a->d_qkv, a->d_normed);
+    // qkv = layernorm_1(x) · c_attn + bias
+    if (t[ATTN_WEIGHT].gradient)
+        layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
+                          config->layer_norm_epsilon, R, C);
+    linear_backward(a->d_normed, t[ATTN_WEIGHT].gradient, t[ATTN_BIAS].gradient, a->d_qkv, a->normed,
+                    t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
+    layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
+                       b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
+}
+
+// Forward and backward through the whole model: the gradients of weight · (sum of losses over the batch).
+// Returns the sum of losses. Blocks below the lowest trained tensor are not visited on the way back.
+//
+// Does a gradient begin at zero? An update may be made of several batches (section 8), and their gradients
+// add up. For the first of them `accumulate` is false, and each gradient is overwritten: no time is lost with
+// clearing half a gigabyte. Only embedding_backward cannot overwrite, because it adds row by row. So wpe's
+// gradient is cleared before it, and wte's too, unless the head is tied to wte: then the classifier has
+// already overwritten it with the head's part.
 static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float weight,
                                      bool accumulate, Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
-    // Blocks write their gradients. Embeddings are added to row by row, and without targets the head adds
-    // nothing: their sums begin at zero.
-    for (int i = 0; i < model->tensor_count && !accumulate; i++) {
-        const Tensor *tensor = &model->tensors[i];
-        bool head_writes = tensor->kind >= LN_F_WEIGHT || tensor == model_head(model);
-        if (tensor->gradient && !kind_is_per_layer(tensor->kind) && !(head_writes && batch->targets > 0))
-            memset(tensor->gradient, 0, tensor->size * sizeof(float));
+    const Tensor *wte = &model->tensors[WTE], *wpe = &model->tensors[WPE];
+    if (batch->targets == 0) { // nothing is scored: loss and gradients are 0
+        for (const Tensor *t = model->tensors; t < model->tensors + model->tensor_count && !accumulate; t++)
+            if (t->gradient) memset(t->gradient, 0, t->size * sizeof(float));
+        return 0;
     }
     model_forward(model, a, batch, NULL, dropout);
     double loss = classifier(model, a, batch, true, weight, accumulate);
-    for (int layer = L - 1; layer >= model->lowest && layer >= 0; layer--)
+    for (int layer = L - 1; layer >= model->lowest_trained && layer >= 0; layer--)
         block_backward(model, a, batch, layer, dropout, accumulate);
+
     // x = dropout(wte[token] + wpe[position])
-    float *d_wte = model->tensors[WTE].gradient, *d_wpe = model->tensors[WPE].gradient;
-    if ((d_wte || d_wpe) && dropout.probability > 0)
+    if ((wte->gradient || wpe->gradient) && dropout.probability > 0)
         dropout_add(a->d_residual, NULL, a->d_residual, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
-    if (d_wte) embedding_backward(d_wte, a->d_residual, batch->token, R, C);
-    if (d_wpe) embedding_backward(d_wpe, a->d_residual, batch->position, R, C);
+    if (wte->gradient) {
+        if (!accumulate && wte != model_head(model)) memset(wte->gradient, 0, wte->size * sizeof(float));
+        embedding_backward(wte->gradient, a->d_residual, batch->token, R, C);
+    }
+    if (wpe->gradient) {
+        if (!accumulate) memset(wpe->gradient, 0, wpe->size * sizeof(float));
+        embedding_backward(wpe->gradient, a->d_residual, batch->position, R, C);
+    }
     return loss;
 }
 
 // =====================================================================================================
 // 7. Optimizer
 // =====================================================================================================
-// Gradients say which way the loss falls, not how far to go. One update: gradients whose norm is too large
-// are scaled down, then AdamW moves every tensor that is not frozen, at the learning rate of the schedule.
+// Gradients say which way the loss falls, not how far to go. Three rules decide that:
+// - Clipping. Now and then a batch has huge gradients, and one such step can ruin a model. If the norm of all
+//   gradients together (the root of the sum of their squares) is too large, all are scaled down.
+// - AdamW. It keeps two running averages for each parameter, the moments: of the gradient, and of its square.
+//   A step is the first divided by the root of the second. So each parameter moves by about the learning rate,
+//   whether its gradients are large or small, and moves less when they disagree from step to step.
+// - The schedule. The learning rate rises from 0 (warm-up), while the averages are still young and a trained
+//   model is easily spoiled, and then falls, so that the last steps settle the details.
 
 // What an update goes by, besides model, data and learning rate.
 typedef struct {
@@ -1130,17 +1294,17 @@ typedef struct {
     double max_grad_norm;                       // 0: no clipping
     float dropout;                              // probability
     uint64_t seed;                              // of dropout
-    bool recompute;                             // keep less for the backward pass
+    Keep keep;                                  // KEEP_ALL, or KEEP_INPUTS to save memory
 } Hyperparameters;
 
 enum { NORM_BLOCK = 1 << 16 };
 
-// The L2 norm of all gradients together. Blocks of fixed size are summed one by one, in double, and then in
-// order, so that the result does not depend on the number of threads. *worst gets the first tensor whose
-// gradient is not finite, or NULL.
-static double gradient_norm(const Model *model, const Tensor **worst) {
+// The norm of all gradients together. Blocks of fixed size are summed one by one, in double, and then in
+// order, so that the result does not depend on the number of threads. *not_finite gets the first tensor whose
+// gradient is infinite or not a number, or NULL.
+static double gradient_norm(const Model *model, const Tensor **not_finite) {
     double total = 0;
-    *worst = NULL;
+    *not_finite = NULL;
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         if (!tensor->gradient) continue;
@@ -1149,7 +1313,7 @@ static double gradient_norm(const Model *model, const Tensor **worst) {
         double *partial = xmalloc(blocks * sizeof(double)), squares = 0;
 #pragma omp parallel for
         for (size_t b = 0; b < blocks; b++) {
-            size_t end = (b + 1) * NORM_BLOCK < tensor->size ? (b + 1) * NORM_BLOCK : tensor->size;
+            size_t end = smaller((b + 1) * NORM_BLOCK, tensor->size);
             double sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (size_t j = b * NORM_BLOCK; j < end; j++) sum += (double)g[j] * g[j];
@@ -1157,7 +1321,7 @@ static double gradient_norm(const Model *model, const Tensor **worst) {
         }
         for (size_t b = 0; b < blocks; b++) squares += partial[b];
         free(partial);
-        if (!isfinite(squares) && !*worst) *worst = tensor;
+        if (!isfinite(squares) && !*not_finite) *not_finite = tensor;
         total += squares;
     }
     return sqrt(total);
@@ -1170,10 +1334,13 @@ static float clip_factor(double norm, double largest) {
 }
 
 // AdamW (Loshchilov, Hutter 2019), update number t = 1, 2, ..., in torch.optim.AdamW's order of operations:
-//   p = p - lr · decay · p          decay acts on the weight itself, not through the gradient
-//   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²          averages (exp_avg, exp_avg_sq)
-//   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)    averages started at 0: corrected
-// g is the gradient times `clip`.
+//   p = p - lr · decay · p                              decay pulls each weight a little towards 0
+//   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²     the moments, exp_avg and exp_avg_sq
+//   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)
+// The moments begin at 0, so they are too small at first; dividing by 1 - b^t corrects that. Epsilon keeps
+// the quotient finite. Decay acts on the weight itself: passed through the gradient, as L2 does it, it would
+// be divided by the root as well, and weights with large gradients would hardly decay. g is the gradient
+// times `clip`.
 static void adamw_update(const Model *model, const Hyperparameters *h, double learning_rate, long t,
                          float clip) {
     const float b2 = (float)h->beta2, epsilon = (float)h->epsilon;
@@ -1214,40 +1381,53 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
 // =====================================================================================================
 // 8. One training step
 // =====================================================================================================
+// Everything comes together: forward, backward, update. A step may look at more examples than memory allows
+// at once. Then they come as several batches, called micro-batches, whose gradients add up before the one
+// update.
+
 typedef struct {
-    double loss, accuracy, norm, learning_rate;
+    double loss;     // mean over the scored rows
+    double accuracy; // share of scored rows whose target had the highest logit
+    double norm, learning_rate;
     size_t rows, targets;
 } Update;
 
-// Takes one update on `count` micro-batches. The loss is the mean over the scored tokens of all of them
-// together, so it does not matter how examples fall into micro-batches. Nothing is changed when nothing is
-// scored (then targets is 0), and the program ends before the update when loss or gradient is not finite.
+// Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over the scored rows of all
+// of them together, so it does not matter how examples fall into micro-batches. When nothing is scored,
+// nothing changes and targets is 0. The program ends before the update when the loss or a gradient is not
+// finite.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
                           const Hyperparameters *h, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
     double loss = 0;
-    size_t hits = 0;
+    size_t correct = 0;
     for (long i = 0; i < count; i++) {
         update.targets += (size_t)batches[i].targets;
         update.rows += (size_t)batches[i].rows;
     }
     if (update.targets == 0) return update;
-    uint64_t stream = random_stream(h->seed, 0x64726f70u + (uint64_t)step);
+
+    // Forward and backward: the first micro-batch overwrites the gradients, the others add to them.
+    const uint64_t stream = random_stream(h->seed, 0x64726f70u + (uint64_t)step); // "drop"
     for (long i = 0; i < count; i++) {
-        Dropout dropout = {h->dropout, random_stream(stream, (uint64_t)i)};
-        activations_reserve(a, model, batches[i].rows, true, h->recompute, h->dropout > 0, false);
+        const Dropout dropout = {h->dropout, random_stream(stream, (uint64_t)i)};
+        activations_reserve(a, model, batches[i].rows, h->keep);
         loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
-        for (int j = 0; j < batches[i].targets; j++) hits += a->hit[j];
+        for (int j = 0; j < batches[i].targets; j++) correct += a->correct[j];
     }
     update.loss = loss / (double)update.targets;
-    update.accuracy = (double)hits / (double)update.targets;
-    const Tensor *worst = NULL;
+    update.accuracy = (double)correct / (double)update.targets;
+
+    // Is every number still one? A model that has met infinity once does not recover.
+    const Tensor *not_finite = NULL;
     const bool finite = isfinite(update.loss);
-    update.norm = finite ? gradient_norm(model, &worst) : 0;
-    if (!finite || worst)
+    update.norm = finite ? gradient_norm(model, &not_finite) : 0;
+    if (!finite || not_finite)
         die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
             "help",
-            step + 1, worst ? "gradient of " : "loss", worst ? worst->name : "");
+            step + 1, not_finite ? "gradient of " : "loss", not_finite ? not_finite->name : "");
+
+    // Update.
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
 }
@@ -1785,6 +1965,32 @@ typedef struct {
     Text text;
 } Sample;
 
+// Keys and values of the tokens so far: (L, sequences, key and value, NH, positions, HS), so that a head
+// reads its own in one stream. A batch need not have all the sequences: first_key says where those it has
+// begin.
+struct Cache {
+    int sequences, positions, past; // `past` positions are filled
+    int NH, HS;
+    float *memory;
+    int *first_key; // (sequences of the batch) in rows of HS, within a layer's part
+};
+
+static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
+    const size_t NH = (size_t)cache->NH, HS = (size_t)cache->HS, C = NH * HS;
+    const size_t head_stride = cache->positions * HS,
+                 values = cache->positions * C; // keys stand before values
+    float *layer_part = cache->memory + (size_t)layer * cache->sequences * 2 * values;
+    for (int s = 0; s < batch->sequences; s++)
+        for (int r = batch->first_row[s], place = cache->past; r < batch->first_row[s + 1]; r++, place++)
+            for (size_t head = 0; head < NH; head++) {
+                float *to = layer_part + (cache->first_key[s] + place) * HS + head * head_stride;
+                const float *key = qkv + ((size_t)r * 3 + 1) * C + head * HS;
+                memcpy(to, key, HS * sizeof(float));
+                memcpy(to + values, key + C, HS * sizeof(float));
+            }
+    return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
+}
+
 typedef struct {
     float probability; // not normalised
     int token;
@@ -1876,7 +2082,8 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
     const int V = config->vocab_size, P = config->n_positions;
     Activations a = {0};
     Batch batch = {0};
-    Cache cache = {.sequences = samples, .positions = P};
+    Cache cache = {.sequences = samples, .positions = P, .NH = config->n_head};
+    cache.HS = config->n_embd / config->n_head;
     cache.first_key = xmalloc((size_t)samples * sizeof(int));
     cache.memory = xfloats((size_t)config->n_layer * samples * P * 2 * config->n_embd);
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
@@ -1903,8 +2110,9 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
             last_row[n] = batch.rows - 1;
             cache.first_key[n] = running[n] * 2 * config->n_head * P;
         }
-        activations_reserve(&a, model, batch.rows, false, false, false, false);
+        activations_reserve(&a, model, batch.rows, KEEP_NOTHING);
         model_forward(model, &a, &batch, &cache, (Dropout){0});
+        cache.past += batch.first_row[1];
         seen = size;
         int still = 0;
         for (int n = 0; n < alive; n++) {
@@ -3157,15 +3365,15 @@ static Evaluation evaluate(Run *run) {
     for (size_t begin = 0; begin < end && !stop_signal; begin += B) {
         dataset_batch(run->val, NULL, begin, smaller(B, end - begin), &batch);
         Activations *a = &run->activations;
-        activations_reserve(a, run->model, batch.rows, false, false, false, false);
+        activations_reserve(a, run->model, batch.rows, KEEP_NOTHING);
         model_forward(run->model, a, &batch, NULL, (Dropout){0});
         loss += classifier(run->model, a, &batch, false, 0, false);
         result.targets += (size_t)batch.targets;
         for (int s = 0, i = 0; s < batch.sequences; s++) {
             bool all = true;
             for (; i < batch.targets && a->scored[i] < batch.first_row[s + 1]; i++) {
-                hits += a->hit[i];
-                all = all && a->hit[i];
+                hits += a->correct[i];
+                all = all && a->correct[i];
             }
             exact += all;
             result.examples++;
@@ -3388,8 +3596,14 @@ static int finish_training(const Run *run, double last_accuracy) {
 }
 
 static Hyperparameters hyperparameters_of(const Options *o) {
-    return (Hyperparameters){o->beta1,          o->beta2,           o->epsilon,        o->weight_decay,
-                             o->max_grad_norm, (float)o->dropout, (uint64_t)o->seed, o->recompute};
+    return (Hyperparameters){.beta1 = o->beta1,
+                             .beta2 = o->beta2,
+                             .epsilon = o->epsilon,
+                             .weight_decay = o->weight_decay,
+                             .max_grad_norm = o->max_grad_norm,
+                             .dropout = (float)o->dropout,
+                             .seed = (uint64_t)o->seed,
+                             .keep = o->recompute ? KEEP_INPUTS : KEEP_ALL};
 }
 
 // Trains from run->step to run->steps, or until a signal or --patience ends it, and saves the final model in
@@ -3877,7 +4091,8 @@ static void print_plan(const Run *run) {
         decayed += decays ? t->size : 0;
         if (t->dims == 2 && (in_block || t == model_head(model))) { // y = xW, dx = dyWᵀ, dW = xᵀdy
             products += 3 * t->size;
-            skipped += (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest ? t->size : 0);
+            skipped +=
+                (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest_trained ? t->size : 0);
         }
     }
     printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trainable, decayed, frozen);
@@ -3889,10 +4104,10 @@ static void print_plan(const Run *run) {
     dataset_size(run->train, &rows, &targets);
     if (frozen > 0) {
         Model unfrozen = *model;
-        unfrozen.lowest = -1;
+        unfrozen.lowest_trained = -1;
         Activations full = {0};
-        activations_reserve(&full, &unfrozen, run->activations.rows, true, options->recompute,
-                            options->dropout > 0, true);
+        full.memory_size =
+            activations_lay_out(&full, &unfrozen, run->activations.rows, run->activations.keep, NULL);
         printf("freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, ",
                megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - memory));
         printf("and %.0f %% of the products with weights\n", 100 * (double)skipped / (double)products);
@@ -3961,8 +4176,9 @@ static int run_training(Options *options, int argc, char **argv) {
     run.val_every = options->val_every ? options->val_every : run.steps >= 20 ? run.steps / 20 : 1;
     run.save_every = options->save_every ? options->save_every : run.val_every;
     const int rows = largest_batch(run.train, options->batch_size, (int)options->seq_len);
-    activations_reserve(&run.activations, run.model, rows, true, options->recompute, options->dropout > 0,
-                        options->plan);
+    const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
+    run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
+    if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
     if (options->plan) {
         print_plan(&run);
         end_run(&run);
