@@ -1435,6 +1435,8 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 // #####################################################################################################
 // PART II. Text
 // #####################################################################################################
+// Part I knows only token ids. Here text becomes ids and ids become text again, and a trained model writes.
+
 // =====================================================================================================
 // 9. Tokenizer
 // =====================================================================================================
@@ -2145,6 +2147,8 @@ static void sample_free(Sample *sample) {
 // #####################################################################################################
 // PART III. Files and data
 // #####################################################################################################
+// What comes from the disk is never trusted, and what goes there is never left half written.
+
 // =====================================================================================================
 // 11. Files
 // =====================================================================================================
@@ -3299,18 +3303,21 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
 // #####################################################################################################
 // PART IV. Running it
 // #####################################################################################################
-// Seconds on a clock that never goes back.
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+// A training step by itself is short. Around it stands what makes a run of hours: evaluation, progress, a log,
+// checkpoints, signals, and the command line that sets all of it.
 
 // =====================================================================================================
 // 14. Training
 // =====================================================================================================
 // The recipe: warm up, decay, evaluate now and then, keep the best, stop in order. Everything that must
 // survive an interruption is in a checkpoint; everything else is a pure function of the options and the step.
+
+// Seconds on a clock that never goes back.
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
@@ -4273,10 +4280,12 @@ int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
 // #####################################################################################################
 // PART V. Speed
 // #####################################################################################################
+// Part I says what is computed, with no word of how it gets fast. That is here, and it is needed in few places:
+// products of matrices take nearly all the time, and of the rest only exp() is slow by itself.
+
 // =====================================================================================================
 // 16. How a product gets fast
 // =====================================================================================================
-// ---- the built-in matmul: how a product gets fast ----
 // C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
 // what the processor can do: every multiplication waits for memory. Four steps repair that.
 // 1. Registers. A tile of C (6 x 16 floats with AVX2) stays in the vector registers while k runs. One step of
@@ -4312,7 +4321,7 @@ typedef struct {
     const float *A, *B;
     size_t ldc, lda, ldb, M, N, K;
     bool transpose_a, transpose_b, accumulate;
-    size_t rows, columns, across; // of a block of C, and how many blocks lie side by side
+    size_t rows, columns, blocks_across; // of a block of C, and how many blocks lie side by side
 } Product;
 
 // C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
@@ -4377,8 +4386,8 @@ static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, s
 // One block of C, for all of K.
 static void matmul_block(const Product *p, size_t block) {
     static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
-    size_t row = block / p->across * p->rows, end = smaller(row + p->rows, p->M);
-    size_t column = block % p->across * p->columns, columns = smaller(p->columns, p->N - column);
+    size_t row = block / p->blocks_across * p->rows, end = smaller(row + p->rows, p->M);
+    size_t column = block % p->blocks_across * p->columns, columns = smaller(p->columns, p->N - column);
     bool in_place = !p->transpose_a && p->lda % 1024 != 0;
     size_t lda = in_place ? p->lda : A_LD;
     for (size_t k = 0, depth, pieces = (p->K + DEPTH - 1) / DEPTH; pieces > 0; k += depth, pieces--) {
@@ -4428,33 +4437,36 @@ static void few_rows_transposed(const Product *p, size_t column, size_t end) {
     }
 }
 
-// Columns column .. end - 1 of A · B: eight rows of B at a time, each times its elements of A.
+// Adds n <= 8 rows of B, from row k on, each times its elements of A, to columns column .. end - 1 of C. The
+// eight rows are read side by side, so that each vector of C is loaded and stored only once for all of them.
+static void few_rows_step(const Product *p, size_t k, size_t n, size_t column, size_t end) {
+    const size_t rows_ahead = 8 + 2048 / (end - column); // to prefetch
+    const float *B = p->B + k * p->ldb;
+    float a[FEW][8] = {0};
+    for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
+    size_t j = column;
+    for (; n == 8 && j + LANES <= end; j += LANES) {
+        Vector b[8];
+        for (size_t x = 0; x < 8; x++) {
+            b[x] = *(const Vector *)(B + x * p->ldb + j);
+            __builtin_prefetch(B + (x + rows_ahead) * p->ldb + j);
+        }
+        for (size_t i = 0; i < p->M; i++) {
+            Vector sum = *(Vector *)(p->C + i * p->ldc + j);
+            for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
+            *(Vector *)(p->C + i * p->ldc + j) = sum;
+        }
+    }
+    for (; j < end; j++) // what is left over: the last columns, or the last rows of B
+        for (size_t i = 0; i < p->M; i++)
+            for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
+}
+
+// Columns column .. end - 1 of A · B.
 static void few_rows_plain(const Product *p, size_t column, size_t end) {
-    const size_t ahead = 8 + 2048 / (end - column); // rows to prefetch
     for (size_t i = 0; !p->accumulate && i < p->M; i++)
         memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
-    for (size_t k = 0, n; k < p->K; k += n) {
-        const float *B = p->B + k * p->ldb;
-        float a[FEW][8] = {0};
-        n = smaller(8, p->K - k);
-        for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
-        size_t j = column;
-        for (; n == 8 && j + LANES <= end; j += LANES) {
-            Vector b[8];
-            for (size_t x = 0; x < 8; x++) {
-                b[x] = *(const Vector *)(B + x * p->ldb + j);
-                __builtin_prefetch(B + (x + ahead) * p->ldb + j);
-            }
-            for (size_t i = 0; i < p->M; i++) {
-                Vector sum = *(Vector *)(p->C + i * p->ldc + j);
-                for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
-                *(Vector *)(p->C + i * p->ldc + j) = sum;
-            }
-        }
-        for (; j < end; j++)
-            for (size_t i = 0; i < p->M; i++)
-                for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
-    }
+    for (size_t k = 0; k < p->K; k += 8) few_rows_step(p, k, smaller(8, p->K - k), column, end);
 }
 
 static void matmul_few_rows(const Product *p, size_t block) {
@@ -4471,11 +4483,11 @@ static void matmul_builtin(Product p) {
     // A block's panels: none wider than packed_b can hold, as many blocks as threads or a multiple of them.
     size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
     size_t most = few ? panels : PACKED_B / (smaller(p.K, DEPTH) * TILE_COLUMNS + 16);
-    p.across = ((panels + most - 1) / most + threads - 1) / threads * threads;
-    p.columns = (panels + p.across - 1) / p.across * TILE_COLUMNS;
-    p.across = (p.N + p.columns - 1) / p.columns;
+    p.blocks_across = ((panels + most - 1) / most + threads - 1) / threads * threads;
+    p.columns = (panels + p.blocks_across - 1) / p.blocks_across * TILE_COLUMNS;
+    p.blocks_across = (p.N + p.columns - 1) / p.columns;
     p.rows = few || threads == 1 ? p.M : smaller(p.M, 10 * GROUP);
-    size_t blocks = p.across * ((p.M + p.rows - 1) / p.rows);
+    size_t blocks = p.blocks_across * ((p.M + p.rows - 1) / p.rows);
     void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
     if (threads == 1) // even an idle parallel region takes time
         for (size_t block = 0; block < blocks; block++) work(&p, block);
