@@ -153,7 +153,7 @@ static const StoredTensor *reference_tensor(const SafeTensors *file, const char 
 static void all_logits(const Model *model, Activations *a, const Batch *batch, float *logits) {
     const size_t V = (size_t)model->config.vocab_size;
     int rows[LOGIT_ROWS];
-    activations_reserve(a, model, batch->rows, true, a->recompute, false, false);
+    activations_reserve(a, model, batch->rows, a->keep);
     model_forward(model, a, batch, NULL, (Dropout){0});
     for (int begin = 0, n; begin < batch->rows; begin += n) {
         n = batch->rows - begin < LOGIT_ROWS ? batch->rows - begin : LOGIT_ROWS;
@@ -268,7 +268,8 @@ static Reference reference_open(const char *folder, bool recompute) {
     r.file = safetensors_open(r.path);
     const Json *metadata = json_get(json_get(r.file.header, "__metadata__"), "options");
     options_from_text(&r.options, metadata && metadata->string ? metadata->string : "");
-    r.options.recompute = r.activations.recompute = recompute;
+    r.options.recompute = recompute;
+    r.activations.keep = recompute ? KEEP_INPUTS : KEEP_ALL;
     r.model = model_load(folder);
     model_set_training(r.model, &r.options.freeze, &r.options.no_decay);
     model_allocate_training(r.model, true);
@@ -315,8 +316,7 @@ static void reference_pass(Reference *r) {
     const int targets = r->whole.targets;
     double total = 0;
     for (int a = 0; a < r->A; a++) {
-        activations_reserve(&r->activations, r->model, r->batches[a].rows, true, r->options.recompute, false,
-                            false);
+        activations_reserve(&r->activations, r->model, r->batches[a].rows, r->activations.keep);
         total += model_forward_backward(r->model, &r->activations, &r->batches[a],
                                         targets ? 1.0f / (float)targets : 0, a > 0, (Dropout){0});
     }
@@ -1107,7 +1107,7 @@ static double gradients_of(Model *model, const Batch *batches, int count, Dropou
     int targets = 0;
     for (int i = 0; i < count; i++) targets += batches[i].targets;
     for (int i = 0; i < count; i++) {
-        activations_reserve(&a, model, batches[i].rows, true, recompute, dropout.probability > 0, false);
+        activations_reserve(&a, model, batches[i].rows, recompute ? KEEP_INPUTS : KEEP_ALL);
         loss += model_forward_backward(model, &a, &batches[i], 1.0f / (float)targets, i > 0, dropout);
     }
     activations_free(&a);
@@ -1445,8 +1445,9 @@ static void test_attention(void) {
                        .first_row = batch.first_row,
                        .sequences = batch.sequences,
                        .dropout = dropout};
-        attention_forward(out, lse, qkv, 3 * C, qkv + C, qkv + 2 * C, 3 * C, HS, batch.sequences,
-                          batch.first_row, batch.first_row, 0, dropout, scratch, size, NH, HS);
+        const Keys keys = {qkv + C, qkv + 2 * C, 3 * (size_t)C, (size_t)HS, batch.first_row, 0};
+        const Attention attention = {&batch, dropout, NH, HS, qkv, keys, out, lse, scratch, size};
+        attention_forward(&attention);
         layer_loss(&layer);
         // exp() turns the rounding of a score into a relative error: as large a score as |q| |k| allows, half
         // an ulp
@@ -1461,20 +1462,19 @@ static void test_attention(void) {
         }
         double bound = 1e-6 + 0x1p-24 * sqrt(longest_q * longest_k / HS);
         check(error < bound, "case %d: forward differs by %.1e, more than %.1e", n, error, bound);
-        attention_backward(dqkv, dout, qkv, out, lse, batch.sequences, batch.first_row, dropout, scratch,
-                           size, NH, HS);
+        attention_backward(&attention, dqkv, dout);
         check_differences("attention", layer_loss, &layer, layer.x, (size_t)R * 3 * C, dqkv, 20);
         free(qkv), free(dout), free(out), free(dqkv), free(lse), free(scratch), free(layer.x), free(layer.y);
         batch_free(&batch);
     }
 }
 
-// Moderate logits, huge ones of both signs, and equal ones (a tie counts as a hit).
+// Moderate logits, huge ones of both signs, and equal ones: a tie is not correct.
 static void test_cross_entropy(void) {
     enum { R = 40, V = 301 };
     float *logits = random_floats(7, R * V), *backward = xfloats(R * V), loss[R], ones[R];
     int target[R];
-    bool hit[R];
+    bool correct[R];
     for (int r = 0; r < R; r++) {
         target[r] = (int)(random_bits(8, (uint64_t)r) % V), ones[r] = 0.25f;
         for (int v = 0; v < V; v++) logits[r * V + v] *= r < 20 ? 5 : r < 30 ? 3e4f : r < 38 ? -1e30f : 0;
@@ -1488,15 +1488,15 @@ static void test_cross_entropy(void) {
                    .dy = ones,
                    .y = xmalloc(R * sizeof(double))};
     layer_loss(&layer);
-    cross_entropy(backward, loss, hit, target, true, 0.25f, R, V);
+    cross_entropy(backward, loss, correct, target, true, 0.25f, R, V);
     for (int r = 0; r < R; r++) {
         bool best = true;
-        for (int v = 0; v < V; v++) best = best && logits[r * V + v] <= logits[r * V + target[r]];
+        for (int v = 0; v < V; v++) best = best && (v == target[r] || logits[r * V + v] < logits[r * V + target[r]]);
         check(fabs(loss[r] - layer.y[r]) <= 1e-6 * (fabs(layer.y[r]) + 1),
               "row %d: loss %.8g, should be %.8g", r, loss[r], layer.y[r]);
-        check(hit[r] == best, "row %d: hit is %d", r, hit[r]);
+        check(correct[r] == best, "row %d: correct is %d", r, correct[r]);
     }
-    check(hit[39], "a tie is no hit");
+    check(!correct[39], "a tie is correct");
     layer.R = 20; // the moderate rows: among huge logits a step of 1e-6 is nothing
     check_differences("cross-entropy", layer_loss, &layer, layer.x, 20 * V, backward, 100);
     for (int r = 20; r < R; r++) {
@@ -1510,7 +1510,7 @@ static void test_cross_entropy(void) {
     }
     memcpy(backward, logits, R * V * sizeof(float));
     float loss_only[R];
-    cross_entropy(backward, loss_only, hit, target, false, 0, R, V);
+    cross_entropy(backward, loss_only, correct, target, false, 0, R, V);
     check(same_bits(loss, loss_only, R), "the loss depends on whether gradients are wanted");
     free(logits), free(backward), free(layer.x), free(layer.y);
 }
@@ -1815,7 +1815,7 @@ static void test_accumulation(void) {
         check(still, "%s was changed by an update without targets", tensor->name);
     }
     for (int n = 0; n < 2; n++) { // without targets gradients are zero, or stay when accumulated
-        activations_reserve(&a, model, silent[0].rows, true, false, false, false);
+        activations_reserve(&a, model, silent[0].rows, KEEP_ALL);
         double none = model_forward_backward(n ? whole : model, &a, &silent[0], 0, n == 1, (Dropout){0});
         check(none == 0, "loss %g without targets", none);
     }
@@ -2041,8 +2041,7 @@ static void test_freezing(void) {
         for (int recompute = 0; recompute < 2; recompute++) {
             Activations a = {0};
             Model *model = tiny_model(tiny_config(23, 40, 3, 2, 8, 20, true), 6, lower[i]);
-            activations_reserve(&a, model, 160, true, recompute, false, true);
-            size[recompute][i] = a.memory_size;
+            size[recompute][i] = activations_lay_out(&a, model, 160, recompute ? KEEP_INPUTS : KEEP_ALL, NULL);
             check(i < 2 || size[recompute][i] < size[recompute][i - 1], "freezing %s saves nothing",
                   lower[i]);
             check(!a.memory, "measuring allocates");
@@ -2105,8 +2104,12 @@ static void test_cache(void) {
     Batch full = ragged_batch(3, V, S, (int[]){T, T, T}), batch = {0};
     Activations a = {0};
     int first_key[S] = {0, 2 * NH * P, 4 * NH * P}, rows[S * 70];
-    Cache cache = {
-        .sequences = S, .positions = P, .first_key = first_key, .memory = xfloats(2 * S * P * 2 * C)};
+    Cache cache = {.sequences = S,
+                   .positions = P,
+                   .NH = NH,
+                   .HS = C / NH,
+                   .first_key = first_key,
+                   .memory = xfloats(2 * S * P * 2 * C)};
     float *wanted = logits_of(model, &full);
     for (size_t n = 0; n < sizeof chunks / sizeof *chunks; n++) {
         int past = cache.past;
@@ -2114,10 +2117,10 @@ static void test_cache(void) {
         for (int s = 0; s < S; s++, batch_end_sequence(&batch))
             for (int t = past; t < past + chunks[n]; t++) batch_add_row(&batch, full.token[s * T + t], t, -1);
         for (int i = 0; i < batch.rows; i++) rows[i] = i;
-        activations_reserve(&a, model, batch.rows, false, false, false, false);
+        activations_reserve(&a, model, batch.rows, KEEP_NOTHING);
         model_forward(model, &a, &batch, &cache, (Dropout){0});
+        cache.past += chunks[n];
         head_forward(model, &a, rows, batch.rows);
-        check(cache.past == past + chunks[n], "the cache holds %d positions", cache.past);
         for (int s = 0; s < S; s++) {
             double error = deviation_of_floats(a.logits + s * chunks[n] * V, wanted + (s * T + past) * V,
                                                (size_t)chunks[n] * V);
