@@ -656,7 +656,7 @@ static void test_pieces(void) {
     static const char cases[] = // a text a line, | between pieces; ~ stands for a newline
         "Hello| world|'s| end\nI|'ll|  | pay| $|100|!|~\n''|s\n'|S\n't|'re|nt\n '|s\n ~\na|~ |~|b\nx|   | "
         "y\na|  \n'|lL\n"
-        "don|'t|'ve|'|vE\n\xc2\xa0|a\na|  |\xc2\xa0|b\na| "
+        "don|'t|'ve|'|vE\nI|'m|'d|mm\n\xc2\xa0|a\na|  |\xc2\xa0|b\na| "
         "|\xe3\x80\x80|b\ncaf\xc3\xa9|2\xc2\xbd\ne|\xcc\x81|e\n \xff\xfe|a\n"
         "\xe4\xbd\xa0\xe5\xa5\xbd|\xef\xbc\x8c|\xe4\xb8\x96\n";
     Tokenizer *t = tokenizer_new(0, 0);
@@ -829,6 +829,19 @@ static void test_special_token(void) {
             free(text.data);
         }
     tokenizer_free(t);
+
+    Ids ids = {0}; // a vocabulary without it: text like any other
+    Text text = {0};
+    t = tokenizer_new(300, 0);
+    find_byte_ids(t, true, "");
+    tokenizer_encode(t, &ids, "a<|endoftext|>", 14, true);
+    check(ids.size == 14 && ids.data[0] == 64, "%zu ids without <|endoftext|>", ids.size);
+    int spelled = name_add(t, "<a b>"); // a token that no bytes spell stands for its name
+    tokenizer_decode(t, &text, spelled);
+    check(strcmp(text.data, "<a b>") == 0, "\"<a b>\" is decoded to \"%s\"", text.data);
+    free(text.data);
+    free(ids.data);
+    tokenizer_free(t);
 }
 
 static void test_tokenizer_files(void) {
@@ -875,7 +888,8 @@ static void load_damaged(void) { tokenizer_free(tokenizer_load(damaged_path)); }
 
 static void decode_damaged(void) {
     Text text = {0};
-    tokenizer_decode(tokenizer_load(damaged_path), &text, 1000);
+    Tokenizer *t = tokenizer_load(damaged_path);
+    tokenizer_decode(t, &text, t->vocab_size);
 }
 
 // What is wrong with a vocabulary or its merges, and what the error says of it.
@@ -942,7 +956,7 @@ static void test_damaged_tokenizers(void) {
     snprintf(damaged_path, sizeof damaged_path, "%s", merges_path);
     Text said = {0};
     check(run_child(decode_damaged, &said) == 1, "a wrong id is decoded");
-    check(strstr(said.data, "1000 is not in the vocabulary"), "a wrong id: %s", said.data);
+    check(strstr(said.data, "258 is not in the vocabulary: expected 0 to 257"), "a wrong id: %s", said.data);
     free(said.data);
     free(good.data);
     free(folder);
@@ -989,9 +1003,19 @@ static void test_tokenizer_program(void) {
          "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
         {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
          "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
+        {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 b.txt", 0,
+         "\n2 documents\n"}, // inside a line it separates nothing
         {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
          "20240520           1           9\n   260   257   258   198\n"},
-        {"echo 7 x | $T decode --tokenizer v", 1, "line 1: expected ids"},
+        {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' '", 0,
+         " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
+        {"$T info --tokenizer v", 0,
+         "vocab_size 261\nmerges 4\nend_of_text 260\nlongest_token 260 <|endoftext|>\n"},
+        {"printf 'low<|endoftext|>' | $T encode --special --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+        // "1", then " 1" to " 3000", and the space at the end, each but the first twice
+        {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
+         " 3002 distinct pieces;"},
+        {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
         {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
         {"$T count --tokenizer v nothing-*", 1, "nothing-*: there is no such file"},
         {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
@@ -1584,6 +1608,11 @@ static void test_dropout_of_steps(void) {
     check(fabs(loss[1][0] - loss[1][1]) > 1e-4, "two steps draw the same masks");
     check(fabs(loss[1][0] - twice) > 1e-4, "two micro-batches draw the same masks");
     check(fabs(loss[1][0] - loss[0][0]) > 1e-4, "dropout changes nothing");
+    Activations a = {0};
+    options_from_text(&options, "--dropout 0.2 --seed 2");
+    Update update = take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0);
+    check(fabs(loss[1][0] - update.loss) > 1e-4, "dropout does not depend on the seed");
+    activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);
     model_free(model);
 }
@@ -1830,6 +1859,41 @@ static void test_accumulation(void) {
     batch_free(&all);
     model_free(model);
     model_free(whole);
+}
+
+// The row of logits whose highest value is target's alone.
+static bool is_highest(const float *logits, int target, int V) {
+    for (int v = 0; v < V; v++)
+        if (v != target && logits[v] >= logits[target]) return false;
+    return true;
+}
+
+// What an update says of two micro-batches, some of whose rows are not scored.
+static void test_update_counts(void) {
+    enum { V = 5 };
+    Model *model = tiny_model(tiny_config(V, 40, 1, 2, 8, 32, true), 2, NULL);
+    Batch batches[2] = {ragged_batch(4, V, 2, (int[]){30, 12}), ragged_batch(5, V, 1, (int[]){40})};
+    size_t rows = 0, targets = 0, correct = 0;
+    for (int i = 0; i < 2; i++) {
+        float *logits = logits_of(model, &batches[i]);
+        for (int r = 0; r < batches[i].rows; r++, rows++)
+            if (batches[i].target[r] >= 0) {
+                targets++;
+                correct += is_highest(logits + r * V, batches[i].target[r], V);
+            }
+        free(logits);
+    }
+    Activations a = {0};
+    Options options;
+    options_from_text(&options, "");
+    Update update = take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), 0, 0);
+    check(update.rows == rows && update.targets == targets && targets < rows, "%zu rows, %zu targets",
+          update.rows, update.targets);
+    check(correct > 0 && correct < targets && update.accuracy == (double)correct / (double)targets,
+          "accuracy %g, should be %zu of %zu", update.accuracy, correct, targets);
+    activations_free(&a);
+    batch_free(&batches[0]), batch_free(&batches[1]);
+    model_free(model);
 }
 
 // ---- optimizer ----
@@ -2559,6 +2623,22 @@ static void test_json_strings(void) {
     json_free(json);
 }
 
+// What is written is read again: every byte but NUL.
+static void test_json_written(void) {
+    char bytes[256];
+    for (int i = 0; i < 256; i++) bytes[i] = (char)(i + 1); // a NUL at the end
+    char *written = NULL;
+    size_t size;
+    FILE *file = open_memstream(&written, &size);
+    json_write_string(file, bytes, 127);
+    fclose(file);
+    for (size_t i = 0; i < size; i++) check((unsigned char)written[i] >= 0x20, "byte %d is written", written[i]);
+    Json *json = json_parse(written, size, "here");
+    check(json->length == 127 && memcmp(json->string, bytes, 127) == 0, "%s is read as %s", written, json->string);
+    json_free(json);
+    free(written);
+}
+
 static void test_json_values(void) {
     const char *text =
         "{\"n\": [0, -1, 2.5, 1e3, -2.5E-1, 9007199254740992], \"t\": true, \"f\":false,\"z\" : null , "
@@ -3108,6 +3188,9 @@ static void test_text_data(void) {
     part = dataset_split(data, 0.001);
     check(part->count == 1 && data->count == 9, "at least one example is split off");
     dataset_free(part);
+    part = dataset_split(data, 0.4); // 3.6 of the 9 that are left
+    check(part->count == 4 && data->count == 5, "split: %zu and %zu", data->count, part->count);
+    dataset_free(part);
     dataset_free(data);
 }
 
@@ -3191,6 +3274,15 @@ static void test_dataset_order(void) {
     }
     for (int i = 0; i < 4; i++) free(orders[i]);
     free(data.examples);
+    // All orders are drawn alike: then one example of ten stands at its own place, on average.
+    Dataset ten = {.count = 10};
+    int unmoved = 0;
+    for (long epoch = 0; epoch < 1000; epoch++) {
+        size_t *order = dataset_order(&ten, 3, epoch);
+        for (size_t i = 0; i < 10; i++) unmoved += order[i] == i;
+        free(order);
+    }
+    check(abs(unmoved - 1000) < 5 * 32, "%d places unmoved in 1000 orders", unmoved);
 }
 
 static void test_shards(void) {
@@ -3441,6 +3533,15 @@ static void test_plan(void) {
     free(plan.data);
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --steps 40 --out $D/never");
     check(!strstr(plan.data, "freezing"), "--plan: nothing is frozen");
+    check(strstr(plan.data, "evaluation every 2, checkpoint every 2\n") != NULL, "--plan: %s", plan.data);
+    free(plan.data);
+    long updates = 0, an_epoch = 0;
+    expect_run(0, &plan, "$TINY --train $D/text.txt --plan --epochs 2.5 --batch-size 3 --out $D/never");
+    const char *said = strstr(plan.data, " updates of ");
+    while (said && said > plan.data && isdigit((unsigned char)said[-1])) said--;
+    check(said && sscanf(said, "%ld updates of 1 x 3 examples, %ld an epoch", &updates, &an_epoch) == 2 &&
+              updates == (5 * an_epoch + 1) / 2,
+          "--epochs 2.5: %s", plan.data);
     free(plan.data);
     // A block of 128 channels has 198272 parameters; of three blocks, two keep 10 C + NH + 4 floats in 32
     // rows.
@@ -3454,6 +3555,38 @@ static void test_plan(void) {
         free(plan.data);
         free(words);
     }
+}
+
+// The number of warm-up updates, of 200 in all, 80 an epoch.
+static void test_warmup(void) {
+    static const struct {
+        const char *words;
+        long steps, warmup; // of the run; expected
+    } cases[] = {{"", 200, 20}, // a random start: 10 %
+                 {"--init some-folder", 200, 80},
+                 {"--init some-folder", 80, 8}, // no longer than an epoch
+                 {"--warmup-steps 7", 200, 7},
+                 {"--warmup-steps 2.5%", 200, 5},
+                 {"--warmup-steps 1.5ep", 200, 120},
+                 {"--warmup-steps 5ep", 200, 200},
+                 {"--warmup-steps 0 --init some-folder", 200, 0}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Options options;
+        options_from_text(&options, cases[i].words);
+        long warmup = warmup_of(&options, cases[i].steps, 80);
+        check(warmup == cases[i].warmup, "'%s': %ld updates, should be %ld", cases[i].words, warmup,
+              cases[i].warmup);
+    }
+}
+
+// The rows of the largest batch are those of the longest examples.
+static void test_largest_batch(void) {
+    Example examples[] = {{.size = 3}, {.size = 9}, {.size = 5}, {.size = 9}, {.size = 2}};
+    Dataset data = {.examples = examples, .count = 5};
+    static const int rows[] = {8, 16, 20, 22, 23, 23};
+    for (int B = 1; B <= 6; B++)
+        check(largest_batch(&data, B, 8) == rows[B - 1], "%d examples: %d rows, should be %d", B,
+              largest_batch(&data, B, 8), rows[B - 1]);
 }
 
 // What freezing skips, against the products counted by hand for two blocks of 16 channels, V = 259: a block's
@@ -3590,7 +3723,8 @@ typedef struct {
     double loss;
 } LogLine;
 
-// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order. Returns how
+// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order, seconds that never
+// fall, and at an evaluation the rate of the update before. Returns how
 // many lines. essence (unless NULL) gets what must be the same after a resume: all but the timing, and of
 // evaluations all but the rate.
 static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
@@ -3600,6 +3734,8 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     bool whole = text.data && strncmp(text.data, header, strlen(header)) == 0;
     size_t count = 0;
     long trained = 0, evaluated = -1;
+    double seconds = 0;
+    const char *rate = "0"; // of the last update
     for (char *at = text.data + strlen(header), *line;
          whole && (line = strsep(&at, "\n")) && *line && count < 500;) {
         char *rest = line, *field, *fields[16] = {0};
@@ -3610,6 +3746,9 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
         if (!whole) break;
         *l = (LogLine){atol(fields[0]), fields[2][0] == 'v', atof(fields[3])};
         whole = l->val ? l->step > evaluated && l->step == trained && !*fields[6] : l->step == trained + 1;
+        whole = whole && atof(fields[8]) >= seconds && (!l->val || strcmp(fields[5], rate) == 0);
+        seconds = atof(fields[8]);
+        if (!l->val) rate = fields[5];
         *(l->val ? &evaluated : &trained) = l->step;
         for (int i = 0; i < (l->val ? 5 : 7) && essence; i++) {
             text_append(essence, fields[i], strlen(fields[i]));
@@ -4224,6 +4363,7 @@ static const struct {
     {"model: NaN and changes do not reach what is masked", test_poison},
     {"model: padded batches equal sequences alone", test_padding},
     {"model: micro-batches, and none with targets", test_accumulation},
+    {"model: rows, targets and accuracy of an update", test_update_counts},
     {"optimizer: AdamW", test_adamw},
     {"optimizer: gradient norm and clipping", test_norm_and_clipping},
     {"optimizer: schedules", test_schedule},
@@ -4238,6 +4378,7 @@ static const struct {
     {"tensors: GPT-2's four sizes", test_parameter_counts},
     {"tensors: patterns of names", test_patterns},
     {"JSON: strings", test_json_strings},
+    {"JSON: what is written is read again", test_json_written},
     {"JSON: numbers, nesting, members", test_json_values},
     {"JSON: errors with their place", test_wrong_json},
     {"safetensors: round trip", test_safetensors},
@@ -4256,6 +4397,8 @@ static const struct {
     {"command line: every option, its letter, --help", test_options},
     {"command line: options that a checkpoint remembers", test_remembered_options},
     {"command line: --plan", test_plan},
+    {"command line: warm-up in steps, percent and epochs", test_warmup},
+    {"command line: rows of the largest batch", test_largest_batch},
     {"command line: --plan's share of work that freezing skips", test_skipped_work},
     {"command line: weights in other formats name the converter", test_other_formats},
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
