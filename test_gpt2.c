@@ -4330,6 +4330,92 @@ static void test_documents(void) {
     free(list.data);
 }
 
+// What dev/outline.awk says of train_gpt2.c: where each function, type, table and row of an enum stands.
+typedef struct {
+    char kind[16], name[64]; // a part's prose: kind "prose"
+    int first, last;         // lines; of prose: how many lines, and how many with prose
+} Entry;
+
+static const Entry *outline(size_t *count) {
+    static Entry *entries;
+    static size_t size, capacity;
+    FILE *pipe = size ? NULL : popen("awk -f dev/outline.awk train_gpt2.c", "r");
+    for (Entry e; pipe && fscanf(pipe, "%15s %63s %d %d", e.kind, e.name, &e.first, &e.last) == 4;) {
+        entries = grow(entries, size + 1, &capacity, sizeof *entries);
+        entries[size++] = e;
+    }
+    if (pipe) pclose(pipe);
+    *count = size;
+    return entries;
+}
+
+// The first entry of this name, or one that stands nowhere. kind: NULL for any but prose.
+static Entry find_entry(const char *kind, const char *name) {
+    size_t count;
+    const Entry *entries = outline(&count);
+    for (const Entry *e = entries; e < entries + count; e++)
+        if (strcmp(e->name, name) == 0 && (kind ? strcmp(e->kind, kind) == 0 : strcmp(e->kind, "prose") != 0))
+            return *e;
+    return (Entry){0};
+}
+
+// The file reads from the model outward: what a reader wants stands early, and no function is too long to be seen
+// as a whole.
+static void test_layout(void) {
+    size_t count;
+    const Entry *entries = outline(&count);
+    const int model = find_entry("function", "model_forward").first;
+    int functions = 0, types = 0;
+    for (const Entry *e = entries; e < entries + count; e++) {
+        bool is_function = strcmp(e->kind, "function") == 0;
+        functions += is_function && e->first < model;
+        types += strcmp(e->kind, "type") == 0 && e->first < model;
+        check(!is_function || e->last - e->first < 60, "%s has %d lines, more than 60", e->name,
+              e->last - e->first + 1);
+    }
+    const int attention = find_entry("function", "attention_forward").first;
+    const int step = find_entry("function", "take_update").last;
+    const Entry prose = find_entry("prose", "I"); // Part I
+    check(attention > 0 && attention <= 950, "attention_forward is in line %d, after 950", attention);
+    check(model > 0 && model <= 1350, "model_forward is in line %d, after 1350", model);
+    check(step > 0 && step <= 1550, "take_update ends in line %d, after 1550", step);
+    check(functions <= 85 && types <= 25, "%d functions and %d types stand before model_forward", functions, types);
+    check(4 * prose.last >= prose.first && prose.first > 0, "of %d lines of Part I only %d carry prose",
+          prose.first, prose.last);
+}
+
+// Links into train_gpt2.c, [name](train_gpt2.c#L123), point at what they name; `make links` repairs them, and
+// refuses a name that is nowhere.
+static void test_links(void) {
+    Text text = read_file("README.md");
+    for (char *at = text.data, *link; (link = strstr(at, "](train_gpt2.c#L")); at = link + 1) {
+        char name[64];
+        const char *start = link;
+        while (start > text.data && *start != '[' && *start != '\n') start--;
+        snprintf(name, sizeof name, "%.*s", (int)(link - start - 1), start + 1);
+        if (*name == '`') memmove(name, name + 1, strlen(name)), name[strcspn(name, "`")] = 0;
+        int line = find_entry(NULL, name).first, said = atoi(link + strlen("](train_gpt2.c#L"));
+        check(line > 0 && said == line, "README.md: [%s] is in line %d, not %d: make links", name, line, said);
+    }
+    free(text.data);
+
+    const char *wrong = "a [warn](train_gpt2.c#L1), [`Batch`](train_gpt2.c#L0) [WTE](train_gpt2.c#L7)b\n[x](y)\n";
+    char *wanted = xprintf("a [warn](train_gpt2.c#L%d), [`Batch`](train_gpt2.c#L%d) [WTE](train_gpt2.c#L%d)b\n[x](y)\n",
+                           find_entry("function", "warn").first, find_entry("type", "Batch").first,
+                           find_entry("row", "WTE").first);
+    make_inputs();
+    write_text("links.md", wrong);
+    check(system("sh dev/links.sh $D/links.md") == 0, "links cannot be repaired");
+    Text repaired = read_file(in_tests("links.md"));
+    check(strcmp(repaired.data, wanted) == 0, "links become %s, not %s", repaired.data, wanted);
+    free(repaired.data);
+    write_text("links.md", "[nowhere](train_gpt2.c#L1)");
+    uint64_t before = fingerprint(in_tests("links.md"));
+    check(system("sh dev/links.sh $D/links.md 2>/dev/null") != 0 && fingerprint(in_tests("links.md")) == before,
+          "a name that is nowhere is linked");
+    free(wanted);
+}
+
 // ---- the list of tests ----
 
 static const struct {
@@ -4416,6 +4502,8 @@ static const struct {
     {"checkpoints: a full disk leaves the older one whole", test_full_disk},
     {"checkpoints: nothing that is not finite is saved", test_diverging},
     {"documents: the functions and tests that they name exist", test_documents},
+    {"documents: the model stands early, functions are short", test_layout},
+    {"documents: links point at what they name", test_links},
 };
 
 int main(int argc, char **argv) {
