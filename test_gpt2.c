@@ -1003,12 +1003,14 @@ static void test_tokenizer_program(void) {
          "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
         {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
          "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
-        {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 b.txt", 0,
-         "\n2 documents\n"}, // inside a line it separates nothing
+        {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
+         "b.txt",
+         0, "\n2 documents\n"}, // inside a line it separates nothing
         {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
          "20240520           1           9\n   260   257   258   198\n"},
-        {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' '", 0,
-         " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
+        {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
+         "'",
+         0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
         {"$T info --tokenizer v", 0,
          "vocab_size 261\nmerges 4\nend_of_text 260\nlongest_token 260 <|endoftext|>\n"},
         {"printf 'low<|endoftext|>' | $T encode --special --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
@@ -1515,7 +1517,8 @@ static void test_cross_entropy(void) {
     cross_entropy(backward, loss, correct, target, true, 0.25f, R, V);
     for (int r = 0; r < R; r++) {
         bool best = true;
-        for (int v = 0; v < V; v++) best = best && (v == target[r] || logits[r * V + v] < logits[r * V + target[r]]);
+        for (int v = 0; v < V; v++)
+            best = best && (v == target[r] || logits[r * V + v] < logits[r * V + target[r]]);
         check(fabs(loss[r] - layer.y[r]) <= 1e-6 * (fabs(layer.y[r]) + 1),
               "row %d: loss %.8g, should be %.8g", r, loss[r], layer.y[r]);
         check(correct[r] == best, "row %d: correct is %d", r, correct[r]);
@@ -2105,7 +2108,8 @@ static void test_freezing(void) {
         for (int recompute = 0; recompute < 2; recompute++) {
             Activations a = {0};
             Model *model = tiny_model(tiny_config(23, 40, 3, 2, 8, 20, true), 6, lower[i]);
-            size[recompute][i] = activations_lay_out(&a, model, 160, recompute ? KEEP_INPUTS : KEEP_ALL, NULL);
+            size[recompute][i] =
+                activations_lay_out(&a, model, 160, recompute ? KEEP_INPUTS : KEEP_ALL, NULL);
             check(i < 2 || size[recompute][i] < size[recompute][i - 1], "freezing %s saves nothing",
                   lower[i]);
             check(!a.memory, "measuring allocates");
@@ -2632,9 +2636,11 @@ static void test_json_written(void) {
     FILE *file = open_memstream(&written, &size);
     json_write_string(file, bytes, 127);
     fclose(file);
-    for (size_t i = 0; i < size; i++) check((unsigned char)written[i] >= 0x20, "byte %d is written", written[i]);
+    for (size_t i = 0; i < size; i++)
+        check((unsigned char)written[i] >= 0x20, "byte %d is written", written[i]);
     Json *json = json_parse(written, size, "here");
-    check(json->length == 127 && memcmp(json->string, bytes, 127) == 0, "%s is read as %s", written, json->string);
+    check(json->length == 127 && memcmp(json->string, bytes, 127) == 0, "%s is read as %s", written,
+          json->string);
     json_free(json);
     free(written);
 }
@@ -3561,7 +3567,7 @@ static void test_plan(void) {
 static void test_warmup(void) {
     static const struct {
         const char *words;
-        long steps, warmup; // of the run; expected
+        long steps, warmup;     // of the run; expected
     } cases[] = {{"", 200, 20}, // a random start: 10 %
                  {"--init some-folder", 200, 80},
                  {"--init some-folder", 80, 8}, // no longer than an epoch
@@ -3615,6 +3621,54 @@ static void test_skipped_work(void) {
         free(share);
         free(words);
     }
+}
+
+// What is printed between the two goes to the file "stdout" in the tests' folder.
+static int begin_capture(void) {
+    fflush(stdout);
+    int kept = dup(1), file = open(in_tests("stdout"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    dup2(file, 1);
+    close(file);
+    return kept;
+}
+
+static Text end_capture(int kept) {
+    fflush(stdout);
+    dup2(kept, 1);
+    close(kept);
+    return read_file(in_tests("stdout"));
+}
+
+// Text as it streams: half a character waits for its other half, what may become --stop for what follows.
+static void test_stream(void) {
+    static const char *const parts[] = {"caf", "\xc3", "\xa9 th", "at t", "h"};
+    static const char *const shown[] = {"caf", "caf", "caf\xc3\xa9 ", "caf\xc3\xa9 that ",
+                                        "caf\xc3\xa9 that th"};
+    Text text = {0};
+    size_t printed = 0;
+    int kept = begin_capture();
+    for (int i = 0; i < 5; i++) {
+        text_append(&text, parts[i], strlen(parts[i]));
+        stream_text(&text, &printed, "the", i == 4);
+        Text seen = read_file(in_tests("stdout"));
+        check(seen.data && strcmp(seen.data, shown[i]) == 0, "part %d: '%s', not '%s'", i, seen.data,
+              shown[i]);
+        free(seen.data);
+    }
+    free(end_capture(kept).data);
+    free(text.data);
+}
+
+// 60 of 100 steps are left, each takes 2 seconds: two minutes.
+static void test_time_left(void) {
+    const Run run = {.step = 40, .steps = 100, .steps_per_epoch = 16};
+    int kept = begin_capture();
+    show_update(&run, &(Update){.loss = 1.25, .norm = 3, .learning_rate = 1e-4}, 99, 2, false);
+    Text printed = end_capture(kept);
+    const char *wanted =
+        "step 40/100  loss 1.2500  0:02:00 left  epoch 2.50  lr 1.00e-04  norm 3.000  99 tok/s\n";
+    check(strcmp(printed.data, wanted) == 0, "'%s', not '%s'", printed.data, wanted);
+    free(printed.data);
 }
 
 // The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what
@@ -3723,10 +3777,9 @@ typedef struct {
     double loss;
 } LogLine;
 
-// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order, seconds that never
-// fall, and at an evaluation the rate of the update before. Returns how
-// many lines. essence (unless NULL) gets what must be the same after a resume: all but the timing, and of
-// evaluations all but the rate.
+// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order, seconds that
+// never fall, and at an evaluation the rate of the update before. Returns how many lines. essence (unless
+// NULL) gets what must be the same after a resume: all but the timing, and of evaluations all but the rate.
 static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     char *path = xprintf("%s/log.csv", in_tests(out));
     Text text = file_exists(path) ? read_file(path) : (Text){0};
@@ -3787,6 +3840,64 @@ static void test_without_tokenizer(void) {
     expect_refusal(1, "text needs a tokenizer",
                    "--init $D/bare-run --eval --val $D/val.txt --matmul builtin");
     free(missing);
+}
+
+// Loss, accuracy and exact match against what the logits of each example alone give: nine examples, of which
+// every third says what the model would, the next ones end otherwise, and the others are random. With
+// --val-batches 3 only the first six count.
+static void test_evaluate(void) {
+    enum { V = 11, COUNT_OF_EXAMPLES = 9, PROMPT = 3, SIZE = 9 };
+    Model *model = tiny_model(tiny_config(V, 40, 2, 2, 8, 32, true), 12, NULL);
+    Source source = {0};
+    Example examples[COUNT_OF_EXAMPLES];
+    for (int e = 0; e < COUNT_OF_EXAMPLES; e++) {
+        Ids prompt = {0}, greedy = {0};
+        for (int i = 0; i < PROMPT; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
+        generate_slowly(model, &prompt, SIZE - PROMPT, &greedy);
+        examples[e] = (Example){0, source.ids.size, SIZE, PROMPT};
+        for (int i = 0; i < PROMPT; i++) ids_push(&source.ids, prompt.data[i]);
+        for (int i = 0; i < SIZE - PROMPT; i++) {
+            bool other = e % 3 == 2 || (e % 3 == 1 && i == SIZE - PROMPT - 1);
+            int shift = other ? 1 + (int)(random_bits((uint64_t)e, 50 + (uint64_t)i) % (V - 1)) : 0;
+            ids_push(&source.ids, (greedy.data[i] + shift) % V);
+        }
+        free(prompt.data), free(greedy.data);
+    }
+    Dataset data = {.sources = &source, .examples = examples, .source_count = 1, .count = COUNT_OF_EXAMPLES};
+    Batch batch = {0};
+    Options options;
+    options_from_text(&options, "--batch-size 2");
+    Run run = {.options = &options, .model = model, .val = &data};
+    double loss = 0;
+    size_t targets = 0, correct = 0, exact = 0;
+    for (size_t e = 0; e < COUNT_OF_EXAMPLES; e++) {
+        size_t right = 0;
+        dataset_batch(&data, NULL, e, 1, &batch);
+        float *logits = logits_of(model, &batch);
+        double *exactly = doubles(logits, (size_t)batch.rows * V);
+        for (int r = PROMPT - 1; r < SIZE - 1; r++, targets++) {
+            right += is_highest(logits + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
+            loss +=
+                oracle_cross_entropy(exactly + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
+        }
+        correct += right;
+        exact += right == SIZE - PROMPT;
+        free(logits), free(exactly);
+        if (e != 5 && e != 8) continue;
+        options.val_batches = e == 5 ? 3 : 0;
+        Evaluation result = evaluate(&run);
+        check(fabs(result.loss - loss / (double)targets) < 1e-5, "loss %g, should be %g", result.loss,
+              loss / (double)targets);
+        check(result.accuracy == (double)correct / (double)targets && result.targets == targets,
+              "accuracy %g of %zu, should be %zu of %zu", result.accuracy, result.targets, correct, targets);
+        check(exact == (e + 1) / 3 && result.exact == (double)exact / (double)(e + 1) &&
+                  result.examples == e + 1,
+              "exact match %g of %zu, should be %zu of %zu", result.exact, result.examples, exact, e + 1);
+    }
+    free(source.ids.data);
+    batch_free(&batch);
+    activations_free(&run.activations);
+    model_free(model);
 }
 
 // Weights in other formats: one line with the command that converts them.
@@ -3988,6 +4099,24 @@ static void test_generate(void) {
         check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
     expect_stops(&texts[0], variants[0]);
     for (int i = 0; i < 7; i++) free(texts[i].data);
+    // Without a prompt text begins behind <|endoftext|>, as a document does.
+    Model *model = model_load(in_tests("run"));
+    Tokenizer *tokenizer = tokenizer_load(in_tests("run"));
+    Sample sample = {0};
+    Ids prompt = {0};
+    ids_push(&prompt, tokenizer->end_of_text);
+    expect_run(0, &printed, "--init $D/run --generate 20 --temperature 0 --matmul builtin");
+    int kept = begin_capture();
+    generate(model, tokenizer, &prompt, 20, 1, tokenizer->end_of_text, &(Sampling){0, 0, 1, 1, NULL},
+             &sample);
+    free(end_capture(kept).data);
+    check(sample.text.size > 5 && printed.size == sample.text.size + 1 &&
+              memcmp(printed.data, sample.text.data, sample.text.size) == 0,
+          "without a prompt: %s, not %s", printed.data, sample.text.data);
+    free(printed.data), free(prompt.data);
+    sample_free(&sample);
+    tokenizer_free(tokenizer);
+    model_free(model);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
     check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
           printed.data);
@@ -4359,8 +4488,8 @@ static Entry find_entry(const char *kind, const char *name) {
     return (Entry){0};
 }
 
-// The file reads from the model outward: what a reader wants stands early, and no function is too long to be seen
-// as a whole.
+// The file reads from the model outward: what a reader wants stands early, and no function is too long to be
+// seen as a whole.
 static void test_layout(void) {
     size_t count;
     const Entry *entries = outline(&count);
@@ -4379,7 +4508,8 @@ static void test_layout(void) {
     check(attention > 0 && attention <= 950, "attention_forward is in line %d, after 950", attention);
     check(model > 0 && model <= 1350, "model_forward is in line %d, after 1350", model);
     check(step > 0 && step <= 1550, "take_update ends in line %d, after 1550", step);
-    check(functions <= 85 && types <= 25, "%d functions and %d types stand before model_forward", functions, types);
+    check(functions <= 85 && types <= 25, "%d functions and %d types stand before model_forward", functions,
+          types);
     check(4 * prose.last >= prose.first && prose.first > 0, "of %d lines of Part I only %d carry prose",
           prose.first, prose.last);
 }
@@ -4395,14 +4525,17 @@ static void test_links(void) {
         snprintf(name, sizeof name, "%.*s", (int)(link - start - 1), start + 1);
         if (*name == '`') memmove(name, name + 1, strlen(name)), name[strcspn(name, "`")] = 0;
         int line = find_entry(NULL, name).first, said = atoi(link + strlen("](train_gpt2.c#L"));
-        check(line > 0 && said == line, "README.md: [%s] is in line %d, not %d: make links", name, line, said);
+        check(line > 0 && said == line, "README.md: [%s] is in line %d, not %d: make links", name, line,
+              said);
     }
     free(text.data);
 
-    const char *wrong = "a [warn](train_gpt2.c#L1), [`Batch`](train_gpt2.c#L0) [WTE](train_gpt2.c#L7)b\n[x](y)\n";
-    char *wanted = xprintf("a [warn](train_gpt2.c#L%d), [`Batch`](train_gpt2.c#L%d) [WTE](train_gpt2.c#L%d)b\n[x](y)\n",
-                           find_entry("function", "warn").first, find_entry("type", "Batch").first,
-                           find_entry("row", "WTE").first);
+    const char *wrong =
+        "a [warn](train_gpt2.c#L1), [`Batch`](train_gpt2.c#L0) [WTE](train_gpt2.c#L7)b\n[x](y)\n";
+    char *wanted =
+        xprintf("a [warn](train_gpt2.c#L%d), [`Batch`](train_gpt2.c#L%d) [WTE](train_gpt2.c#L%d)b\n[x](y)\n",
+                find_entry("function", "warn").first, find_entry("type", "Batch").first,
+                find_entry("row", "WTE").first);
     make_inputs();
     write_text("links.md", wrong);
     check(system("sh dev/links.sh $D/links.md") == 0, "links cannot be repaired");
@@ -4411,7 +4544,8 @@ static void test_links(void) {
     free(repaired.data);
     write_text("links.md", "[nowhere](train_gpt2.c#L1)");
     uint64_t before = fingerprint(in_tests("links.md"));
-    check(system("sh dev/links.sh $D/links.md 2>/dev/null") != 0 && fingerprint(in_tests("links.md")) == before,
+    check(system("sh dev/links.sh $D/links.md 2>/dev/null") != 0 &&
+              fingerprint(in_tests("links.md")) == before,
           "a name that is nowhere is linked");
     free(wanted);
 }
@@ -4488,9 +4622,12 @@ static const struct {
     {"command line: --plan's share of work that freezing skips", test_skipped_work},
     {"command line: weights in other formats name the converter", test_other_formats},
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
+    {"progress: the time that is left", test_time_left},
+    {"generation: text as it streams", test_stream},
 #if defined(__linux__) && defined(_OPENMP)
     {"threads: each has a core of its own, if there are as many", test_pin_threads},
 #endif
+    {"a run: loss, accuracy and exact match of an evaluation", test_evaluate},
     {"a run: token shards and no tokenizer", test_without_tokenizer},
     {"a run: log, loss, --eval, progress, --quiet", test_run},
     {"a run: --freeze and --overfit", test_freeze_and_overfit},
