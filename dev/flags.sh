@@ -101,11 +101,12 @@ try() {
     return $status
 }
 
-# try_debian BUILD LIBRARY: Debian keeps each build in a folder of its own, behind a link that names one of them for
-# all programs; -rpath makes the loader take the one we built with.
+# try_debian BUILD LIBRARY: Debian keeps each build in a folder of its own, behind a link that names one of them
+# for all programs; -rpath makes the loader take the one we built with.
 try_debian() {
     for folder in /usr/lib/*/"$1"; do
-        [ -d "$folder" ] && try "$use -I/usr/include${folder#/usr/lib}" "-L$folder -Wl,-rpath,$folder -l$2" && return
+        include=/usr/include${folder#/usr/lib}
+        [ -d "$folder" ] && try "$use -I$include" "-L$folder -Wl,-rpath,$folder -l$2" && return
     done
     return 1
 }

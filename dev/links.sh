@@ -1,6 +1,6 @@
 #!/bin/sh
-# Repairs links into train_gpt2.c, [name](train_gpt2.c#L123) or [`name`](...), by their names: each gets the line
-# where that function, type, table or row of an enum begins (dev/outline.awk).
+# Repairs links into train_gpt2.c, [name](train_gpt2.c#L123) or [`name`](...), by their names: each gets the
+# line where that function, type, table or row of an enum begins (dev/outline.awk).
 #
 #   sh dev/links.sh FILE...
 set -u

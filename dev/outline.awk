@@ -2,9 +2,9 @@
 #
 #   awk -f dev/outline.awk train_gpt2.c
 #
-# A line "KIND NAME FIRST LAST" for each function, type, table and row of an enum: the lines it takes. And for each
-# part of the file "prose NAME LINES PROSE": how many lines it has, and how many of them carry prose. These are
-# comments with at least one word, or code with a comment of at least four words behind it.
+# A line "KIND NAME FIRST LAST" for each function, type, table and row of an enum: the lines it takes. And for
+# each part of the file "prose NAME LINES PROSE": how many lines it has, and how many of them carry prose. These
+# are comments with at least one word, or code with a comment of at least four words behind it.
 
 function words(text) {
     gsub(/[^A-Za-z]+/, " ", text)
@@ -61,7 +61,11 @@ in_enum && !/^#/ { rows($0) }
 /^\}.*\[.*= *\{/ { print "table", name_before($0, "\\["), first, NR }
 
 # Functions: a head from column 1, over as many lines as it takes, that ends in a brace.
-!head && /^[a-z].*\(/ && !/^(typedef|enum|struct)/ { head = $0; begin = NR; gsub(/__attribute__\(\(.*\)\)/, "", head) }
+!head && /^[a-z].*\(/ && !/^(typedef|enum|struct)/ {
+    head = $0
+    begin = NR
+    gsub(/__attribute__\(\(.*\)\)/, "", head)
+}
 head && !body && /;( *\/\/.*)?$/ { head = "" }
 head && !body && /[{}]$/ { body = 1 }
 head && body && (/^\}/ || (NR == begin && /\}$/)) {
