@@ -2300,13 +2300,15 @@ static void test_sampling(void) {
                                      {1, 0, 1e-9, 0, NULL}, {2, 3, 0.999, 0, NULL}, {1e-6, 0, 1, 0, NULL},
                                      {1, 9, 0.5, 0, NULL},  {0, 5, 0.5, 0, NULL}};
     Candidate candidates[V];
-    for (int set = 0; set < 4; set++) {
+    for (int set = 0; set < 5; set++) {
         float logits[V];
-        for (int v = 0; v < V; v++) { // random; one with ties; one with a long flat tail
+        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one half.
+        for (int v = 0; v < V; v++) {
             logits[v] = set < 2    ? 2 * random_normal((uint64_t)set, v)
                         : set == 2 ? (float)(v * 7 % 4)
                                    : logf(0.045f);
             if (set == 3 && (v == 3 || v == 7)) logits[v] = logf(v == 3 ? 0.2f : 0.4f);
+            if (set == 4) logits[v] = v < 8 ? 0 : -INFINITY;
         }
         for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
             double wanted[V];
@@ -2320,7 +2322,7 @@ static void test_sampling(void) {
                       "logits %d, case %zu: token %d drawn %d times, not %.1f", set, n, v, drawn[v],
                       N * wanted[v]);
             }
-            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2) || cases[n].top_p < 1e-6)
+            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2 && set != 4) || cases[n].top_p < 1e-6)
                 check(drawn[best] == N, "logits %d, case %zu is not greedy", set, n);
         }
     }
