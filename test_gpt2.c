@@ -591,7 +591,7 @@ static void test_utf8(void) {
         unsigned code;
         check(utf8_read(bad[i], strlen(bad[i]), &code) == 0, "case %zu is not valid", i);
     }
-    check(utf8_whole("caf\xc3", 4) == 3 && utf8_whole("\xe0\x9f", 2) == 2 && utf8_whole("\xff", 1) == 1 &&
+    check(utf8_whole("caf\xc3", 4) == 3 && utf8_whole("\xe0\x9f", 2) == 0 && utf8_whole("\xff", 1) == 1 &&
               utf8_whole("a\xf0\x9f\x98", 4) == 1,
           "only what may still become a character waits");
 }
@@ -674,13 +674,14 @@ static void test_encode_is_bpe(void) {
         char *folder = random_vocabulary((uint64_t)round, 60 + 6 * round, round % 3 == 2);
         char *merges = xprintf("%s/merges.txt", folder);
         Tokenizer *t = tokenizer_load(round % 3 == 0 ? merges : folder);
+        t->plain = true; // texts have <|endoftext|> in them
         check(t->end_of_text == (round % 3 == 2 ? 256 : t->vocab_size - 1), "end of text is %d",
               t->end_of_text);
         for (int run = 0; run < 200; run++) { // texts of all lengths, then long pieces of anything
             Text text = random_text((uint64_t)run + 1000, (size_t)run * 5);
             Ids ours = {0}, literal = {0};
             if (run % 2) {
-                tokenizer_encode(t, &ours, text.data, text.size, false);
+                tokenizer_encode(t, &ours, text.data, text.size);
                 for (size_t at = 0, end; at < text.size; at = end) {
                     end = find_piece(t, text.data, at, text.size);
                     literal_bpe(t, &literal, text.data + at, end - at);
@@ -688,9 +689,7 @@ static void test_encode_is_bpe(void) {
             } else if (text.size > 0) {
                 for (size_t i = 0; i < text.size && run % 4; i++) // few letters: many merges meet
                     text.data[i] = "aaab"[random_bits((uint64_t)run, i) % 4];
-                Encoder *encoder = encoder_take(t);
-                merge_piece(t, encoder, &ours, text.data, text.size);
-                encoder_give_back(t, encoder);
+                merge_piece(t, encoder_of_thread(t), &ours, text.data, text.size);
                 literal_bpe(t, &literal, text.data, text.size);
             }
             check(same_ids(&ours, &literal), "round %d run %d: %zu ids, not %zu", round, run, ours.size,
@@ -720,12 +719,13 @@ static void test_encode_in_parts(void) {
         push_piece_ends(t, &ends, text.data, 0, text.size);
         for (int special = 0; special < 2; special++) {
             whole.size = 0;
-            tokenizer_encode(t, &whole, text.data, text.size, special);
+            t->plain = !special;
+            tokenizer_encode(t, &whole, text.data, text.size);
             for (size_t place = 0; place <= text.size; place++) {
                 size_t cut = tokenizer_cut(t, text.data, place);
                 parts.size = 0;
-                tokenizer_encode(t, &parts, text.data, cut, special);
-                tokenizer_encode(t, &parts, text.data + cut, text.size - cut, special);
+                tokenizer_encode(t, &parts, text.data, cut);
+                tokenizer_encode(t, &parts, text.data + cut, text.size - cut);
                 check(cut <= place && same_ids(&whole, &parts), "round %d: cut at %zu of %zu gives other ids",
                       round, cut, place);
                 cuts += cut > 0;
@@ -748,7 +748,7 @@ static void test_encode_in_parts(void) {
         Ids *ids = n == 1 ? &whole : &parts;
         ids->size = 0;
         ids_push(ids, 77); // what is there stays
-        tokenizer_encode(t, ids, text.data, text.size, true);
+        tokenizer_encode(t, ids, text.data, text.size);
         check(n == 1 || same_ids(&whole, &parts), "%d threads give other ids", n);
     }
     omp_set_num_threads(4);
@@ -757,7 +757,7 @@ static void test_encode_in_parts(void) {
     for (int i = 0; i < 4; i++) { // several callers at once
         Ids ids = {0};
         ids_push(&ids, 77);
-        tokenizer_encode(t, &ids, text.data, text.size, true);
+        tokenizer_encode(t, &ids, text.data, text.size);
         different += !same_ids(&whole, &ids);
         free(ids.data);
     }
@@ -782,7 +782,8 @@ static void test_special_token(void) {
             Ids ids = {0};
             Text text = {0};
             text_append(&text, c + 1, strlen(c + 1));
-            tokenizer_encode(t, &ids, text.data, text.size, special);
+            t->plain = !special;
+            tokenizer_encode(t, &ids, text.data, text.size);
             int marks = 0;
             for (size_t k = 0; k < ids.size; k++) marks += ids.data[k] == t->end_of_text;
             check(marks == (special ? *c - '0' : 0), "\"%s\" has %d end-of-text ids", text.data, marks);
@@ -816,7 +817,7 @@ static void test_tokenizer_files(void) {
     write_file(path, tiny, sizeof tiny - 1);
     t = tokenizer_load(path);
     Ids ids = {0};
-    tokenizer_encode(t, &ids, " low low<|endoftext|>", 21, true);
+    tokenizer_encode(t, &ids, " low low<|endoftext|>", 21);
     check(t->vocab_size == 260 && t->end_of_text == 259, "%d tokens", t->vocab_size);
     check(ids.size == 3 && ids.data[0] == 258 && ids.data[1] == 258 && ids.data[2] == 259, "%zu ids",
           ids.size);
@@ -852,12 +853,12 @@ static void test_damaged_tokenizers(void) {
         {NULL, "a b\nb c\nab c\na bc\n", "line 4: expected a merge that makes a new token"},
         {NULL, "a \xff\n", "line 1: expected tokens"},
         {"", "a b\n", "line 1: expected a merge that is new and makes a token of the vocabulary"},
-        {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":257", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 256"},
+        {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 4194303"},
+        {"\"a\":64>\"a\":4194304", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+        {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+        {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+        {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+        {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 4194303"},
         {"\"a\":64>\"b\":64", "", "\"b\": expected it once"},
         {"\"a\":64>\"aa\":64", "", "no token \"a\" for byte 97"},
         {"\"a\":64>\"a\":64,", "", "line 1, column"},
@@ -917,7 +918,7 @@ static void test_long_runs(void) {
         while (text.size < 1000000) text_append(&text, units[i], strlen(units[i]));
         Ids ids = {0};
         double begin = now();
-        tokenizer_encode(t, &ids, text.data, text.size, false);
+        tokenizer_encode(t, &ids, text.data, text.size);
         check(now() - begin < 5, "\"%s\" again and again takes %.1f s", units[i], now() - begin);
         check(decodes_to(t, &ids, &text), "\"%s\" again and again is lost", units[i]);
         free(text.data);
@@ -2016,7 +2017,8 @@ static Model *updated_model(int threads) {
     options_from_text(&options, "--dropout 0.1");
     int before = omp_get_max_threads();
     omp_set_num_threads(threads);
-    for (int step = 0; step < 2; step++) take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
+    for (int step = 0; step < 2; step++)
+        take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
     omp_set_num_threads(before);
     activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);
@@ -2121,18 +2123,18 @@ static void test_generation(void) {
         Sample fast[3] = {0}, ended = {0}, drawn[4] = {0};
         for (int i = 0; i < cases[n][1]; i++) ids_push(&prompt, (int)(random_bits(n, i) % V));
         generate_slowly(model, &prompt, COUNT, &slow);
-        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){0, 0, 1, 1, NULL}, fast);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, fast);
         for (int s = 0; s < 3; s++)
             check(begin_alike(&fast[s].ids, &slow, COUNT), "case %d: sample %d differs from the slow way", n,
                   s);
         int end = slow.data[COUNT / 2];
         size_t length = 0;
         while (slow.data[length] != end) length++;
-        generate(model, NULL, &prompt, COUNT, 1, end, &(Sampling){0, 0, 1, 1, NULL}, &ended);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){&end, 1, 0}, &(Sampling){0, 0, 1, 1, NULL}, &ended);
         check(begin_alike(&ended.ids, &slow, length), "case %d: %zu tokens before the end, not %zu", n,
               ended.ids.size, length);
-        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){1, 0, 1, 1, NULL}, drawn);
-        generate(model, NULL, &prompt, COUNT, 1, -1, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, drawn);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
         check(begin_alike(&drawn[3].ids, &drawn[0].ids, COUNT),
               "case %d: a sample depends on how many there are", n);
         check(!begin_alike(&drawn[0].ids, &drawn[1].ids, COUNT) &&
@@ -2442,7 +2444,7 @@ static void make_inputs(void) {
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
     Model *model = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, true});
     model_initialise(model, 5);
-    model_save(model, tokenizer, in_tests("model"));
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("model"));
     model_free(model);
     tokenizer_free(tokenizer);
 }
@@ -2674,7 +2676,7 @@ static void test_model_folder(void) {
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
     for (int tied = 0; tied < 2; tied++) {
         Model *model = small_model(tied);
-        model_save(model, NULL, folder);
+        model_save(model, NULL, &(KeptFiles){0}, folder);
         Model *loaded = model_load(folder);
         check(same_values(model, loaded), "values come back to the bit (tied: %d)", tied);
         check(memcmp(&model->config, &loaded->config, offsetof(Config, tie_word_embeddings)) == 0 &&
@@ -2772,7 +2774,7 @@ static void save_changed(StoredTensor change, const char *name) {
 static void test_damaged_weights(void) {
     Model *model = small_model(true);
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
-    model_save(model, NULL, folder);
+    model_save(model, NULL, &(KeptFiles){0}, folder);
     model_free(model);
     child_path = folder;
     Text good = read_file(weights), printed = {0};
@@ -2891,7 +2893,7 @@ static Dataset *load_quietly(const char *name, int seq_len) {
     return data;
 }
 
-// Spells all examples, with $ for <|endoftext|>, | before the first scored token, a space between examples,
+// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between examples,
 // and compares. A byte's id is what GPT-2 gives it.
 static void expect_examples(const Dataset *data, const char *expected, const char *what) {
     Text got = {0};
@@ -2899,13 +2901,15 @@ static void expect_examples(const Dataset *data, const char *expected, const cha
     for (size_t i = 0; i < data->count; i++) {
         text_append(&got, " ", i > 0);
         for (int t = 0; t < data->examples[i].size; t++) {
-            int id = dataset_token(data, &data->examples[i], t);
+            int stored = dataset_token(data, &data->examples[i], t), id = stored < 0 ? ~stored : stored;
+            bool now = t > 0 && stored >= 0,
+                 before = t > 1 && dataset_token(data, &data->examples[i], t - 1) >= 0;
             const char c = id < 94     ? (char)(id + 33)
                            : id == 198 ? '/'
                            : id == 220 ? '_'
                            : id == 258 ? '$'
                                        : '?';
-            text_append(&got, "|", t == data->examples[i].prompt);
+            text_append(&got, "|", now != before);
             text_append(&got, &c, 1);
         }
     }
@@ -2928,14 +2932,12 @@ static void test_text_data(void) {
     expect_data("d.txt", "ab\n<|endoftext|>\n\n<|endoftext|>\n<|endoftext|>\ncd", 16, "$|ab/$/$cd");
     expect_data("d.txt", "ab\n<|endoftext|>\r\ncd", 16, "$|ab/$cd");
     Dataset *data;
-    write_text("d.txt",
-               "a <|endoftext|>\nb\n <|endoftext|>\n<|endoftext|>c\n"); // not alone on their lines: text
-    data = load_quietly("d.txt", 64);
-    size_t marks = 0;
-    for (int t = 0; t < data->examples[0].size; t++)
-        marks += dataset_token(data, &data->examples[0], t) == 258;
-    check(data->count == 1 && marks == 1, "<|endoftext|> inside a line is text");
-    dataset_free(data);
+    // Not alone on their lines: tokens inside a document, as AutoTokenizer has it.
+    expect_data("d.txt", "a <|endoftext|>\nb\n <|endoftext|>\n<|endoftext|>c\n", 64, "$|a_$/b/_$/$c/");
+    expect_data("d.txt",
+                "\xef\xbb\xbf"
+                "ab",
+                16, "$|ab"); // a byte order mark is passed over
 
     // Windows share a token; each token but the first is a target exactly once, whatever the sizes.
     expect_data("d.txt", "abcdefg", 3, "$|abc c|def f|g");
@@ -2995,13 +2997,33 @@ static void test_jsonl_data(void) {
         {"{\"text\": \"ab\"}\n{\"prompt\": \"ab\", \"completion\": \"\"}\n{\"text\": \"\"}", 16, "$|ab$",
          "d.jsonl:2: nothing"},
         {"{\"prompt\": \"abcdefgh\", \"completion\": \"xy\"}", 5, "fgh|xy$",
-         "d.jsonl:1: 10 tokens, cut to --seq-len 5"},
-        {"{\"prompt\": \"abc\", \"completion\": \"tuvwxyz\"}", 5, "c|tuvwx", "d.jsonl:1: 10 tokens, cut"},
-        {"{\"prompt\": \"abc\", \"completion\": \"uvwxy\"}", 5, "c|uvwxy", "d.jsonl:1: 8 tokens, cut"},
+         "d.jsonl:1: 10 tokens are more than --seq-len 5: the beginning cut off"},
+        {"{\"prompt\": \"abc\", \"completion\": \"tuvwxyz\"}", 5, "c|tuvwx",
+         "10 tokens are more than --seq-len 5: the beginning and the end, with its end of text, cut off"},
+        {"{\"prompt\": \"abc\", \"completion\": \"uvwxy\"}", 5, "c|uvwxy",
+         "8 tokens are more than --seq-len 5: the beginning and the end, with its end of text, cut off"},
         {"{\"prompt\": \"ab\", \"completion\": \"wxy\"}", 5, "ab|wxy$", ""}, // just fits
-        {"{\"text\": \"abcdef\"}", 3, "$|abc", "d.jsonl:1: 7 tokens, cut"},
+        {"{\"text\": \"abcdef\"}", 3, "$|abc",
+         "d.jsonl:1: 7 tokens are more than --seq-len 3: the end, with its end of text, cut off"},
         {"{\"text\": \"abcdef\"}\n{\"text\": \"\"}\n{\"text\": \"abcdef\"}\n{\"text\": \"a\"}", 3,
-         "$|abc $|abc $|a$", "d.jsonl: 3 examples, 2 of them cut to --seq-len 3; 1 more skipped\n"},
+         "$|abc $|abc $|a$",
+         "d.jsonl: 3 examples; cut to --seq-len 3: 2 lost the end of what is scored and the end of text, 0 "
+         "the "
+         "beginning of the prompt; 1 more skipped\n"},
+        {"\xef\xbb\xbf{\"text\": \"a\"}\n", 16, "$|a$", ""},                              // a byte order mark
+        {"{\"text\": null, \"prompt\": \"a\", \"completion\": \"b\"}\n", 16, "a|b$", ""}, // null is absent
+        {"{\"prompt\": \"x\", \"completion\": \"b\", \"prompt\": \"a\"}", 16, "a|b$", ""}, // the last wins
+        {"{\"prompt\": \"a<|endoftext|>b\", \"completion\": \"c\"}", 16, "a$b|c$", ""},    // the token
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"ab\"}, {\"role\": \"assistant\", \"content\": "
+         "\"c\"}, "
+         "{\"role\": \"user\", \"content\": \"d\"}, {\"role\": \"assistant\", \"content\": \"ef\"}]}",
+         16, "ab$|c$|d$|ef$", ""},
+        {"{\"messages\": [{\"role\": \"assistant\", \"content\": \"ab\"}]}", 16, "$|ab$", ""},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"abc\"}, {\"role\": \"assistant\", \"content\": "
+         "\"xyz\"}]}",
+         4, "$|xyz$", "the beginning cut off"},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n{\"text\": \"b\"}", 16, "$|b$",
+         "d.jsonl:1: nothing"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         expect_data("d.jsonl", cases[i].text, cases[i].seq_len, cases[i].expected);
@@ -3024,6 +3046,59 @@ static void test_jsonl_data(void) {
               memcmp(batch.target, target, sizeof target) == 0 && data->prompts,
           "rows of prompt and completion");
     batch_free(&batch);
+    dataset_free(data);
+}
+
+static void child_data(void) {
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    dataset_load(in_tests(child_path), tokenizer, 16, tokenizer->vocab_size);
+}
+
+// What is no JSONL or no UTF-8 is refused with what to do instead.
+static void test_refused_data(void) {
+    static const struct {
+        const char *name, *text;
+        size_t size;
+        const char *said;
+    } cases[] = {
+        {"r.jsonl", "[{\"text\": \"a\"}]", 0, "a JSON array: expected an object a line"},
+        {"r.jsonl", "{\n  \"text\": \"a\"\n}", 0, "an object that goes on in the next line"},
+        {"r.jsonl", "{\"text\": \"a\",\n\"x\": 1}", 0, "jq -c . '"},
+        {"r.jsonl", "{\"instruction\": \"a\", \"output\": \"b\"}", 0,
+         "\"instruction\" and \"output\" are not the keys"},
+        {"r.jsonl", "{\"prompt\": \"a\", \"completion\": 7}", 0, "is a number: expected a string, \"7\""},
+        {"r.jsonl", "{\"prompt\": \"a\", \"completion\": null}", 0, "expected"},
+        {"r.jsonl", "{\"prompt\": null, \"completion\": \"b\"}", 0, "expected"},
+        {"r.jsonl", "{\"text\": \"a\", \"completion\": \"b\"}", 0,
+         "only one of completion, text and messages"},
+        {"r.jsonl", "{\"messages\": [{\"role\": \"user\"}]}", 0, "a message is {\"role\":"},
+        {"r.jsonl", "{\"messages\": {}}", 0, "\"messages\" must be an array"},
+        {"r.jsonl", "{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}", 0,
+         "byte 27, line 2; probably ISO-8859-1: iconv -f ISO-8859-1 -t UTF-8"},
+        {"r.txt", "\x93quoted\x94", 0, "byte 0, line 1; probably WINDOWS-1252: iconv -f WINDOWS-1252"},
+        {"r.txt",
+         "\xff\xfe"
+         "a\0b\0",
+         6, "iconv -f UTF-16LE"},
+        {"r.txt", "a\0b\0", 4, "iconv -f UTF-16LE"},
+        {"r.txt", "\0a\0b", 4, "iconv -f UTF-16BE"},
+        {"r.txt", "ab\ncd \xf0\x9f\x98", 0, "byte 6, line 2"},
+    };
+    make_inputs();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        put_file(in_tests(cases[i].name), cases[i].text,
+                 cases[i].size ? cases[i].size : strlen(cases[i].text));
+        child_path = cases[i].name;
+        expect_death(child_data, cases[i].said, cases[i].text);
+    }
+    write_text("part[1].txt", "ab"); // the name as it stands, though a glob finds the other
+    write_text("part1.txt", "xyz");
+    Dataset *data = load_quietly("part[1].txt", 16);
+    expect_examples(data, "$|ab", "a name with brackets");
+    dataset_free(data);
+    unlink(in_tests("part[1].txt"));
+    data = load_quietly("part[1].txt", 16);
+    expect_examples(data, "$|xyz", "a glob with brackets");
     dataset_free(data);
 }
 
@@ -3102,7 +3177,7 @@ static void test_wrong_input(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model->config.n_embd = 8; // does not fit the weights
-    model_save(model, NULL, in_tests("narrow"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("narrow"));
     model_free(model);
     Text weights = read_file(in_tests("model/model.safetensors")),
          config = read_file(in_tests("model/config.json"));
@@ -3414,7 +3489,7 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
 static void test_without_tokenizer(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
-    model_save(model, NULL, in_tests("bare"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("bare"));
     model_free(model);
     uint16_t shard[512 + 200] = {0};
     const int32_t header[3] = {20240520, 1, 200};
@@ -3465,7 +3540,7 @@ static void test_other_formats(void) {
     make_folder(in_tests("both")); // one that holds both is a model folder
     Model *model = model_load(in_tests("model"));
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
-    model_save(model, tokenizer, in_tests("both"));
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("both"));
     tokenizer_free(tokenizer);
     model_free(model);
     write_text("both/pytorch_model.bin", "");
@@ -3484,8 +3559,8 @@ static void test_stop(void) {
             model_tensor(model, WTE, 0)->value[v * 8 + i] = 0;
     Ids prompt = {0};
     Sample whole[S] = {0};
-    tokenizer_encode(tokenizer, &prompt, "the cat", 7, false);
-    generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, NULL}, whole);
+    tokenizer_encode(tokenizer, &prompt, "the cat", 7);
+    generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, whole);
     int shortened = 0;
     for (int n = 0; n < 24; n++) {
         char stop[8] = "the cat";
@@ -3494,7 +3569,7 @@ static void test_stop(void) {
         if (n > 0) snprintf(stop, sizeof stop, "%.*s", length, from->data + from->size / 2 + (size_t)n / 3);
         if (stop[0] == 0) continue;
         Sample ended[S] = {0};
-        generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, stop}, ended);
+        generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, stop}, ended);
         for (int s = 0; s < S; s++) {
             size_t wanted = 0, size = whole[s].text.size, stop_size = strlen(stop);
             while (wanted + stop_size <= size && memcmp(whole[s].text.data + wanted, stop, stop_size) != 0)
@@ -3543,8 +3618,9 @@ static void test_run(void) {
     free(printed.data);
     write_text("mixed.jsonl", "{\"text\": \"the cat saw the bird\"}\n{\"text\": \"\"}\n{\"text\": \"a\"}\n");
     expect_run(0, &printed, "--init $D/run --eval --val $D/mixed.jsonl --seq-len 5 --matmul builtin");
-    check(strstr(printed.data, "mixed.jsonl (1 examples cut, 1 skipped)\n") != NULL, "--eval: %s",
-          printed.data);
+    check(strstr(printed.data, "mixed.jsonl (of 1 the end was cut off, of 0 the beginning; 1 skipped)\n") !=
+              NULL,
+          "--eval: %s", printed.data);
     free(printed.data);
     expect_run(0, &printed,
                "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --val-every 4 --out $D/quiet --quiet "
@@ -3757,7 +3833,8 @@ static void test_checkpoints(void) {
     // and is the result.
     write_text("strange.txt", "QXZ ZXQ QZX XQZ 0123456789");
     expect_run(0, NULL,
-               "$TINY --train $D/text.txt --val $D/strange.txt --steps 9 --learning-rate 1e-2 --schedule constant --val-every 1 --keep 1 --quiet "
+               "$TINY --train $D/text.txt --val $D/strange.txt --steps 9 --learning-rate 1e-2 --schedule "
+               "constant --val-every 1 --keep 1 --quiet "
                "--out $D/keep");
     size_t count = read_log("keep", lines, NULL), found;
     long best = -1;
@@ -3855,7 +3932,7 @@ static void test_checkpoints(void) {
     for (size_t i = 0; i < steep->tensors[steep->tensor_count - 1].size; i++)
         model_tensor(steep, LM_HEAD, 0)->value[i] = random_bits(8, i) & 1 ? 3e38f : -3e38f;
     for (int i = 0; i < 16; i++) model_tensor(steep, LN_F_WEIGHT, 0)->value[i] = 1e-37f;
-    model_save(steep, tokenizer, in_tests("steep"));
+    model_save(steep, tokenizer, &(KeptFiles){0}, in_tests("steep"));
     model_free(steep);
     tokenizer_free(tokenizer);
     write_text("a.txt", "a");
@@ -3949,6 +4026,7 @@ static const struct {
     {"config.json: defaults, refused variants, sizes", test_config},
     {"text: documents, windows, globs, a split", test_text_data},
     {"JSONL: prompts, lengths, rows", test_jsonl_data},
+    {"data: what is refused", test_refused_data},
     {"order of examples: each once an epoch, whatever its length", test_dataset_order},
     {"token shards: llm.c's, and wrong ones", test_shards},
     {"command line: wrong input is one line, and changes nothing", test_wrong_input},
