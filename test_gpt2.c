@@ -2017,8 +2017,7 @@ static Model *updated_model(int threads) {
     options_from_text(&options, "--dropout 0.1");
     int before = omp_get_max_threads();
     omp_set_num_threads(threads);
-    for (int step = 0; step < 2; step++)
-        take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
+    for (int step = 0; step < 2; step++) take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
     omp_set_num_threads(before);
     activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);
@@ -2745,6 +2744,282 @@ static void test_model_folder(void) {
                     free(list[i].data);
             }
         }
+        model_free(model);
+    }
+}
+
+// ---- a folder's own words ----
+
+// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token already,
+// the one of byte 0xe9.
+#define FLAGS(l, r, w, n)                                                                                    \
+    "\"lstrip\": " #l ", \"rstrip\": " #r ", \"single_word\": " #w ", \"normalized\": " #n "}"
+static const struct {
+    int id;
+    const char *content, *flags;
+} added_tokens[] = {
+    {259, "<|endoftext|>", FLAGS(false, false, false, false)},
+    {260, "[pad]", FLAGS(false, false, false, false)},
+    {261, "[u]", FLAGS(false, false, false, false)},
+    {262, "ab", FLAGS(false, false, false, true)},
+    {263, "abc", FLAGS(false, false, false, true)},
+    {264, "[L]", FLAGS(true, false, false, false)},
+    {265, "[R]", FLAGS(false, true, false, true)},
+    {266, "zebra", FLAGS(false, false, true, true)},
+    {267, "low low", FLAGS(false, false, false, true)},
+    {165, "é", FLAGS(false, false, false, true)},
+};
+
+// Writes a folder with these tokens: 0: tokenizer.json, 1: added_tokens_decoder in tokenizer_config.json.
+static void make_added_folder(int layout) {
+    const char *folder = in_tests(layout ? "added1" : "added0");
+    char *list = NULL, *vocabulary;
+    size_t size;
+    FILE *file = open_memstream(&list, &size);
+    write_text("tiny.bpe", "o w\nl ow\nĠ low");
+    Tokenizer *t = tokenizer_load(in_tests("tiny.bpe"));
+    tokenizer_save(t, folder);
+    tokenizer_free(t);
+    for (size_t i = 0; i < sizeof added_tokens / sizeof *added_tokens; i++)
+        fprintf(file,
+                layout ? "%s\"%d\": {\"content\": \"%s\", %s" : "%s{\"id\": %d, \"content\": \"%s\", %s",
+                i ? ", " : "", added_tokens[i].id, added_tokens[i].content, added_tokens[i].flags);
+    fclose(file);
+    save_text(folder, "tokenizer_config.json",
+              xprintf("{\"tokenizer_class\": \"GPT2Tokenizer\", \"eos_token\": \"<|endoftext|>\", "
+                      "\"pad_token\": \"[pad]\"%s%s%s}",
+                      layout ? ", \"added_tokens_decoder\": {" : "", layout ? list : "", layout ? "}" : ""));
+    vocabulary = read_file(path_of("%s/vocab.json", folder)).data;
+    if (!layout)
+        save_text(
+            folder, "tokenizer.json",
+            xprintf(
+                "{\"added_tokens\": [%s], \"normalizer\": null, \"pre_tokenizer\": {\"type\": \"ByteLevel\", "
+                "\"add_prefix_space\": false, \"use_regex\": true}, \"post_processor\": {\"type\": "
+                "\"TemplateProcessing\", \"single\": [{\"Sequence\": {\"id\": \"A\"}}]}, \"decoder\": "
+                "{\"type\": "
+                "\"ByteLevel\"}, \"model\": {\"type\": \"BPE\", \"dropout\": null, \"ignore_merges\": false, "
+                "\"end_of_word_suffix\": \"\", \"vocab\": %s, \"merges\": [[\"o\", \"w\"], \"l ow\", \"Ġ "
+                "low\"]}}",
+                list, vocabulary));
+    free(list);
+    free(vocabulary);
+}
+
+// The ids are those of transformers 5.23 with tokenizers 0.23.3, run on the same folder.
+static void test_added_tokens(void) {
+    static const struct {
+        const char *text, *ids;
+    } cases[] = {
+        {"[u]low ab<|endoftext|>", "261 257 220 262 259 "},
+        {"abcab", "263 262 "},
+        {"x [L] [R] \n low", "87 264 220 265 257 "},
+        {"a zebra.", "64 220 266 13 "},
+        {"zebras zebra_ zebra²", "89 68 65 81 64 82 220 89 68 65 81 64 62 220 266 126 110 "},
+        {"a low low low", "64 220 267 258 "},
+        {"[u]é [pad]", "261 165 220 260 "},
+        {"[R][L]  [R] ", "265 264 220 220 265 "},
+        {"ab", "262 "},
+    };
+    for (int layout = 0; layout < 2; layout++) {
+        make_added_folder(layout);
+        Tokenizer *t = tokenizer_load(in_tests(layout ? "added1" : "added0"));
+        check(t->end_of_text == 259 && t->pad == 260 && t->vocab_size == 268, "end %d, pad %d",
+              t->end_of_text, t->pad);
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+            Ids ids = {0};
+            Text got = {0};
+            tokenizer_encode(t, &ids, cases[i].text, strlen(cases[i].text));
+            for (size_t k = 0; k < ids.size; k++) {
+                char *id = xprintf("%d ", ids.data[k]);
+                text_append(&got, id, strlen(id));
+                free(id);
+            }
+            check(strcmp(got.data, cases[i].ids) == 0, "layout %d, %s: %s", layout, cases[i].text, got.data);
+            free(ids.data);
+            free(got.data);
+        }
+        for (int round = 0; round < 300;
+             round++) { // wherever a text may be cut, the ids are those of the whole
+            static const char *const parts[] = {" ",   "\n",  "a",     "ab",      "abc", "[u]",
+                                                "[L]", "[R]", "zebra", "low low", "é",   "["};
+            Text text = {0};
+            Ids whole = {0};
+            for (uint64_t n = 0; n < 12; n++) {
+                const char *part = parts[random_bits((uint64_t)round, n) % 12];
+                text_append(&text, part, strlen(part));
+            }
+            tokenizer_encode(t, &whole, text.data, text.size);
+            for (size_t place = 0; place <= text.size; place++) {
+                Ids cut_ids = {0};
+                size_t cut = tokenizer_cut(t, text.data, place);
+                tokenizer_encode(t, &cut_ids, text.data, cut);
+                tokenizer_encode(t, &cut_ids, text.data + cut, text.size - cut);
+                check(same_ids(&whole, &cut_ids), "'%s' cut at %zu has other ids", text.data, cut);
+                free(cut_ids.data);
+            }
+            free(whole.data);
+            free(text.data);
+        }
+        tokenizer_free(t);
+    }
+    // Many added tokens take no longer than their number.
+    FILE *file = fopen(in_tests("added1/added_tokens.json"), "w");
+    for (int i = 0; i < 20000; i++) fprintf(file, "%c\"<token %d>\": %d", i ? ',' : '{', i, 260 + i);
+    fputs("}", file);
+    fclose(file);
+    unlink(in_tests("added1/tokenizer_config.json"));
+    double start = now();
+    Tokenizer *t = tokenizer_load(in_tests("added1"));
+    check(now() - start < 2 && t->vocab_size == 20260, "20,000 added tokens take %.1f s", now() - start);
+    Ids ids = {0};
+    tokenizer_encode(t, &ids, "<token 19999><token 0>", 22);
+    check(ids.size == 2 && ids.data[0] == 20259 && ids.data[1] == 260, "the last and the first of 20,000");
+    free(ids.data);
+    tokenizer_free(t);
+}
+
+static void child_tokenizer(void) { tokenizer_load(child_path); }
+
+// What tokenizer.json and tokenizer_config.json ask for beyond GPT-2's rules is refused by name.
+static void test_other_rules(void) {
+    static const char *const changes[][3] = {
+        {"\"use_regex\": true", "\"use_regex\": false", "pre_tokenizer: use_regex"},
+        {"\"add_prefix_space\": false", "\"add_prefix_space\": true", "pre_tokenizer: add_prefix_space"},
+        {"\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer"},
+        {"[{\"Sequence\"", "[{\"SpecialToken\": {\"id\": \"x\"}}, {\"Sequence\"", "post_processor"},
+        {"\"decoder\": {\"type\": \"ByteLevel\"}", "\"decoder\": {\"type\": \"Fuse\"}", "decoder"},
+        {"\"ignore_merges\": false", "\"ignore_merges\": true", "ignore_merges"},
+        {"\"end_of_word_suffix\": \"\"", "\"end_of_word_suffix\": \"x\"", "end_of_word_suffix"},
+        {"\"dropout\": null", "\"dropout\": 0.1", "dropout"},
+        {"\"BPE\"", "\"Unigram\"", "model: type"},
+        {"\"id\": 262", "\"id\": 300", "none has 262"},
+        {"\"id\": 165", "\"id\": 9", "but 165 in the vocabulary"},
+    };
+    make_added_folder(0);
+    child_path = in_tests("added0");
+    Text good = read_file(in_tests("added0/tokenizer.json"));
+    for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
+        const char *place = strstr(good.data, changes[i][0]);
+        save_text(in_tests("added0"), "tokenizer.json",
+                  xprintf("%.*s%s%s", (int)(place - good.data), good.data, changes[i][1],
+                          place + strlen(changes[i][0])));
+        expect_death(child_tokenizer, changes[i][2], changes[i][1]);
+    }
+    write_file(in_tests("added0/tokenizer.json"), good.data, good.size);
+    write_text("added0/tokenizer_config.json", "{\"add_prefix_space\": true}");
+    expect_death(child_tokenizer, "add_prefix_space true is not supported", "a prefix space");
+    free(good.data);
+}
+
+// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three merges,
+// <pad> <s> </s>, no <|endoftext|>.
+static void make_own_folder(const char *name, int rows, int token, const char *generation_config) {
+    const char *folder = in_tests(name);
+    write_text("tiny.bpe", "o w\nl ow\nĠ low");
+    Tokenizer *t = tokenizer_load(in_tests("tiny.bpe"));
+    tokenizer_save(t, folder);
+    Text vocabulary = read_file(path_of("%s/vocab.json", folder));
+    char *end = strstr(vocabulary.data, ",\"<|endoftext|>\"");
+    save_text(folder, "vocab.json",
+              xprintf("%.*s,\"<pad>\":259,\"<s>\":260,\"</s>\":261}", (int)(end - vocabulary.data),
+                      vocabulary.data));
+    Model *model = model_new((Config){rows, 16, 1, 2, 16, 64, 1e-5f, true});
+    model_initialise(model, 5);
+    for (int i = 0; i < 16; i++) {
+        model_tensor(model, LN_F_WEIGHT, 0)->value[i] = 0;
+        model_tensor(model, LN_F_BIAS, 0)->value[i] = 3;
+        model_tensor(model, WTE, 0)->value[16 * token + i] = 1; // the others are near 0
+    }
+    model_save(model, NULL, &(KeptFiles){0}, folder);
+    save_text(
+        folder, "config.json",
+        xprintf("{\"model_type\": \"gpt2\", \"torch_dtype\": \"float16\", \"vocab_size\": %d, "
+                "\"n_positions\": 16,\n\t\"n_embd\": 16, "
+                "\"n_layer\": 1, \"n_head\": 2, \"eos_token_id\": 261, \"task\": {\"dtype\": \"kept\"}}",
+                rows));
+    save_text(folder, "generation_config.json", xstrdup(generation_config));
+    model_free(model);
+    tokenizer_free(t);
+    free(vocabulary.data);
+}
+
+// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is what was
+// read, but for the weights.
+static void test_own_words(void) {
+    static const char *const files[] = {
+        "vocab.json",        "merges.txt",       "generation_config.json", "tokenizer_config.json",
+        "added_tokens.json", "model.safetensors"};
+    Text printed = {0};
+    make_inputs();
+    make_own_folder("own", 262, 261, "{\"eos_token_id\": [7, 261], \"x\": 1}");
+    write_text(
+        "own.jsonl",
+        "{\"prompt\": \"a\", \"completion\": \"xyz\"}\n{\"prompt\": \"b\", \"completion\": \"uvw\"}\n");
+    write_text("own/tokenizer_config.json", "{ \"eos_token\": \"</s>\",\"model_max_length\": 5 }");
+    write_text("own/added_tokens.json", "{\"<pad>\": 259}");
+    expect_run(0, &printed, "--init $D/own --eval --val $D/own.jsonl --quiet");
+    check(strstr(printed.data, "of 8 tokens") != NULL, "two completions of three and their ends: %s",
+          printed.data);
+    expect_run(0, &printed, "--init $D/own --generate 5 --temperature 0 --prompt hi --quiet");
+    check(strcmp(printed.data, "hi\n") == 0, "the end of text ends it: '%s'", printed.data);
+    expect_run(0, &printed,
+               "--init $D/own --train $D/own.jsonl --out $D/own-out --learning-rate 0 --steps 2 "
+               "--val-fraction 0 --quiet");
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        char *before = xprintf("own/%s", files[i]), *after = xprintf("own-out/%s", files[i]);
+        check(same_files(before, after), "%s comes back to the byte", files[i]);
+        free(before);
+        free(after);
+    }
+    Text before = read_file(in_tests("own/config.json")), after = read_file(in_tests("own-out/config.json"));
+    char *type = strstr(before.data, "float16");
+    char *expected = xprintf("%.*sfloat32%s", (int)(type - before.data), before.data, type + 7);
+    check(strcmp(expected, after.data) == 0, "config.json: %s", after.data);
+    expect_run(0, &printed,
+               "--init d4 --tokenizer $D/own --n-layer 1 --n-embd 8 --n-head 1 --n-positions 8 --train "
+               "$D/own.jsonl --out $D/own-new --steps 1 --val-fraction 0 --quiet");
+    check(same_files("own/tokenizer_config.json", "own-new/tokenizer_config.json") &&
+              same_files("own/added_tokens.json", "own-new/added_tokens.json"),
+          "a random start takes the tokenizer's files along");
+
+    make_own_folder("padded", 320, 300, "{\"eos_token_id\": 261}");
+    expect_run(0, &printed, "--init $D/padded --generate 40 --prompt hi --quiet");
+    make_own_folder("second", 262, 7, "{\"eos_token_id\": [7, 261]}");
+    expect_run(0, &printed, "--init $D/second --generate 5 --temperature 0 --prompt hi --quiet");
+    check(strcmp(printed.data, "hi\n") == 0, "either end of text ends it: '%s'", printed.data);
+    free(expected);
+    free(before.data);
+    free(after.data);
+    free(printed.data);
+}
+
+// A head beside wte that differs from it is used although config.json says that they are tied, as transformers 5.23
+// does; and one that stands alone is wte.
+static void test_stored_heads(void) {
+    for (int only = 0; only < 2; only++) {
+        Model *model = small_model(false);
+        model_save(model, NULL, &(KeptFiles){0}, in_tests("heads"));
+        Model *as_tied = small_model(true);
+        save_config(&as_tied->config, -1, in_tests("heads"));
+        StoredTensor list[64];
+        size_t count = 0;
+        for (int i = 0; i < model->tensor_count; i++)
+            if (!only || i != WTE) list[count++] = stored_tensor(&model->tensors[i], STORE_VALUE);
+        safetensors_write(in_tests("heads/model.safetensors"), list, count);
+        int kept = dup(2), quiet = open("/dev/null", O_WRONLY);
+        dup2(quiet, 2);
+        Model *loaded = model_load(in_tests("heads"));
+        dup2(kept, 2);
+        close(kept);
+        close(quiet);
+        const Tensor *head = model_head(model);
+        check(loaded->config.tie_word_embeddings == only, "tied: %d", only);
+        check(memcmp(model_head(loaded)->value, head->value, head->size * sizeof(float)) == 0,
+              "the stored head, %d", only);
+        for (size_t i = 0; i < count; i++) free((char *)list[i].name);
+        model_free(loaded);
+        model_free(as_tied);
         model_free(model);
     }
 }
@@ -3833,8 +4108,7 @@ static void test_checkpoints(void) {
     // and is the result.
     write_text("strange.txt", "QXZ ZXQ QZX XQZ 0123456789");
     expect_run(0, NULL,
-               "$TINY --train $D/text.txt --val $D/strange.txt --steps 9 --learning-rate 1e-2 --schedule "
-               "constant --val-every 1 --keep 1 --quiet "
+               "$TINY --train $D/text.txt --val $D/strange.txt --steps 9 --learning-rate 1e-2 --schedule constant --val-every 1 --keep 1 --quiet "
                "--out $D/keep");
     size_t count = read_log("keep", lines, NULL), found;
     long best = -1;
@@ -4022,6 +4296,10 @@ static const struct {
     {"JSON: strings, numbers, nesting, errors with their place", test_json},
     {"safetensors: round trip, wrong headers", test_safetensors},
     {"model folder: round trip to the bit, 16 bits, other names", test_model_folder},
+    {"model folder: added tokens, cut anywhere, many", test_added_tokens},
+    {"model folder: rules that are not GPT-2's", test_other_rules},
+    {"model folder: its own end of text; written back as it came", test_own_words},
+    {"model folder: heads beside wte and alone", test_stored_heads},
     {"model folder: damaged weights end in one line", test_damaged_weights},
     {"config.json: defaults, refused variants, sizes", test_config},
     {"text: documents, windows, globs, a split", test_text_data},

@@ -1274,6 +1274,12 @@ static void ids_push(Ids *ids, int id) {
     ids->data[ids->size++] = id;
 }
 
+static bool ids_have(const Ids *ids, int id) {
+    for (size_t i = 0; i < ids->size; i++)
+        if (ids->data[i] == id) return true;
+    return false;
+}
+
 static void text_append(Text *text, const char *bytes, size_t size) {
     text->data = grow(text->data, text->size + size + 1, &text->capacity, 1);
     if (size) memcpy(text->data + text->size, bytes, size);
@@ -1484,7 +1490,8 @@ typedef struct {
     size_t added_count, added_capacity, node_count, node_capacity, longest_added;
     int *node_slots; // hash table: parent and byte -> node; -1 in empty slots
     size_t node_mask;
-    bool begins[PASSES][1 << 16];   // whether a name begins with these two bytes, first byte lowest
+    Ids firsts[PASSES];             // with which bytes the names that a pass looks for begin
+    bool begins[PASSES][1 << 16];   // whether one begins with these two bytes, first byte lowest
     Encoder *encoders[MAX_THREADS]; // scratch memory of each thread
 } Tokenizer;
 
@@ -1745,13 +1752,19 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
 // Appends the ids of a text from which the passes before `pass` have cut their added tokens.
 static void encode_pass(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *text, size_t size,
                         int pass) {
+    while (pass < PASSES && t->firsts[pass].size == 0) pass++;
     if (pass == PASSES) {
         encode_plain(t, encoder, ids, text, size);
         return;
     }
+    const Ids *firsts = &t->firsts[pass];
     const unsigned char *bytes = (const unsigned char *)text;
     size_t done = 0; // up to here it is encoded
     for (size_t at = 0, end; at < size; at = end) {
+        if (firsts->size == 1) { // the usual case: GPT-2 has one added token
+            const char *found = memchr(text + at, firsts->data[0], size - at);
+            at = found ? (size_t)(found - text) : size;
+        }
         while (at + 1 < size && !t->begins[pass][bytes[at] | bytes[at + 1] << 8]) at++;
         const AddedToken *token = added_token_at(t, pass, text, at, size);
         end = at + (token ? token->size : 1);
@@ -1844,6 +1857,7 @@ static void tokenizer_free(Tokenizer *t) {
     for (int id = 0; id < t->vocab_size; id++) free(t->names[id]);
     free(t->names);
     free(t->merges);
+    for (int pass = 0; pass < PASSES; pass++) free(t->firsts[pass].data);
     free(t->added);
     free(t->nodes);
     free(t->name_slots);
@@ -1917,10 +1931,12 @@ static void token_add(Tokenizer *t, AddedToken token) {
     if ((size_t)known == t->added_count)
         t->added = grow(t->added, ++t->added_count, &t->added_capacity, sizeof *t->added);
     token.size = strlen(name);
-    t->added[ *slot = known] = token;
+    t->added[known] = token;
+    *slot = known;
     t->longest_added = token.size > t->longest_added ? token.size : t->longest_added;
     bool *begins = t->begins[token.normalized];
     unsigned char first = (unsigned char)name[0], second = (unsigned char)name[1];
+    if (!ids_have(&t->firsts[token.normalized], first)) ids_push(&t->firsts[token.normalized], first);
     for (int byte = 0; byte < 256; byte++)
         if (token.size == 1 || byte == second) begins[first | byte << 8] = true;
 }
@@ -2051,12 +2067,6 @@ static void stream_text(const Text *text, size_t *printed, const char *stop, boo
     fwrite(text->data + *printed, 1, size - *printed, stdout);
     fflush(stdout);
     *printed = size;
-}
-
-static bool ids_have(const Ids *ids, int id) {
-    for (size_t i = 0; i < ids->size; i++)
-        if (ids->data[i] == id) return true;
-    return false;
 }
 
 // Draws a token from logits (V). One that the tokenizer does not have is never drawn: the embedding may have
@@ -4064,7 +4074,7 @@ static int finish_training(const Run *run, double last_accuracy) {
 }
 
 static Hyperparameters hyperparameters_of(const Options *o) {
-    return (Hyperparameters){o->beta1,         o->beta2,          o->epsilon,        o->weight_decay,
+    return (Hyperparameters){o->beta1,          o->beta2,           o->epsilon,        o->weight_decay,
                              o->max_grad_norm, (float)o->dropout, (uint64_t)o->seed, o->recompute};
 }
 
