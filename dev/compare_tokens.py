@@ -3,15 +3,17 @@
 
   dev/compare_tokens.py [--seed N] [--folders N] [--first N]     usually through dev/compare_test.sh
 
-A folder has 0 to 30 added tokens, now and then thousands, with any of the flags lstrip, rstrip, single_word, normalized
-and special; some begin, end or contain one another, are white space, or are in the vocabulary already. Named tokens
-(eos, pad, ...) are chosen at random. It is written as transformers or tokenizers saves it, or in the older files:
-vocab.json, merges.txt, added_tokens.json, special_tokens_map.json, tokenizer_config.json. 20 texts full of these tokens must
-become the ids that AutoTokenizer gives, with --plain those that it gives without added tokens, and the ids the same text.
+A folder has 0 to 30 added tokens, now and then thousands, with any of the flags lstrip, rstrip, single_word,
+normalized and special; some begin, end or contain one another, are white space, or are in the vocabulary
+already. Named tokens (eos, pad, ...) are chosen at random. It is written as transformers or tokenizers saves
+it, or in the older files: vocab.json, merges.txt, added_tokens.json, special_tokens_map.json,
+tokenizer_config.json. 20 texts full of these tokens must become the ids that AutoTokenizer gives, with --plain
+those that it gives without added tokens, and the ids the same text.
 
-Vocabularies are learned here, small ones; every fortieth folder has GPT-2's own, where dev/compare_tokenizer.py finds it.
-Of what differs, the smallest folder and text that still differ are printed; the folder stays in build/compare.
+Vocabularies are learned here, small ones; every fortieth folder has GPT-2's own, where compare_tokenizer.py
+finds it. Of what differs, the smallest folder and text that still differ are printed, and kept in build/compare.
 """
+
 import argparse
 import json
 import os
@@ -32,15 +34,21 @@ END = "<|endoftext|>"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TEXTS = 20
-CONTENTS = ["<|user|>", "<|bot|>", "<|pad|>", "<pad>", "<s>", "</s>", "<mask>", "[R]", "[CLS]", "<|", "|>", "resto_bombay",
-            "ab", "abc", "bcd", "b", "QZ", "QZJ", "ZJ", "zebra", "bra", "the", "\u0120the", "\u0120", "the cat", " the",
-            "the ", " ", "  ", "   ", "\n", "\t", "\n\n", " x", "x ", "1", "12", "_", "a_b", "'s", ".", "...", "e\u0301",
-            "\u0301", "\u00e9", "\u00e9t\u00e9", "\u65e5\u672c", "\u672c", "\U0001f642", "\u00bd", "\u2163", "\u24b6", "\u3000", "\u00a0",
-            "\u00a0x", "\u200d", "caf\u00e9", "\\", "\"", "/", "{}", "\u0438", "\u0434\u0430", "<|endoftext", END]
-FILLERS = ["a", "b", "z", "x", "Q", "J", "1", "2", "_", "-", ".", "'s", "'", "s", "the", " the", "The", "cat", "zebras", "ca",
-           "\u00e9", "e\u0301", "\u0301", "\u65e5", "\u00bd", "\u2163", "\u24b6", "\u24d0", "\U0001f642", "\u0438", "\u200d", "<", "|", ">",
-           "\u0120", "\\", "\"", "word", "hello world", "don't", "3.14", "and so on, ", "\u4e16\u754c", "\u203f", "\u093e"]
-SPACES = [" ", " ", " ", "  ", "   ", "\t", "\u00a0", "\u3000", "\u2028", "\u0085", "\r", "\v", " \t ", "\u200b", "\ufeff"]
+# fmt: off
+CONTENTS = ["<|user|>", "<|bot|>", "<|pad|>", "<pad>", "<s>", "</s>", "<mask>", "[R]", "[CLS]", "<|", "|>",
+            "resto_bombay", "ab", "abc", "bcd", "b", "QZ", "QZJ", "ZJ", "zebra", "bra", "the", "\u0120the",
+            "\u0120", "the cat", " the", "the ", " ", "  ", "   ", "\n", "\t", "\n\n", " x", "x ", "1",
+            "12", "_", "a_b", "'s", ".", "...", "e\u0301", "\u0301", "\u00e9", "\u00e9t\u00e9",
+            "\u65e5\u672c", "\u672c", "\U0001f642", "\u00bd", "\u2163", "\u24b6", "\u3000", "\u00a0",
+            "\u00a0x", "\u200d", "caf\u00e9", "\\", '"', "/", "{}", "\u0438", "\u0434\u0430",
+            "<|endoftext", END]
+FILLERS = ["a", "b", "z", "x", "Q", "J", "1", "2", "_", "-", ".", "'s", "'", "s", "the", " the", "The",
+           "cat", "zebras", "ca", "\u00e9", "e\u0301", "\u0301", "\u65e5", "\u00bd", "\u2163", "\u24b6",
+           "\u24d0", "\U0001f642", "\u0438", "\u200d", "<", "|", ">", "\u0120", "\\", '"', "word",
+           "hello world", "don't", "3.14", "and so on, ", "\u4e16\u754c", "\u203f", "\u093e"]
+SPACES = [" ", " ", " ", "  ", "   ", "\t", "\u00a0", "\u3000", "\u2028", "\u0085", "\r", "\v", " \t ",
+          "\u200b", "\ufeff"]
+# fmt: on
 
 
 # ---- Folders: a dict says all about one, so that it can be written again with less in it ----
@@ -64,14 +72,22 @@ class Base:
 
 def learn_bases(rng):
     """Vocabularies of 300 to 900 tokens: END first, END last, no END, and <pad> <s> </s> instead of it."""
-    text = "".join(compare_tokenizer.random_text(rng, 20000) + " the cat, abc zebra \u00e9t\u00e9 " for _ in range(4))
+    text = "".join(
+        compare_tokenizer.random_text(rng, 20000) + " the cat, abc zebra \u00e9t\u00e9 " for _ in range(4)
+    )
     bases = []
     for specials, last in (([END], False), ([], True), ([], False), (["<pad>", "<s>", "</s>"], False)):
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
-            vocab_size=rng.randrange(300, 900), special_tokens=specials, show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer.train_from_iterator(
+            [text],
+            tokenizers.trainers.BpeTrainer(
+                vocab_size=rng.randrange(300, 900),
+                special_tokens=specials,
+                show_progress=False,
+                initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            ),
+        )
         model = json.loads(tokenizer.to_str())["model"]
         vocabulary = model["vocab"] | ({END: len(model["vocab"])} if last else {})
         bases.append(Base(vocabulary, [tuple(merge) for merge in model["merges"]]))
@@ -93,8 +109,15 @@ def random_content(rng, before, base):
     if kind < 7 and before:  # a part of another one, or more than it
         other = rng.choice(before)
         cut = rng.randrange(len(other) + 1)
-        return rng.choice([other[:cut], other[cut:], other + rng.choice(FILLERS + SPACES),
-                           rng.choice(FILLERS + SPACES) + other, other + other])
+        return rng.choice(
+            [
+                other[:cut],
+                other[cut:],
+                other + rng.choice(FILLERS + SPACES),
+                rng.choice(FILLERS + SPACES) + other,
+                other + other,
+            ]
+        )
     if kind == 7:
         return rng.choice(list(base.vocabulary))
     if kind == 8:
@@ -108,9 +131,13 @@ def random_tokens(rng, base):
     tokens, many = {}, rng.random() < 0.01
     favourite = {flag: rng.random() < 0.3 for flag in FLAGS}  # so that now and then all have a flag, or none
     for number in range(rng.randrange(1000, 4000) if many else count):
-        content = f"<{number}>" if many and rng.random() < 0.9 else random_content(rng, list(tokens)[-30:], base)
+        content = (
+            f"<{number}>" if many and rng.random() < 0.9 else random_content(rng, list(tokens)[-30:], base)
+        )
         if content:
-            tokens[content] = {flag: rng.random() < 0.2 if rng.random() < 0.7 else favourite[flag] for flag in FLAGS}
+            tokens[content] = {
+                flag: rng.random() < 0.2 if rng.random() < 0.7 else favourite[flag] for flag in FLAGS
+            }
     return [{"content": content, **flags} for content, flags in tokens.items()]
 
 
@@ -121,17 +148,28 @@ def random_folder(rng, bases):
     named = {}
     for name, chance in zip(NAMES, (0.4, 0.6, 0.4, 0.1, 0.5, 0.1, 0.1)):
         if rng.random() < chance:
-            named[name] = rng.choice(contents + ["</s>", "<pad>", f"<{name}>"] + [END] * (END in base.vocabulary))
+            named[name] = rng.choice(
+                contents + ["</s>", "<pad>", f"<{name}>"] + [END] * (END in base.vocabulary)
+            )
     extra = [rng.choice(contents + ["<extra>", "<|more|>"]) for _ in range(rng.choice([0, 0, 0, 1, 3]))]
-    return {"base": base, "tokens": tokens, "named": named, "extra": list(dict.fromkeys(extra)),
-            "form": rng.choice(["saved", "library", "files", "files with decoder", "all files"]),
-            "class": rng.choice(["GPT2Tokenizer", "GPT2Tokenizer", "GPT2TokenizerFast", None, "PreTrainedTokenizerFast"]),
-            "flags of named": rng.random() < 0.3, "unsaid": rng.random() < 0.3,
-            "post_processor": rng.random() < 0.3, "clean": rng.random() < 0.3}
+    return {
+        "base": base,
+        "tokens": tokens,
+        "named": named,
+        "extra": list(dict.fromkeys(extra)),
+        "form": rng.choice(["saved", "library", "files", "files with decoder", "all files"]),
+        "class": rng.choice(
+            ["GPT2Tokenizer", "GPT2Tokenizer", "GPT2TokenizerFast", None, "PreTrainedTokenizerFast"]
+        ),
+        "flags of named": rng.random() < 0.3,
+        "unsaid": rng.random() < 0.3,
+        "post_processor": rng.random() < 0.3,
+        "clean": rng.random() < 0.3,
+    }
 
 
 def with_ids(base, tokens):
-    """Ids as they are given one by one: a token of the vocabulary keeps its own, others get the next free one."""
+    """Ids as they are given one by one: a token of the vocabulary keeps its own, others get the next one."""
     free, ids = len(base.vocabulary), {}
     for token in tokens:
         ids[token["content"]] = base.vocabulary.get(token["content"], free)
@@ -153,17 +191,26 @@ def write_folder(folder, path):
     if folder["form"] == "saved":
         tokenizer = transformers.GPT2Tokenizer(vocab=base.vocabulary, merges=base.merges)
         tokenizer.add_tokens(added)
-        tokenizer.add_special_tokens(named | ({"extra_special_tokens": folder["extra"]} if folder["extra"] else {}))
+        tokenizer.add_special_tokens(
+            named | ({"extra_special_tokens": folder["extra"]} if folder["extra"] else {})
+        )
         tokenizer.save_pretrained(path)
         return
     flags_of = {token["content"]: token for token in tokens}
-    config = {"model_max_length": 1024, "add_prefix_space": False, "clean_up_tokenization_spaces": folder["clean"]}
+    config = {
+        "model_max_length": 1024,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": folder["clean"],
+    }
     config |= named | ({"additional_special_tokens": folder["extra"]} if folder["extra"] else {})
     if folder["class"]:
         config["tokenizer_class"] = folder["class"]
     if folder["flags of named"]:
-        config |= {name: {"__type": "AddedToken", **flags_of[content]} for name, content in named.items()
-                   if content in flags_of}
+        config |= {
+            name: {"__type": "AddedToken", **flags_of[content]}
+            for name, content in named.items()
+            if content in flags_of
+        }
     ids = with_ids(base, tokens)
     if folder["form"] in ("library", "all files"):
         tokenizer = base.tokenizer()
@@ -178,10 +225,15 @@ def write_folder(folder, path):
         write("merges.txt", base.merges_txt)
         new = {content: number for content, number in ids.items() if number >= len(base.vocabulary)}
         write("added_tokens.json", new if folder["unsaid"] else ids)
-        special_map = dict(named) | ({"additional_special_tokens": folder["extra"]} if folder["extra"] else {})
+        special_map = dict(named) | (
+            {"additional_special_tokens": folder["extra"]} if folder["extra"] else {}
+        )
         if folder["flags of named"]:
-            special_map |= {name: {key: value for key, value in flags_of[content].items() if key != "special"}
-                            for name, content in named.items() if content in flags_of}
+            special_map |= {
+                name: {key: value for key, value in flags_of[content].items() if key != "special"}
+                for name, content in named.items()
+                if content in flags_of
+            }
         write("special_tokens_map.json", special_map)
     if folder["form"] in ("files with decoder", "all files"):
         config["added_tokens_decoder"] = {str(ids[token["content"]]): token for token in tokens}
@@ -210,21 +262,33 @@ def random_text(rng, folder, pieces):
 
 def encode_lines(path, lines, length, *options):
     """Ids of each line, in one call; or why there are none."""
-    ok, output, why = checks.run("./tokenizer", "encode", "--tokenizer", str(path), "--pad", "right", "--length",
-                                 str(length), *options, stdin="".join(line + "\n" for line in lines).encode())
+    ok, output, why = checks.run(
+        "./tokenizer",
+        "encode",
+        "--tokenizer",
+        str(path),
+        "--pad",
+        "right",
+        "--length",
+        str(length),
+        *options,
+        stdin="".join(line + "\n" for line in lines).encode(),
+    )
     if not ok:
         return why
     rows = [json.loads(line) for line in output.splitlines()]
-    return [row["input_ids"][:sum(row["attention_mask"])] for row in rows]
+    return [row["input_ids"][: sum(row["attention_mask"])] for row in rows]
 
 
 def encode(path, text, *options):
-    ok, output, why = checks.run("./tokenizer", "encode", "--tokenizer", str(path), *options, stdin=text.encode())
+    ok, output, why = checks.run(
+        "./tokenizer", "encode", "--tokenizer", str(path), *options, stdin=text.encode()
+    )
     return [int(word) for word in output.split()] if ok else why
 
 
 def compare_folder(path, texts, plain=None):
-    """None, or what differs first: (text, our ids, AutoTokenizer's), None instead of a text when it is not one text."""
+    """None, or what differs first: (text, ours, AutoTokenizer's); the text is None if the folder is refused."""
     theirs = transformers.AutoTokenizer.from_pretrained(str(path))
     wanted = [ids for ids in theirs(texts)["input_ids"]] if texts else []
     lines = [i for i, text in enumerate(texts) if "\n" not in text]
@@ -241,11 +305,15 @@ def compare_folder(path, texts, plain=None):
         if plain and i < 3 and (ids := encode(path, text, "--plain")) != plain.encode(text).ids:
             return "--plain " + text, ids, plain.encode(text).ids
     every = [number for ids in wanted for number in ids]
-    ok, output, why = checks.run("./tokenizer", "decode", "--tokenizer", str(path), stdin=" ".join(map(str, every)).encode())
+    ok, output, why = checks.run(
+        "./tokenizer", "decode", "--tokenizer", str(path), stdin=" ".join(map(str, every)).encode()
+    )
     text = theirs.decode(every)
     if not ok or output.decode(errors="replace") != text:
         for number in dict.fromkeys(every):
-            ok, output, why = checks.run("./tokenizer", "decode", "--tokenizer", str(path), stdin=str(number).encode())
+            ok, output, why = checks.run(
+                "./tokenizer", "decode", "--tokenizer", str(path), stdin=str(number).encode()
+            )
             if not ok or output.decode(errors="replace") != theirs.decode([number]):
                 return f"decode {number}", output if ok else why, theirs.decode([number])
         return "decode", output.decode(errors="replace"), text
@@ -281,7 +349,7 @@ def smallest(folder, path, text):
     while size:  # halves, quarters, ..., single tokens
         at = 0
         while at < len(folder["tokens"]):
-            fewer = folder["tokens"][:at] + folder["tokens"][at + size:]
+            fewer = folder["tokens"][:at] + folder["tokens"][at + size :]
             at += 0 if attempt(folder | {"tokens": fewer}, text) else size
         size //= 2
     for key in list(folder["named"]):
@@ -290,23 +358,31 @@ def smallest(folder, path, text):
     for i, token in enumerate(folder["tokens"]):
         for flag in FLAGS:
             if token[flag]:
-                tokens = [dict(t, **{flag: False}) if t["content"] == token["content"] else t for t in folder["tokens"]]
+                tokens = [
+                    dict(t, **{flag: False}) if t["content"] == token["content"] else t
+                    for t in folder["tokens"]
+                ]
                 attempt(folder | {"tokens": tokens}, text)
     size, tries = len(text or "") // 2, 150
     while size:
         at = 0
         while at < len(text):
-            at += 0 if attempt(folder, text[:at] + text[at + size:]) else size
+            at += 0 if attempt(folder, text[:at] + text[at + size :]) else size
         size //= 2
     write_folder(folder, path)
     return folder, text
 
 
 def describe(folder):
-    tokens = [repr(token["content"]) + "".join(" " + flag for flag in FLAGS if token[flag]) for token in folder["tokens"]]
-    return (f"form {folder['form']!r}, class {folder['class']}, vocabulary of {len(folder['base'].vocabulary)}, "
-            f"named {folder['named']}, extra {folder['extra']}, flags of named {folder['flags of named']}, "
-            f"unsaid {folder['unsaid']}, added: {'; '.join(tokens[:40])}")
+    tokens = [
+        repr(token["content"]) + "".join(" " + flag for flag in FLAGS if token[flag])
+        for token in folder["tokens"]
+    ]
+    return (
+        f"form {folder['form']!r}, class {folder['class']}, vocabulary of {len(folder['base'].vocabulary)}, "
+        f"named {folder['named']}, extra {folder['extra']}, flags of named {folder['flags of named']}, "
+        f"unsaid {folder['unsaid']}, added: {'; '.join(tokens[:40])}"
+    )
 
 
 def report(number, folder, path, difference, shrink):
@@ -317,11 +393,18 @@ def report(number, folder, path, difference, shrink):
         if differs(smaller, path, smaller_text):
             folder, text = smaller, smaller_text
             ours = encode(path, "a" if text is None else text)
-            theirs = "loads" if text is None else transformers.AutoTokenizer.from_pretrained(str(path))(text)["input_ids"]
+            theirs = (
+                "loads"
+                if text is None
+                else transformers.AutoTokenizer.from_pretrained(str(path))(text)["input_ids"]
+            )
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(path, kept)
-    print(f"       folder {number}, {kept}: {describe(folder)}\n         text   {text!r}\n         ours   {ours!r:.600}\n"
-          f"         theirs {theirs!r:.600}", flush=True)
+    print(
+        f"       folder {number}, {kept}: {describe(folder)}\n         text   {text!r}\n         ours   {ours!r:.600}\n"
+        f"         theirs {theirs!r:.600}",
+        flush=True,
+    )
 
 
 def compare(seed, count=500, first=0):
@@ -336,10 +419,15 @@ def compare(seed, count=500, first=0):
             checks.skip("added tokens in GPT-2's own vocabulary: set DATA_MIRROR or install openai-whisper")
         for number in range(first, first + count):
             rng = random.Random(f"{seed} {number}")
-            folder, path = random_folder(rng, [gpt2] if gpt2 and number % 40 == 39 else bases), Path(work) / "folder"
+            folder, path = (
+                random_folder(rng, [gpt2] if gpt2 and number % 40 == 39 else bases),
+                Path(work) / "folder",
+            )
             texts = [random_text(rng, folder, 30) for _ in range(TEXTS - 3)]
             texts += [random_text(rng, folder, 15) + "\n" + random_text(rng, folder, 15) for _ in range(2)]
-            texts.append(random_text(rng, folder, 30000 if number % 25 == 24 else 60))  # cut into spans for threads
+            texts.append(
+                random_text(rng, folder, 30000 if number % 25 == 24 else 60)
+            )  # cut into spans for threads
             write_folder(folder, path)
             plain = folder["base"].tokenizer() if number % 5 == 0 else None
             difference = compare_folder(path, texts, plain)
@@ -348,12 +436,18 @@ def compare(seed, count=500, first=0):
                 failed += 1
                 if failed <= 20:
                     report(number, folder, path, difference, failed <= 4)
-    checks.check(not failed, f"{count - failed} of {count} folders equal, {texts_compared} texts in "
-                             f"{time.time() - begun:.0f} s", f"dev/compare_tokens.py --seed {seed}")
+    checks.check(
+        not failed,
+        f"{count - failed} of {count} folders equal, {texts_compared} texts in "
+        f"{time.time() - begun:.0f} s",
+        f"dev/compare_tokens.py --seed {seed}",
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=int(time.time()), help="repeats a run")
     parser.add_argument("--folders", type=int, default=500, help="how many")
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
