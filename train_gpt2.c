@@ -1,29 +1,46 @@
 // train_gpt2.c - train, fine-tune, evaluate and sample GPT-2 on CPU cores, in one file made for reading.
 //
 //   make train_gpt2                                      with OpenBLAS, or without any library:
-//   cc -O3 -march=native -fopenmp train_gpt2.c -lm       the built-in matmul, still a whole fast program
+//   cc -O3 -march=native -fopenmp train_gpt2.c -lm       with the built-in matmul, also a whole fast program
 //   ./train_gpt2 --help
 //
-// Text flows down this file once: text -> ids -> batch -> logits -> loss -> gradients -> update -> file.
+// ---- the parts ----
 //
-//    1. Support       errors, memory, files, clock, random numbers, JSON
-//    2. Tokenizer     byte-level BPE: text <-> ids
-//    3. Batches       sequences packed row after row; what PAD and the causal mask mean here
-//    4. Parameters    one table of tensors; names, shapes, decay, freezing and files all follow from it
-//    5. Layers        matmul, embedding, layernorm, attention, gelu, classifier: forward beside backward
-//    6. Model         the layers in order, forward and back; what is kept and what is recomputed
-//    7. Optimizer     AdamW, decay groups, clipping, the learning-rate schedule
-//    8. Generation    key/value cache, temperature, top-k, top-p
-//    9. Files         safetensors, model folders, checkpoints
-//   10. Data          text, token shards, JSONL examples; shuffling that can be resumed
-//   11. Training      the loops, evaluation, progress, log
-//   12. Command line  one table of options, and main
+//   I.   GPT-2           1 support   2 random numbers   3 parameters   4 batches   5 layers   6 model
+//                        7 optimizer   8 one training step
+//   II.  Text            9 tokenizer: text <-> token ids   10 generation
+//   III. Files and data  11 files and JSON   12 model folders, checkpoints   13 text, shards, JSONL examples
+//   IV.  Running it      14 evaluation, log, the training loop   15 options and main
+//   V.   Speed           16 how a product of matrices gets fast; a fast exp
 //
-// Letters used throughout:
-//   B sequences in a batch    T positions in a sequence    R rows: all tokens of a batch, PAD left out
-//   C channels (n_embd)       F channels inside the MLP (n_inner, usually 4C)    V vocabulary
-//   L layers                  NH attention heads           HS head size C/NH
-// A shape like (R, C) is row-major: R rows of C consecutive floats.
+// Part I is the whole of GPT-2 and of one training step; read it from top to bottom. The other parts are
+// chapters to open when you want them. dev/tour.md follows one batch through Part I with real numbers, and
+// dev/derivations.md derives every gradient.
+//
+// ---- the letters ----
+//
+//   B   sequences in a batch                 R   rows: all tokens of a batch, one row each
+//   T   positions in a sequence              V   vocabulary: how many different tokens there are
+//   P   positions that the model knows       C   channels: floats that describe a row (n_embd)
+//   L   blocks, each the same few layers (n_layer)          F   channels inside a block's MLP (n_inner)
+//   NH  attention heads                      HS  head size, C / NH
+//   M, N, K   the sizes of any one product of matrices
+//
+// A shape such as (R, C) is row-major: R rows of C floats, one row after another.
+//
+// ---- the conventions ----
+//
+// - A d in front of a name means gradient: dx is d(loss)/dx, how much the loss grows when x grows. It has the
+//   shape of x. X_forward computes a layer; X_backward receives the gradient of the layer's output and
+//   computes the gradients of its inputs and weights.
+// - NULL for an array means not wanted, or not there. A frozen tensor's gradient is NULL, for instance.
+// - A function whose name begins with a type's name works on that type: batch_clear(), model_free(). What a
+//   function returns in fresh memory belongs to the caller: X_free() or free() releases it.
+// - die() ends the program with one line on stderr. It is for whatever the outside world does wrong. assert()
+//   is for our own mistakes only.
+// - `#pragma omp parallel for` shares a loop's iterations out to all threads. Each thread writes rows or
+//   columns of its own and sums in a fixed order, so these loops give the same result with any number of
+//   threads. `omp simd` allows the compiler to work on several elements at once, 4 to 16 in one instruction.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -69,11 +86,47 @@ static void omp_set_num_threads(int n) { (void)n; }
 // #####################################################################################################
 // PART I. GPT-2
 // #####################################################################################################
+// GPT-2 reads a text and says what comes next. Text is cut into tokens, pieces such as " the" or "ing", and
+// each token has a number, its id. For each position the model computes V numbers, the logits: the higher the
+// logit of a token, the likelier that token comes next. Softmax turns logits into probabilities:
+//
+//     p[v] = exp(logit[v]) / sum over w of exp(logit[w])
+//
+// The text itself says which token did come next. The loss at a position is -log(p[that token]): 0 if the
+// model was sure of it, large if it was surprised. For example V = 3 and logits 2, 1, 0: exp gives 7.39,
+// 2.72, 1.00, their sum is 11.11, and p = 0.665, 0.245, 0.090. If the first token came, the loss is
+// -log(0.665) = 0.41; if the third came, it is 2.41. A model that knows nothing gives each token 1 / V: its
+// loss is log(50257) = 10.8. Training makes the mean loss smaller, step by step:
+//
+//     forward     from token ids through all layers to the logits and the loss
+//     backward    from the loss back through all layers: the gradient of each parameter, that is, how much
+//                 the loss changes when this parameter changes
+//     update      each parameter moves a little way against its gradient
+//
+// The parameters are the numbers that training changes: 124 million in the smallest GPT-2, kept in arrays
+// called tensors. Fine-tuning is the same procedure. It only begins with parameters that somebody trained.
+//
+// The whole model on one page; sections 3 to 6 fill it in. Each token becomes a row x of C numbers:
+//
+//     embedding   x = the token's row of one table + the position's row of another
+//     L blocks    x = x + attention(layernorm(x))   rows of one sequence exchange what they know
+//                 x = x + mlp(layernorm(x))         each row is worked on alone
+//     head        logits = layernorm(x) · headᵀ     V numbers for each row
+//
+// x is called the residual stream: blocks never replace it, they only add to it. A linear layer is y = xW +
+// b, with a matrix W (the weight) and a vector b (the bias), which are learned. One whose y is added to the
+// residual stream is called a projection. A layernorm brings a row's numbers to a common scale. An MLP
+// (multi-layer perceptron) is linear, gelu, linear, where gelu is a simple curve.
+//
+// On a first reading you may go on at section 3.
+
 // =====================================================================================================
 // 1. Support
 // =====================================================================================================
+// C lacks two things: errors that say in one line what is wrong, and allocation that never returns NULL.
+
 static const char *program_name = "train_gpt2";
-static bool progress_line_open = false; // a progress line stands unfinished on the terminal
+static bool progress_line_open = false; // the terminal's last line has no newline yet
 
 // Prints "program: message" on a line of its own.
 static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) {
@@ -87,8 +140,8 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) 
     va_end(arguments);
 }
 
-// Two ends of the program. Status 1: something outside it is wrong, a file, the machine, the numbers.
-// Status 2: the command line is.
+// Both end the program. die: status 1, a file, the machine or a number is bad. die_usage: status 2, the
+// command line is.
 #define die(...) (warn(__VA_ARGS__), exit(1))
 #define die_usage(...) (warn(__VA_ARGS__), exit(2))
 
@@ -106,7 +159,7 @@ static void *xcalloc(size_t count, size_t size) {
     return result;
 }
 
-// Returns count floats, not cleared, aligned to a cache line. Freed with free().
+// Returns count floats, not cleared, aligned to a cache line (64 bytes, what memory hands over at once).
 static float *xfloats(size_t count) {
     void *result = NULL;
     if (count > SIZE_MAX / sizeof(float) || posix_memalign(&result, 64, count ? count * sizeof(float) : 64))
@@ -138,14 +191,51 @@ static void *grow(void *data, size_t needed, size_t *capacity, size_t element_si
 
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
+// Several arrays often live in one block of memory. Each begins on a cache line: lengths are rounded up.
+static size_t aligned_size(size_t floats) { return (floats + 15) / 16 * 16; }
+
+typedef struct {
+    float **array; // where the pointer to this part goes
+    size_t size;   // floats
+} Part;
+
+// Divides `memory` into parts, one after another, and returns how many floats they take together. With memory
+// NULL it only counts: so the size of a piece of memory and its layout come from the same list.
+static size_t lay_out(float *memory, const Part *parts, size_t count) {
+    size_t used = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (memory) *parts[i].array = memory + used;
+        used += aligned_size(parts[i].size);
+    }
+    return used;
+}
+
+// ---- declared here, explained later ----
+// Part I uses these functions before their code is shown. What they mean is all that one needs to know here.
+
+// The product of two matrices: C = op(A) · op(B), or C += op(A) · op(B) with `accumulate`. op(A) is (M, K),
+// op(B) is (K, N), C is (M, N). op(A) is A, or Aᵀ if transpose_a: then A is stored (K, M). The same for B.
+//     for m < M, n < N:   C[m][n] = sum over k of op(A)[m][k] · op(B)[k][n]
+// ldc, lda and ldb ("leading dimension") are the lengths of rows as stored. They are larger than what is used
+// when a matrix is a part of a wider one. Matmul takes nearly all the time of training. Part V.
+//     y += x · w      x (R, K), w (K, N):             matmul(y, N, x, K, false, w, N, false, R, N, K, true)
+//     dx = dy · wᵀ    dy (R, N), w stored (K, N):     matmul(dx, K, dy, N, false, w, N, true, R, K, N, false)
+static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
+                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate);
+
+static inline float fast_exp(float x);          // e to the power of x. Part V
+static float largest_of(const float *x, int n); // the largest of x[0 .. n - 1]. Part V
+
 // =====================================================================================================
 // 2. Random numbers
 // =====================================================================================================
-// ---- random numbers ----
-// Counter-based: draw number `index` of stream `stream` is a pure function of both, so any draw can be made
-// again (dropout in the backward pass, shuffling after a resume) and threads need no shared state.
-// The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+// Training needs chance in three places: initial parameters, the order of examples, dropout. Usual generators
+// have a state that each draw changes. These have none. A random stream is an endless sequence of draws,
+// named by a number, and its draw number `index` is a pure function of both. So any draw can be made again,
+// by any thread, and after an interruption.
 
+// A hash: each bit of x changes about half the bits of the result. The constants are those of SplitMix64
+// (Steele, Lea, Flood 2014).
 static uint64_t mix_bits(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -153,7 +243,7 @@ static uint64_t mix_bits(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// A stream of its own for each pair, for instance (seed, epoch).
+// A different random stream for each pair, for instance (seed, number of the update).
 static uint64_t random_stream(uint64_t seed, uint64_t purpose) { return mix_bits(mix_bits(seed) ^ purpose); }
 
 static uint64_t random_bits(uint64_t stream, uint64_t index) {
@@ -167,29 +257,34 @@ static float random_uniform(uint64_t stream, uint64_t index) {
 
 // Standard normal, by Box and Muller (1958).
 static float random_normal(uint64_t stream, uint64_t index) {
-    double u = ((double)(random_bits(stream, 2 * index) >> 11) + 0.5) * 0x1p-53;
+    double u = ((double)(random_bits(stream, 2 * index) >> 11) + 0.5) * 0x1p-53; // never 0
     double v = (double)(random_bits(stream, 2 * index + 1) >> 11) * 0x1p-53;
-    return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
+    return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v)); // 2 pi v
 }
 
 // =====================================================================================================
 // 3. Parameters
 // =====================================================================================================
-// A model is a list of tensors, and everything asks something of each: what is it called in a file, how large
-// is it, how does it start, is it trained, is it decayed? One table says what GPT-2 consists of, and all the
-// answers follow from it; no tensor is listed twice anywhere.
+// A model is a list of tensors. The rest of the program asks of each: what is it called in a file, what is
+// its shape, how does it start? One table answers for all of GPT-2, and no other place lists tensors.
 
+// What distinguishes one GPT-2 from another. A model's file config.json has these sizes under the same names.
 typedef struct {
     int vocab_size, n_positions, n_layer, n_head, n_embd, n_inner;
     float layer_norm_epsilon;
-    bool tie_word_embeddings; // the output head is the token embedding itself
+    bool tie_word_embeddings; // the head is the token embedding itself, see model_head
 } Config;
 
-// A row of the table. Shapes are spelled in letters: V vocabulary, P positions, C channels, F inner MLP
-// channels, Q = 3C (query, key and value side by side). Matrices are [in, out], as Hugging Face's Conv1D has
-// them: y = xW + b. A * in the name stands for the layer. Initial values are GPT-2's (Radford et al. 2019,
-// section 2.3): normal with deviation 0.02, the projections that write into the residual stream divided by
-// sqrt(2L), since 2L of them add up.
+// A row of the table. The names are those of Hugging Face, whose model files everybody uses; a * stands for
+// the block's number. Shapes are spelled in letters, with Q = 3C for query, key and value side by side.
+// Matrices are [in, out], as in y = xW + b; only the head is (V, C) and used transposed.
+//
+// Initial values are GPT-2's: normal with deviation 0.02 (its published code). Each block adds two
+// projections to the residual stream, 2L in all. To keep their sum small, they start smaller by sqrt(2L)
+// (Radford et al. 2019, section 2.3).
+//
+// The smallest GPT-2 has V = 50257, P = 1024, C = 768, F = 4C, L = NH = 12. wte has 38.6 million values, wpe
+// 0.8, each block 12 C² + 13 C = 7.1 million: 38.6 + 0.8 + 12 · 7.1 = 124 million in all.
 typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
 
 // clang-format off
@@ -204,23 +299,23 @@ static const struct {
     const char *name, *shape;
     Initial initial;
 } tensor_table[TENSOR_KINDS] = {
-    [WTE]              = {"transformer.wte.weight",               "VC", NORMAL},
-    [WPE]              = {"transformer.wpe.weight",               "PC", NORMAL},
-    [LN_1_WEIGHT]      = {"transformer.h.*.ln_1.weight",          "C",  ONES},
+    [WTE]              = {"transformer.wte.weight",               "VC", NORMAL},          // of tokens
+    [WPE]              = {"transformer.wpe.weight",               "PC", NORMAL},          // of positions
+    [LN_1_WEIGHT]      = {"transformer.h.*.ln_1.weight",          "C",  ONES},            // layernorm
     [LN_1_BIAS]        = {"transformer.h.*.ln_1.bias",            "C",  ZEROS},
-    [ATTN_WEIGHT]      = {"transformer.h.*.attn.c_attn.weight",   "CQ", NORMAL},
+    [ATTN_WEIGHT]      = {"transformer.h.*.attn.c_attn.weight",   "CQ", NORMAL},          // to q, k and v
     [ATTN_BIAS]        = {"transformer.h.*.attn.c_attn.bias",     "Q",  ZEROS},
-    [ATTN_PROJ_WEIGHT] = {"transformer.h.*.attn.c_proj.weight",   "CC", NORMAL_RESIDUAL},
+    [ATTN_PROJ_WEIGHT] = {"transformer.h.*.attn.c_proj.weight",   "CC", NORMAL_RESIDUAL}, // out of attention
     [ATTN_PROJ_BIAS]   = {"transformer.h.*.attn.c_proj.bias",     "C",  ZEROS},
-    [LN_2_WEIGHT]      = {"transformer.h.*.ln_2.weight",          "C",  ONES},
+    [LN_2_WEIGHT]      = {"transformer.h.*.ln_2.weight",          "C",  ONES},            // layernorm
     [LN_2_BIAS]        = {"transformer.h.*.ln_2.bias",            "C",  ZEROS},
-    [FC_WEIGHT]        = {"transformer.h.*.mlp.c_fc.weight",      "CF", NORMAL},
+    [FC_WEIGHT]        = {"transformer.h.*.mlp.c_fc.weight",      "CF", NORMAL},          // into the MLP
     [FC_BIAS]          = {"transformer.h.*.mlp.c_fc.bias",        "F",  ZEROS},
-    [FC_PROJ_WEIGHT]   = {"transformer.h.*.mlp.c_proj.weight",    "FC", NORMAL_RESIDUAL},
+    [FC_PROJ_WEIGHT]   = {"transformer.h.*.mlp.c_proj.weight",    "FC", NORMAL_RESIDUAL}, // out of the MLP
     [FC_PROJ_BIAS]     = {"transformer.h.*.mlp.c_proj.bias",      "C",  ZEROS},
-    [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},
+    [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},            // last layernorm
     [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
-    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL}, // unless tied to wte
+    [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL},          // unless it is wte
 };
 // clang-format on
 enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT }; // per layer
@@ -229,49 +324,47 @@ typedef struct {
     char *name; // Hugging Face's, in full
     int kind, layer;
     int dims;
-    size_t shape[2], size;
+    size_t shape[2], size; // size: elements
     bool frozen, decay;
-    float *value;    // (size) in the model's own memory or mapped from its file
-    float *gradient; // (size) or NULL when frozen, as are AdamW's two moments
-    float *exp_avg, *exp_avg_sq;
+    float *value;                // (size) in the model's own memory or mapped from its file
+    float *gradient;             // (size) NULL when frozen, and so are the next two
+    float *exp_avg, *exp_avg_sq; // (size) the optimizer's two averages, section 7
 } Tensor;
 
-// A file seen as memory. The mapping is private: writing to it never reaches the file.
+// A file seen as memory; what is written to it never reaches the file. Part III.
 typedef struct {
     char *data;
     size_t size;
 } Mapping;
 
-static void unmap_file(Mapping *mapping) {
-    if (mapping->data) munmap(mapping->data, mapping->size);
-}
-
 typedef struct {
     Config config;
     int tensor_count;
     Tensor *tensors;
-    int lowest;          // the lowest block the backward pass must go through; -1: down to the embeddings
-    float *value_memory; // what the tensors point into: one of these two ...
-    Mapping value_file;  // ... the second being a private mapping: what is trained is copied page by page
-    float *training_memory;
+    int lowest_trained;  // the backward pass ends at this block; -1: at the embeddings; L: before any block
+    float *value_memory; // holds all values; NULL when they are mapped from a file:
+    Mapping value_file;  // copy-on-write: a page is copied when training first writes to it
+    float *training_memory; // holds gradients, and moments unless they are mapped from a checkpoint's file:
     Mapping moment_file;
 } Model;
 
 static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
 
-// Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT], ...,
-// t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. `layer` matters for these kinds only.
+// Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT] to
+// t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. For other kinds `layer` does not matter.
 static Tensor *model_tensor(const Model *model, int kind, int layer) {
-    if (!kind_is_per_layer(kind)) layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
+    if (!kind_is_per_layer(kind)) // the kinds after the blocks count one block already
+        layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
-// The output head (V, C): wte itself when they are tied.
+// The head (V, C). When it is tied, it is wte itself: the same rows turn tokens into vectors and compute the
+// logits.
 static Tensor *model_head(const Model *model) {
     return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
 
-// Makes the list of tensors, without values: everything trainable, nothing decayed.
+// Makes the list of tensors, without values. Everything is trainable and nothing is decayed.
 static Model *model_new(Config config) {
     const size_t C = (size_t)config.n_embd;
     const size_t size_of[] = {['V'] = (size_t)config.vocab_size,
@@ -281,22 +374,29 @@ static Model *model_new(Config config) {
                               ['Q'] = 3 * C};
     Model *model = xcalloc(1, sizeof *model);
     model->config = config;
-    model->lowest = -1;
+    model->lowest_trained = -1;
     model->tensors = xcalloc((size_t)config.n_layer * BLOCK_TENSORS + TENSOR_KINDS, sizeof *model->tensors);
     for (int kind = 0; kind < TENSOR_KINDS; kind++) {
         if (kind == LM_HEAD && config.tie_word_embeddings) continue;
-        const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape,
-                   *star = strchr(name, '*');
+        const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape;
+        const char *star = strchr(name, '*');
         for (int layer = 0; layer < (star ? config.n_layer : 1); layer++) {
             Tensor *tensor = model_tensor(model, kind, layer);
             *tensor = (Tensor){.kind = kind, .layer = layer, .dims = (int)strlen(shape), .size = 1};
             tensor->name =
                 star ? xprintf("%.*s%d%s", (int)(star - name), name, layer, star + 1) : xstrdup(name);
-            for (int d = 0; d < tensor->dims; d++) tensor->size *= tensor->shape[d] = size_of[(int)shape[d]];
+            for (int d = 0; d < tensor->dims; d++) {
+                tensor->shape[d] = size_of[(int)shape[d]];
+                tensor->size *= tensor->shape[d];
+            }
             model->tensor_count++;
         }
     }
     return model;
+}
+
+static void unmap_file(Mapping *mapping) {
+    if (mapping->data) munmap(mapping->data, mapping->size);
 }
 
 static void model_free(Model *model) {
@@ -309,9 +409,6 @@ static void model_free(Model *model) {
     free(model);
 }
 
-// Lengths inside one block of memory are rounded up, so that each tensor starts on a cache line.
-static size_t aligned_size(size_t size) { return (size + 15) / 16 * 16; }
-
 static void model_allocate_values(Model *model) {
     size_t total = 0;
     for (int i = 0; i < model->tensor_count; i++) total += aligned_size(model->tensors[i].size);
@@ -322,7 +419,8 @@ static void model_allocate_values(Model *model) {
     }
 }
 
-// A model to be trained from nothing: GPT-2's initial values, the same for a given seed on any machine.
+// A model to be trained from nothing. The same seed gives the same values, up to the last digits of libm's
+// log.
 static void model_initialise(Model *model, uint64_t seed) {
     model_allocate_values(model);
     for (int i = 0; i < model->tensor_count; i++) {
@@ -332,14 +430,17 @@ static void model_initialise(Model *model, uint64_t seed) {
             initial == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * (float)model->config.n_layer) : 0.02f;
         uint64_t stream = random_stream(seed, (uint64_t)i);
 #pragma omp parallel for
-        for (size_t j = 0; j < tensor->size; j++)
-            tensor->value[j] = initial == ZEROS  ? 0
-                               : initial == ONES ? 1
-                                                 : deviation * random_normal(stream, j);
+        for (size_t j = 0; j < tensor->size; j++) {
+            bool constant = initial == ZEROS || initial == ONES;
+            tensor->value[j] = constant ? initial == ONES : deviation * random_normal(stream, j);
+        }
     }
 }
 
-// A list of POSIX extended regular expressions; a name is matched when any of them is found anywhere in it.
+// ---- what is trained ----
+// Fine-tuning changes as little as it can. A frozen tensor keeps its values, bit for bit, and saves time and
+// memory: it has no gradient and no moments. The user names tensors by regular expressions, such as
+// "wte|wpe" or "h\.[0-5]\.": POSIX extended ones, which may match any part of the name.
 typedef struct {
     const char **items;
     size_t size, capacity;
@@ -347,23 +448,23 @@ typedef struct {
 
 static bool patterns_match(const Patterns *patterns, const char *name); // Part IV
 
-// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay pulls
-// towards 0, which keeps matrices, embeddings among them, from growing without need. A layernorm's weight is
-// at home at 1, and biases are few and hardly overfit: they are left out.
+// Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay (section
+// 7) pulls values towards 0, which keeps matrices and embeddings from growing without need. The patterns that
+// no_decay has by default leave out biases, which are few, and layernorms, whose weight should stay near 1.
 static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay) {
-    model->lowest = model->config.n_layer;
+    model->lowest_trained = model->config.n_layer;
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
         tensor->frozen = patterns_match(freeze, tensor->name);
         tensor->decay = !patterns_match(no_decay, tensor->name);
-        bool below = tensor->kind < LN_1_WEIGHT, above = tensor->kind >= LN_F_WEIGHT; // the blocks
-        int depth = below ? -1 : above ? model->config.n_layer : tensor->layer;
-        if (!tensor->frozen && depth < model->lowest) model->lowest = depth;
+        bool embedding = tensor->kind < LN_1_WEIGHT, after_blocks = tensor->kind >= LN_F_WEIGHT;
+        int depth = embedding ? -1 : after_blocks ? model->config.n_layer : tensor->layer;
+        if (!tensor->frozen && depth < model->lowest_trained) model->lowest_trained = depth;
     }
 }
 
-// Makes room for gradients and AdamW's moments (zero at first) of what is trained; without moments when they
-// come from a checkpoint.
+// Makes room for gradients and for the optimizer's moments (zero at first) of what is trained; without
+// moments when they come from a checkpoint, the saved state of an interrupted run.
 static void model_allocate_training(Model *model, bool with_moments) {
     size_t total = 0;
     for (int i = 0; i < model->tensor_count; i++)
@@ -388,9 +489,10 @@ static void model_allocate_training(Model *model, bool with_moments) {
 // =====================================================================================================
 // 4. Batches
 // =====================================================================================================
-// Sequences differ in length. The usual remedy is to pad them to a rectangle and to hand the model two masks,
-// which it must combine: causal (no looking ahead) and PAD (no looking at filler). Here PAD never enters the
-// model. A batch is a list of sequences packed row after row:
+// A batch is what the model looks at together: a few sequences of tokens. They differ in length. The usual
+// remedy is to fill them up to a rectangle with a filler called PAD, and to hand the model two masks that it
+// must combine: causal (a position must not see later ones, or it would read the answer) and PAD (no position
+// may see filler). Here PAD never enters the model. A batch is a list of sequences packed row after row:
 //
 //     padded, B = 3, T = 5          packed, R = 9
 //     . . I like tea                row       0 1    2    3   4    5    6  7      8
@@ -398,8 +500,14 @@ static void model_allocate_training(Model *model, bool with_moments) {
 //     The cat sat there !           position  0 1    2    0   0    1    2  3      4
 //                                   first_row 0           3   4                     (9)
 //
-// Row i of sequence s attends to rows first_row[s] .. i, and nothing else exists: the joint causal-and-PAD
-// mask has become a range. It costs no time, and it cannot leak.
+// Row i of sequence s sees rows first_row[s] .. i, and nothing else exists: both masks together have become a
+// range. It costs no time, and nothing can leak through it.
+//
+// A row's target is the token that comes next in its sequence: what the model should predict there. In the
+// picture these are: like, tea, none | none | cat, sat, there, !, none. All rows are trained at once: row 1
+// must predict "tea" from "I like", and cannot see row 2. So one pass answers up to T questions for each
+// sequence. A row with a target is scored. When a model learns to answer questions, only the answer's tokens
+// are targets.
 
 typedef struct {
     int sequences, rows;
@@ -448,24 +556,24 @@ static void batch_end_sequence(Batch *batch) {
 // =====================================================================================================
 // 5. Layers
 // =====================================================================================================
-// A layer turns rows x into rows y. Training needs it twice: forward, and backward, where dy, the gradient of
-// the loss with respect to y, becomes dx and the gradients of the layer's weights by the chain rule. The two
-// functions stand side by side, the formula above each (dev/derivations.md derives them). Nearly all the time
-// goes into products of matrices, so the section begins with making these fast. The rest is plain loops: rows
-// or columns are shared out to threads, and every sum is taken in the same order however many there are.
-
-// ---- declared here, told later ----
-// Part V says how these get fast; their meaning is all that Part I needs.
-
-// C (M, N) = op(A) (M, K) · op(B) (K, N), or C += with accumulate.
-static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
-                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate);
-static inline float fast_exp(float x);
-static float largest_of(const float *x, int n);
+// A layer turns rows x into rows y. Training needs it twice. Forward: y from x. Backward: dy, the gradient of
+// the loss with respect to y, is given; the chain rule turns it into dx, for the layer below, and into the
+// gradients of the layer's own weights. Both functions stand side by side, the formula above each.
+//
+// The chain rule with single numbers: y = w x + b with w = 2, x = 3, b = 1, so y = 7. The layer above reports
+// dy = 0.5: when y grows by a tiny e, the loss grows by 0.5 e. Then
+//     dx = dy · w = 1.0     x acts on y with slope w; dx becomes the dy of the layer below
+//     dw = dy · x = 1.5     w acts on y with slope x: this is why the forward pass has to keep x
+//     db = dy     = 0.5
+// When a number is used in several places, the gradients of all its uses are added.
 
 // ---- dropout ----
-// y = x · keep / (1 - p), keep being 0 with probability p (Srivastava et al. 2014), else 1. The choice is a
-// pure function of stream and index, so the backward pass draws the same one again and no mask is stored.
+// A model trained for long on few examples learns them by heart. Dropout makes that harder. It hides numbers
+// at random: each becomes 0 with probability p, and the others grow by 1 / (1 - p), which keeps the average
+// as it was (Srivastava et al. 2014). It is used in training only, and it is off by default.
+//   y = x · keep / (1 - p),   keep = 0 with probability p, else 1
+// Which numbers are hidden is a pure function of random stream and index. So the backward pass draws the same
+// choice again, and no mask is stored.
 typedef struct {
     float probability; // 0: no dropout
     uint64_t stream;
@@ -475,8 +583,8 @@ static inline float dropout_factor(Dropout dropout, uint64_t index) {
     return random_uniform(dropout.stream, index) < dropout.probability ? 0 : 1 / (1 - dropout.probability);
 }
 
-// y = residual + dropout(x), or y = dropout(x) when residual is NULL; y may be x. All (R, C).
-// Backward: dx = dropout(dy), which is the same function with the same Dropout.
+// y = residual + dropout(x), where the residual is the stream that x joins; NULL for none. y may be x. All
+// (R, C). Backward: dx = dropout(dy), which is the same function with the same Dropout.
 static void dropout_add(float *y, const float *residual, const float *x, Dropout dropout, int R, int C) {
 #pragma omp parallel for
     for (size_t i = 0; i < (size_t)R * C; i++)
@@ -484,7 +592,10 @@ static void dropout_add(float *y, const float *residual, const float *x, Dropout
 }
 
 // ---- embedding ----
-// x[r] = wte[token[r]] + wpe[position[r]]
+// A token id is only a name: 995 is not more than 994. So the model keeps a vector of C numbers for each
+// token in a table, wte, and learns these vectors like all its parameters. A second table, wpe, has a vector
+// for each position, since nothing else tells the later layers where in the sequence a row stands.
+//   x[r] = wte[token[r]] + wpe[position[r]]
 //   x (R, C); wte (V, C); wpe (P, C); token, position (R)
 static void embedding_forward(float *x, const float *wte, const float *wpe, const int *token,
                               const int *position, int R, int C) {
@@ -495,12 +606,12 @@ static void embedding_forward(float *x, const float *wte, const float *wpe, cons
     }
 }
 
-// Rows of a batch share tokens, so threads would collide in dwte: each takes its own columns instead, and
-// sums in the order of rows however many threads there are.
+// Many rows have the same token, and their gradients all add up in one row of dwte. If threads shared out the
+// rows, two of them could add to the same place at once. So each thread takes columns of its own instead.
 enum { COLUMN_SLAB = 64 };
 
-// dtable[index[r]] += dx[r], for wte by token and for wpe by position.
-//   dx (R, C); dtable (V or P, C)
+// dtable[index[r]] += dx[r]: for wte by token, for wpe by position. It adds; see model_forward_backward.
+//   dx (R, C); dtable (V or P, C); index (R)
 static void embedding_backward(float *dtable, const float *dx, const int *index, int R, int C) {
 #pragma omp parallel for
     for (int slab = 0; slab < C; slab += COLUMN_SLAB) {
@@ -514,9 +625,12 @@ static void embedding_backward(float *dtable, const float *dx, const int *index,
 }
 
 // ---- linear ----
-// y = residual + x · weight + bias, with residual NULL for none
+// The workhorse: each of the N outputs is a weighted sum of all K inputs plus a constant, the bias. Row r of
+// y depends on row r of x only, and the weights are the same for all rows: one product of matrices.
+//   y = residual + x · weight + bias, with residual NULL for none
 //   y, residual (R, N); x (R, K); weight (K, N); bias (N)
-// The bias (and residual) are put into y first, and the product is added to them: no pass of its own.
+// y[r, n] = ... + sum over k of x[r, k] · weight[k, n]. Bias and residual are written into y first, and the
+// product is added to them.
 static void linear_forward(float *y, const float *residual, const float *x, const float *weight,
                            const float *bias, int R, int K, int N) {
 #pragma omp parallel for
@@ -528,7 +642,9 @@ static void linear_forward(float *y, const float *residual, const float *x, cons
     matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
 }
 
-// out[n] = sum over r of dy[r, n], or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r] when x is given
+// Sums each column over all rows: the gradient of a bias, since a bias acts on every row. With x, each dy[r,
+// n] is multiplied by the normalised x[r, n] first: the gradient of a layernorm's weight.
+//   out[n] = sum over r of dy[r, n],   or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r]
 //   dy, x (R, N); mean, rstd (R); out (N) is overwritten, or added to when accumulate
 static void column_sums(float *out, const float *dy, const float *x, const float *mean, const float *rstd,
                         bool accumulate, int R, int N) {
@@ -538,16 +654,19 @@ static void column_sums(float *out, const float *dy, const float *x, const float
         float sum[COLUMN_SLAB] = {0};
         for (int r = 0; r < R; r++) {
             const float *from = dy + (size_t)r * N + slab, *xr = x ? x + (size_t)r * N + slab : NULL;
-            for (int n = 0; n < width && !x; n++) sum[n] += from[n];
-            for (int n = 0; n < width && x; n++) sum[n] += from[n] * ((xr[n] - mean[r]) * rstd[r]);
+            if (x)
+                for (int n = 0; n < width; n++) sum[n] += from[n] * ((xr[n] - mean[r]) * rstd[r]);
+            else
+                for (int n = 0; n < width; n++) sum[n] += from[n];
         }
         for (int n = 0; n < width; n++) out[slab + n] = sum[n] + (accumulate ? out[slab + n] : 0);
     }
 }
 
-// y = x · weight + bias, hence dx = dy · weightᵀ, dweight = xᵀ · dy, dbias = column sums of dy.
+// From y = x · weight + bias follow
+//   dx = dy · weightᵀ,   dweight = xᵀ · dy,   dbias = column sums of dy
 //   dx (R, K) is overwritten; dweight, dbias are overwritten, or added to when accumulate.
-//   Each of the three may be NULL: not wanted (what is frozen costs nothing).
+// Each of the three may be NULL, and then costs nothing.
 static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                             const float *weight, bool accumulate, int R, int K, int N) {
     if (dweight) matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
@@ -556,9 +675,15 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
 }
 
 // ---- layernorm ----
-// y = (x - mean) · rstd · weight + bias, per row; rstd = 1 / sqrt(variance + eps)    (Ba, Kiros, Hinton 2016)
+// Numbers that pass through dozens of layers tend to grow or to fade, and then nothing can be learned from
+// them. A layernorm brings each row to mean 0 and variance 1, whatever came in. Then it scales and shifts
+// each channel by a weight and a bias that are learned, so that the model can undo it where that helps
+// (Ba, Kiros, Hinton 2016). rstd is the reciprocal standard deviation; eps avoids a division by 0.
+//   y = (x - mean) · rstd · weight + bias, per row;   rstd = 1 / sqrt(variance + eps)
+// For example x = 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, rstd 0.53; the row becomes -1.07,
+// -0.53, 0, 1.60.
 //   x, y (R, C); mean, rstd (R) are kept for the backward pass; weight, bias (C)
-// y is not kept: where the backward pass wants it, this is called again.
+// y is not kept: where the backward pass wants it, this function computes it again.
 static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight,
                               const float *bias, float eps, int R, int C) {
 #pragma omp parallel for
@@ -578,9 +703,12 @@ static void layernorm_forward(float *y, float *mean, float *rstd, const float *x
     }
 }
 
-// With n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
-//   dx += rstd · (g - average(g) - n · average(g · n));   dweight = sum over rows of dy · n;   dbias = of dy
-// dx is added to, because x is the residual stream and has a second use; dweight and dbias may be NULL.
+// Each x[c] acts on y directly, and on all of the row through mean and rstd: hence the two averages. With
+// n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
+//   dx += rstd · (g - average(g) - n · average(g · n))
+//   dweight = sum over rows of dy · n;   dbias = sum over rows of dy
+// dx is added to, because x is also used elsewhere (section 6). dweight and dbias are overwritten, or added
+// to when accumulate; they may be NULL.
 static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                                const float *mean, const float *rstd, const float *weight, bool accumulate,
                                int R, int C) {
@@ -604,21 +732,56 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 }
 
 // ---- attention ----
-// Each head, for row i, over the rows j <= i of the same sequence (Vaswani et al. 2017):
+// Attention is the only layer in which rows see one another; every other layer treats each row alone. A row
+// makes three vectors, each by a linear layer: a query (what am I looking for?), a key (what do I offer?) and
+// a value (what do I pass on?). Its output is an average of the values of all rows that it sees, itself among
+// them. A row whose key points in the direction of the query gets more weight in this average: the score of a
+// pair is the dot product of query and key, and softmax turns the scores into weights that sum to 1.
+//
+// NH such computations run side by side, each with HS = C / NH channels of its own. They are called heads,
+// and each can look for something else. Their outputs stand side by side in C channels; the projection after
+// attention mixes them. For each head and row i, over the rows j <= i of the same sequence (Vaswani et al.
+// 2017; the root keeps scores from growing with HS):
 //   score[i, j] = q[i] · k[j] / sqrt(HS)
 //   p[i, j] = exp(score[i, j]) / sum over m of exp(score[i, m])
 //   out[i] = sum over j of p[i, j] v[j]
-// No (T, T) matrix is ever stored. Queries are taken in tiles; of the softmax only its log-sum-exp is kept
-// per row, and the backward pass computes a tile of p again as exp(score - log_sum_exp), as FlashAttention
-// does (Dao et al. 2022).
+// For example HS = 4, and row 2 has q · k = 2, 0, -2 with the keys of rows 0, 1, 2. The scores are 1, 0, -1;
+// exp gives 2.72, 1.00, 0.37, with sum 4.09; p = 0.665, 0.245, 0.090. If one channel of the three values is
+// 10, 20, 30, that channel of out is 14.25. Row 0 sees only itself: there p = 1.
+//
+// All scores of a sequence would be T x T numbers for each head: too many to store. So queries are taken in
+// tiles of 64. Of a row's softmax only the log-sum-exp is kept, log(sum over m of exp(score[i, m])), and the
+// backward pass computes a tile of p again as exp(score - log_sum_exp), for one block of keys after another.
+// FlashAttention does the same (Dao et al. 2022).
+//
+// One row of qkv, for example with C = 4, NH = 2, HS = 2, where h0 and h1 are the heads:
+//     q: h0 h0 h1 h1   k: h0 h0 h1 h1   v: h0 h0 h1 h1
+// The head's query in row r is at qkv + r · 3C + head · HS, its key C floats after that, its value 2C after.
+// So one head's queries are a matrix (rows, HS) whose stored rows have 3C floats, and matmul takes it as it
+// is.
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
 
-// Multiplies p (keys) of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
-static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
-    uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
-    for (int j = 0; j < keys && dropout.probability > 0; j++)
-        p[j] *= dropout_factor(dropout, index + (uint64_t)j);
-}
+// Where keys and values are. In training they stand in qkv, beside the queries, and a place is a row. When
+// the model writes text, earlier calls have made most of them, and a cache holds them (section 10).
+typedef struct {
+    const float *key, *value;         // of head 0 at place 0
+    size_t place_stride, head_stride; // floats from one place to the next, and from one head to the next
+    const int *start;                 // (sequences) the place where each sequence begins
+    int past;                         // keys that each sequence has from earlier calls; 0 in training
+} Keys;
+
+// What attention works on, forward and backward.
+typedef struct {
+    const Batch *batch;
+    Dropout dropout; // acts on p, after the softmax
+    int NH, HS;
+    const float *qkv; // (R, 3C)
+    Keys keys;
+    float *out;          // (R, C)
+    float *log_sum_exp;  // (R, NH)
+    float *scratch;      // scratch_size floats for each thread
+    size_t scratch_size; // at least attention_scratch()
+} Attention;
 
 // Floats of scratch that each thread needs when the longest sequence has `longest` keys.
 static size_t attention_scratch(int longest) {
@@ -626,115 +789,154 @@ static size_t attention_scratch(int longest) {
     return aligned_size(forward > backward ? forward : backward);
 }
 
-// Sequence s has its queries in rows first_row[s] .. first_row[s + 1] - 1, and its keys and values in rows
-// first_key[s] ...: `past` from before (generation with a cache; 0 in training), then one for each query.
-//   out (R, C); log_sum_exp (R, NH); query: rows ldq apart, a head takes HS columns; key, value: rows ldk and
-//   heads key_head floats apart
-static void attention_forward(float *out, float *log_sum_exp, const float *query, size_t ldq,
-                              const float *key, const float *value, size_t ldk, size_t key_head,
-                              int sequences, const int *first_row, const int *first_key, int past,
-                              Dropout dropout, float *scratch, size_t scratch_size, int NH, int HS) {
+// Multiplies p (keys) of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
+// Each (row, head, key) has an index of its own: a sequence has fewer than 2^20 keys.
+static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
+    uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
+    if (dropout.probability == 0) return;
+    for (int j = 0; j < keys; j++) p[j] *= dropout_factor(dropout, index + (uint64_t)j);
+}
+
+// One tile of queries of one head: those of sequence s that begin at its row `begin`.
+//   p: scratch for (queries, keys): first q · k, then exp(score), at last dropped from
+// Threads take tiles, so this runs inside a parallel region: there matmul works on the calling thread alone.
+static void attention_forward_tile(const Attention *a, int s, int head, int begin, float *p) {
+    const int NH = a->NH, HS = a->HS, C = NH * HS;
+    const int first = a->batch->first_row[s], T = a->batch->first_row[s + 1] - first;
+    const int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE;
+    const int before = a->keys.past + begin, keys = before + queries; // keys before the tile, and in all
+    const size_t ldk = a->keys.place_stride;
+    const size_t to_start = a->keys.start[s] * ldk + head * a->keys.head_stride;
+    const float *q = a->qkv + (size_t)(first + begin) * 3 * C + head * HS;
+    const float *k = a->keys.key + to_start, *v = a->keys.value + to_start;
     const float scale = 1 / sqrtf((float)HS);
-    const int C = NH * HS;
-#pragma omp parallel
-    for (int s = 0; s < sequences; s++) {
-        int first = first_row[s], T = first_row[s + 1] - first, tiles = (T + QUERY_TILE - 1) / QUERY_TILE;
-#pragma omp for schedule(dynamic) nowait
-        for (int task = 0; task < tiles * NH; task++) {
-            int head = task % NH, begin = (tiles - 1 - task / NH) * QUERY_TILE; // the longest tiles first
-            int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys = past + begin + queries;
-            const float *q = query + (size_t)(first + begin) * ldq + head * HS;
-            const float *k = key + first_key[s] * ldk + head * key_head, *v = value + (k - key);
-            float *p = scratch + omp_get_thread_num() * scratch_size; // (queries, keys)
-            float inverse_sum[QUERY_TILE];
-            matmul(p, keys, q, ldq, false, k, ldk, true, queries, keys, HS, false);
-            for (int i = 0; i < queries; i++) {
-                int visible = past + begin + i + 1;
-                float *row = p + (size_t)i * keys, largest = largest_of(row, visible), sum = 0;
+    float inverse_sum[QUERY_TILE];
+
+    matmul(p, keys, q, 3 * C, false, k, ldk, true, queries, keys, HS, false); // q · kᵀ
+    for (int i = 0; i < queries; i++) {
+        const int row = first + begin + i, visible = before + i + 1; // the causal mask
+        float *pi = p + (size_t)i * keys, largest = largest_of(pi, visible), sum = 0;
+        // exp(score) may overflow; less the largest score it cannot, and p is the same.
 #pragma omp simd reduction(+ : sum)
-                for (int j = 0; j < visible; j++) {
-                    row[j] = fast_exp(scale * (row[j] - largest));
-                    sum += row[j];
-                }
-                attention_dropout(row, dropout, first + begin + i, NH, head, 0, visible);
-                log_sum_exp[(size_t)(first + begin + i) * NH + head] = scale * largest + logf(sum);
-                inverse_sum[i] = 1 / sum;
-            }
-            float *o = out + (size_t)(first + begin) * C + head * HS;
-            // The keys before the tile are seen by all its queries; then comes the triangle, where what is
-            // masked is not even multiplied by zero.
-            matmul(o, C, p, keys, false, v, ldk, false, queries, HS, past + begin, false);
-            for (int i = 0; i < queries; i++) {
-                float *oi = o + (size_t)i * C;
-                for (int j = past + begin; j <= past + begin + i; j++)
-                    for (int c = 0; c < HS; c++) oi[c] += p[(size_t)i * keys + j] * v[(size_t)j * ldk + c];
-                for (int c = 0; c < HS; c++) oi[c] *= inverse_sum[i];
-            }
+        for (int j = 0; j < visible; j++) {
+            pi[j] = fast_exp(scale * (pi[j] - largest));
+            sum += pi[j];
         }
+        attention_dropout(pi, a->dropout, row, NH, head, 0, visible);
+        a->log_sum_exp[(size_t)row * NH + head] = scale * largest + logf(sum);
+        inverse_sum[i] = 1 / sum; // divides out at the end: HS numbers instead of `visible`
+    }
+
+    // The keys before the tile are seen by all its queries; with none, this product sets out to 0. Then comes
+    // the triangle inside the tile: masked pairs are skipped.
+    float *out = a->out + (size_t)(first + begin) * C + head * HS;
+    matmul(out, C, p, keys, false, v, ldk, false, queries, HS, before, false);
+    for (int i = 0; i < queries; i++) {
+        float *oi = out + (size_t)i * C;
+        for (int j = before; j <= before + i; j++)
+            for (int c = 0; c < HS; c++) oi[c] += p[(size_t)i * keys + j] * v[(size_t)j * ldk + c];
+        for (int c = 0; c < HS; c++) oi[c] *= inverse_sum[i];
     }
 }
 
-// With d[i] = dout[i] · out[i] (which equals sum over j of p[i, j] dp[i, j]):
-//   dv[j] = sum over i of p[i, j] dout[i];   dp[i, j] = dout[i] · v[j];   dscore = p (dp - d[i]);
-//   dq[i] = scale · sum over j of dscore[i, j] k[j];   dk[j] = scale · sum over i of dscore[i, j] q[i]
-// One thread does one head of one sequence, so that dk and dv are summed in a fixed order.
-//   dqkv, qkv (R, 3C): query, key, value side by side; dout, out (R, C); log_sum_exp (R, NH)
-static void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out,
-                               const float *log_sum_exp, int sequences, const int *first_row, Dropout dropout,
-                               float *scratch, size_t scratch_size, int NH, int HS) {
-    const float scale = 1 / sqrtf((float)HS);
-    const size_t C = (size_t)NH * HS, ld = 3 * C;
+// Fills a->out and a->log_sum_exp. All threads walk through the sequences; the tiles of each are shared out,
+// the longest first, and no thread waits for the others before it goes on (`nowait`).
+static void attention_forward(const Attention *a) {
 #pragma omp parallel
-    for (int s = 0; s < sequences; s++) {
-        int first = first_row[s], T = first_row[s + 1] - first;
+    for (int s = 0; s < a->batch->sequences; s++) {
+        const int T = a->batch->first_row[s + 1] - a->batch->first_row[s];
+        const int tiles = (T + QUERY_TILE - 1) / QUERY_TILE;
 #pragma omp for schedule(dynamic) nowait
-        for (int head = 0; head < NH; head++) {
-            const float *q = qkv + first * ld + head * HS, *k = q + C, *v = q + 2 * C;
-            float *dq = dqkv + first * ld + head * HS, *dk = dq + C, *dv = dq + 2 * C;
-            float *p = scratch + omp_get_thread_num() * scratch_size, *dscore = p + QUERY_TILE * KEY_BLOCK;
-            float *d = dscore + QUERY_TILE * KEY_BLOCK;
-            for (int i = 0; i < T; i++)
-                for (int c = 0; c < HS; c++) dk[i * ld + c] = dv[i * ld + c] = 0;
+        for (int task = 0; task < tiles * a->NH; task++)
+            attention_forward_tile(a, s, task % a->NH, (tiles - 1 - task / a->NH) * QUERY_TILE,
+                                   a->scratch + omp_get_thread_num() * a->scratch_size);
+    }
+}
+
+// The backward pass goes through out = p · v, the softmax and score = scale · q · kᵀ:
+//   dv[j] = sum over i of p[i, j] dout[i];    dp[i, j] = dout[i] · v[j];    dscore = p (dp - mean_dp[i])
+//   dq[i] = scale · sum over j of dscore[i, j] k[j];    dk[j] = scale · sum over i of dscore[i, j] q[i]
+// Why mean_dp? The p of a row sum to 1: when one score rises, its p rises and all others fall. So what counts
+// is how far dp lies above its weighted average, mean_dp[i] = sum over j of p[i, j] dp[i, j]. With p = 0.665,
+// 0.245, 0.090 and dp = 1, 0, 0 it is 0.665, and dscore = 0.223, -0.163, -0.060. The average needs no p,
+// because out is itself a sum over p: sum over j of p[i, j] (dout[i] · v[j]) = dout[i] · out[i].
+// With dropout, dv takes p after it, and dp passes through its factors.
+//
+// This function does one tile of queries and one block of keys: it adds their part to dk and dv, and to dq,
+// which the first block overwrites.
+//   mean_dp (queries); p, dscore: scratch for (queries, keys); dscore holds dp at first
+static void attention_backward_tile(const Attention *a, float *dqkv, const float *dout, int s, int head,
+                                    int begin, int block, const float *mean_dp, float *p, float *dscore) {
+    const int NH = a->NH, HS = a->HS;
+    const int first = a->batch->first_row[s], T = a->batch->first_row[s + 1] - first;
+    const int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE;
+    const int keys = (int)smaller((size_t)(begin + queries - block), KEY_BLOCK); // that some query sees
+    const size_t C = (size_t)NH * HS, ld = 3 * C;
+    const size_t to_q = (first + begin) * ld + head * HS;
+    const size_t to_k = (first + block) * ld + head * HS + C, to_v = to_k + C;
+    const float *q = a->qkv + to_q, *k = a->qkv + to_k, *v = a->qkv + to_v;
+    const float *dout_tile = dout + (first + begin) * C + head * HS;
+    const float scale = 1 / sqrtf((float)HS);
+
+    matmul(p, keys, q, ld, false, k, ld, true, queries, keys, HS, false);             // q · kᵀ
+    matmul(dscore, keys, dout_tile, C, false, v, ld, true, queries, keys, HS, false); // dp = dout · vᵀ
+    for (int i = 0; i < queries; i++) {
+        const int row = first + begin + i, seen = begin + i + 1 - block; // keys of this block, if positive
+        const int visible = seen < 0 ? 0 : seen < keys ? seen : keys;
+        const float log_sum_exp = a->log_sum_exp[(size_t)row * NH + head], mean_dp_i = mean_dp[i];
+        float *pi = p + i * keys, *dscore_i = dscore + i * keys;
+        attention_dropout(dscore_i, a->dropout, row, NH, head, block, visible);
+        for (int j = 0; j < visible; j++) {
+            pi[j] = fast_exp(scale * pi[j] - log_sum_exp);
+            dscore_i[j] = scale * pi[j] * (dscore_i[j] - mean_dp_i); // with the scale of dq and dk
+        }
+        attention_dropout(pi, a->dropout, row, NH, head, block, visible);
+        for (int j = visible; j < keys; j++) pi[j] = dscore_i[j] = 0;
+    }
+    const bool add = block > 0;
+    matmul(dqkv + to_v, ld, p, keys, true, dout_tile, C, false, keys, HS, queries, true); // dv += pᵀ · dout
+    matmul(dqkv + to_k, ld, dscore, keys, true, q, ld, false, keys, HS, queries, true); // dk += dscoreᵀ · q
+    matmul(dqkv + to_q, ld, dscore, keys, false, k, ld, false, queries, HS, keys,
+           add); // dq = or += dscore · k
+}
+
+// Writes dqkv (R, 3C) from dout (R, C) and what attention_forward left. One thread does one head of one
+// sequence, tile after tile, so that dk and dv are summed in a fixed order.
+static void attention_backward(const Attention *a, float *dqkv, const float *dout) {
+    const size_t NH = (size_t)a->NH, HS = (size_t)a->HS, C = NH * HS;
+#pragma omp parallel
+    for (int s = 0; s < a->batch->sequences; s++) {
+        const int first = a->batch->first_row[s], T = a->batch->first_row[s + 1] - first;
+#pragma omp for schedule(dynamic) nowait
+        for (size_t head = 0; head < NH; head++) {
+            float *p = a->scratch + omp_get_thread_num() * a->scratch_size;
+            float *dscore = p + QUERY_TILE * KEY_BLOCK, *mean_dp = dscore + QUERY_TILE * KEY_BLOCK;
+            for (int i = 0; i < T; i++) { // tiles add to dk and dv
+                float *dk = dqkv + (first + i) * 3 * C + C + head * HS, *dv = dk + C;
+                for (size_t c = 0; c < HS; c++) dk[c] = dv[c] = 0;
+            }
             for (int begin = 0; begin < T; begin += QUERY_TILE) {
-                int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys_end = begin + queries;
-                const float *qt = q + begin * ld, *doutt = dout + (first + begin) * C + head * HS;
-                const float *outt = out + (first + begin) * C + head * HS;
-                for (int i = 0; i < queries; i++) {
+                const int end = T - begin < QUERY_TILE ? T : begin + QUERY_TILE;
+                for (int i = begin; i < end; i++) {
+                    const size_t at = (first + i) * C + head * HS;
+                    const float *out_i = a->out + at, *dout_i = dout + at;
                     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-                    for (int c = 0; c < HS; c++) sum += doutt[i * C + c] * outt[i * C + c];
-                    d[i] = sum;
+                    for (size_t c = 0; c < HS; c++) sum += dout_i[c] * out_i[c];
+                    mean_dp[i - begin] = sum;
                 }
-                for (int block = 0; block < keys_end; block += KEY_BLOCK) {
-                    int keys = keys_end - block < KEY_BLOCK ? keys_end - block : KEY_BLOCK;
-                    matmul(p, keys, qt, ld, false, k + block * ld, ld, true, queries, keys, HS, false);
-                    matmul(dscore, keys, doutt, C, false, v + block * ld, ld, true, queries, keys, HS, false);
-                    for (int i = 0; i < queries; i++) {
-                        int row = first + begin + i, visible = begin + i + 1 - block;
-                        float *pi = p + i * keys, *di = dscore + i * keys, di_sum = d[i];
-                        float lse = log_sum_exp[(size_t)row * NH + head];
-                        visible = visible < 0 ? 0 : visible < keys ? visible : keys;
-                        attention_dropout(di, dropout, row, NH, head, block, visible);
-                        for (int j = 0; j < visible; j++) {
-                            pi[j] = fast_exp(scale * pi[j] - lse);
-                            di[j] = scale * pi[j] * (di[j] - di_sum);
-                        }
-                        attention_dropout(pi, dropout, row, NH, head, block, visible);
-                        for (int j = visible; j < keys; j++) pi[j] = di[j] = 0;
-                    }
-                    matmul(dv + block * ld, ld, p, keys, true, doutt, C, false, keys, HS, queries, true);
-                    matmul(dk + block * ld, ld, dscore, keys, true, qt, ld, false, keys, HS, queries, true);
-                    matmul(dq + begin * ld, ld, dscore, keys, false, k + block * ld, ld, false, queries, HS,
-                           keys, block > 0);
-                }
+                for (int block = 0; block < end; block += KEY_BLOCK)
+                    attention_backward_tile(a, dqkv, dout, s, (int)head, begin, block, mean_dp, p, dscore);
             }
         }
     }
 }
 
 // ---- gelu ----
-// gelu(x) = x/2 (1 + tanh(u)) = x · g with u = sqrt(2/pi) (x + 0.044715 x³) and g = 1 / (1 + exp(-2u))
-// (Hendrycks, Gimpel 2016, the tanh form that GPT-2 uses). gelu'(x) = g + x · g (1 - g) · 2u'
+// Layers that are all linear would together be only one linear layer. Between the two linear layers of an MLP
+// stands a function that is not: gelu lets large x through, turns very negative x into 0, and is smooth
+// between (Hendrycks, Gimpel 2016, in the tanh form that GPT-2 uses). With u = sqrt(2/pi) (x + 0.044715 x³):
+//   gelu(x) = x/2 (1 + tanh(u)) = x · gate,   gate = 1 / (1 + exp(-2u))
 static inline float gelu_gate(float x) {
     return 1 / (1 + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x))); // 1.5957691216 = 2 sqrt(2/pi)
 }
@@ -744,183 +946,207 @@ static void gelu_forward(float *y, const float *x, size_t size) {
     for (size_t i = 0; i < size; i++) y[i] = x[i] * gelu_gate(x[i]);
 }
 
-// dy becomes dx, and x becomes gelu(x), which the projection behind it needs for its weight gradient: so the
-// output of gelu is not stored either.
+// dx = dy · gelu'(x),   gelu'(x) = gate + x · gate (1 - gate) · 2u'
+// dy becomes dx in place. x becomes gelu(x), which the linear layer after it needs for the gradient of its
+// weight: so gelu's output need not be stored.
 static void gelu_backward(float *dy, float *x, size_t size) {
 #pragma omp parallel for simd
     for (size_t i = 0; i < size; i++) {
-        float g = gelu_gate(x[i]), slope = 1.5957691216f * (1 + 3 * 0.044715f * x[i] * x[i]);
-        dy[i] *= g + x[i] * g * (1 - g) * slope;
-        x[i] *= g;
+        float gate = gelu_gate(x[i]), slope = 1.5957691216f * (1 + 3 * 0.044715f * x[i] * x[i]); // 2u'
+        dy[i] *= gate + x[i] * gate * (1 - gate) * slope;
+        x[i] *= gate;
     }
 }
 
 // ---- cross-entropy ----
-// loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]];   hit[r]: every other logit is lower
-// When `backward`, the logits become their gradients, those of weight · (sum of losses):
-//   dlogit[r, v] = weight (softmax(logit[r])[v] - (v == target[r]))
-//   logits (R, V); target, loss, hit (R)
-static void cross_entropy(float *logits, float *loss, bool *hit, const int *target, bool backward,
-                          float weight, int R, int V) {
+// The loss of this part's opening, -log(softmax(logits)[target]), also called cross-entropy. Its gradient is
+// simple: the probabilities, less 1 at the target. So logits of wrong tokens are pushed down by as much as
+// they were believed, and the target's is pushed up. With p = 0.665, 0.245, 0.090 and the second token as
+// target, dlogit = 0.665, -0.755, 0.090.
+//   loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]]
+//   dlogit[r, v] = loss_scale · (softmax(logit[r])[v] - (v == target[r])): of loss_scale · (sum of losses)
+//   correct[r]: the target's logit is higher than all others
+//   logits (R, V) become dlogits when `backward`; target, loss, correct (R)
+static void cross_entropy(float *logits, float *loss, bool *correct, const int *target, bool backward,
+                          float loss_scale, int R, int V) {
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *row = logits + (size_t)r * V, largest = largest_of(row, V), sum = 0, wanted = row[target[r]];
-        int highest = 0; // how many are
-#pragma omp simd reduction(+ : sum, highest)
+        int count_of_largest = 0; // more than 1: a tie
+#pragma omp simd reduction(+ : sum, count_of_largest)
         for (int v = 0; v < V; v++) {
-            highest += row[v] == largest;
+            count_of_largest += row[v] == largest;
             row[v] = fast_exp(row[v] - largest);
             sum += row[v];
         }
         loss[r] = logf(sum) + (largest - wanted);
-        hit[r] = wanted >= largest && highest == 1;
+        correct[r] = wanted == largest && count_of_largest == 1;
         if (!backward) continue;
-        float factor = weight / sum;
+        float factor = loss_scale / sum;
         for (int v = 0; v < V; v++) row[v] *= factor;
-        row[target[r]] -= weight;
+        row[target[r]] -= loss_scale;
     }
 }
 
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
-// The layers in the order that makes them GPT-2 (Radford et al. 2019). The residual stream x (R, C) runs
-// through everything; each block reads it twice, normalised, and adds what it found:
+// The layers in the order that makes them GPT-2 (Radford et al. 2019). Each row has a vector x of C numbers
+// that runs through the whole model, the residual stream. A block does not replace x. It reads x twice, each
+// time through a layernorm, and adds what it found: first attention, which brings in news from other rows,
+// then the MLP, which works on each row alone.
 //
 //     x = wte[token] + wpe[position]
 //     L times:  x = x + attention(layernorm_1(x));   x = x + mlp(layernorm_2(x))
 //     logits = layernorm_f(x) · headᵀ
 //
-// The backward pass goes the same way back and needs most of what the forward pass computed. What is cheap is
-// computed again instead of being kept: outputs of layernorms and of gelu, attention's probabilities, and
-// logits never exist for more than a chunk of rows. Per row and block 10 C floats are kept; with --recompute
-// only the block's input, C floats, and the rest is computed again just before it is needed.
+// Since x is only added to, its gradient has one path back that no block weakens. For y = x + f(x) with dy =
+// 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; even where f has slope 0, the 0.5 arrives. That
+// is why deep models can be trained.
+//
+// The backward pass goes the same way back. It needs most of what the forward pass computed, so the forward
+// pass keeps it: the activations, about 10 C floats for each row and block. What is cheap is computed again
+// instead, as the layers above say, and logits never exist for more than LOGIT_ROWS rows.
+enum { LOGIT_ROWS = 256 };
 
-enum { LOGIT_ROWS = 256 }; // rows of logits that exist at a time
+// What is kept for the backward pass: nothing, because there is none; everything it needs; or of each block
+// only its input, C floats per row, and block_backward computes the rest again. With the smallest GPT-2 and 4
+// x 1024 rows KEEP_ALL keeps 1.5 GB. KEEP_INPUTS keeps 13 times x and one whole block, 0.28 GB, and is
+// slower.
+typedef enum { KEEP_NOTHING, KEEP_ALL, KEEP_INPUTS } Keep;
 
-// What a forward and a backward pass write, for up to `rows` rows. The names are those of the formulas.
+// What one block computes on its way forward.
 typedef struct {
-    int rows;
-    int first_kept; // blocks from here on are kept for the backward pass; all those below share one place
-    bool recompute; // of those that are kept only the input is: the rest shares one place as well
-    float *memory;
-    size_t memory_size, memory_capacity; // floats: what the parts below take, and what there is
-    // For each block that is kept:
-    float *residual; // (blocks + 1, R, C) the stream before each block, and after the last
-    float *blocks;   // (blocks, block_size) what block_at() divides
-    size_t block_size;
-    // Used again by each block:
-    float *normed;                // (R, C) a layernorm's output
-    float *wide;                  // (R, F or 3C) gelu's output; d_hidden; d_qkv
-    float *branch;                // (R, C) only with dropout: what is dropped from
-    float *d_residual, *d_normed; // (R, C) only for training
-    float *scratch;               // for attention: scratch_size for each thread
-    size_t scratch_size;
-    // The classifier's, for a chunk of rows:
-    float *chosen, *mean_f, *rstd_f, *logits; // (LOGIT_ROWS, C), (LOGIT_ROWS) twice, (LOGIT_ROWS, V)
-    // Results, for each scored row in order:
-    int *scored; // which row it is
-    float *loss;
-    bool *hit; // the target had the highest logit
-} Activations;
-
-// Lays everything out in one piece of memory, for `rows` rows of a model whose training is set; not
-// `training`: nothing is kept for a backward pass. With measure_only nothing is allocated:
-// memory_size tells what would be.
-static void activations_reserve(Activations *a, const Model *model, int rows, bool training, bool recompute,
-                                bool dropout, bool measure_only) {
-    const Config *config = &model->config;
-    a->rows = rows;
-    a->recompute = recompute;
-    a->first_kept = !training ? config->n_layer : model->lowest > 0 ? model->lowest : 0;
-    a->scratch_size = attention_scratch(config->n_positions);
-    const size_t kept = (size_t)(config->n_layer - a->first_kept), blocks = kept == 0 || recompute ? 1 : kept;
-    const size_t R = (size_t)rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
-    const size_t widest = F > 3 * C ? F : 3 * C, chunk = R < LOGIT_ROWS ? R : LOGIT_ROWS;
-    a->block_size = aligned_size(R * (5 * C + F + config->n_head + 4));
-    const struct {
-        float **field;
-        size_t size;
-    } parts[] = {
-        {&a->residual, (kept + 1) * R * C},
-        {&a->blocks, blocks * a->block_size},
-        {&a->normed, R * C},
-        {&a->wide, R * widest},
-        {&a->branch, dropout ? R * C : 0},
-        {&a->d_residual, training ? R * C : 0},
-        {&a->d_normed, training ? R * C : 0},
-        {&a->scratch, a->scratch_size * omp_get_max_threads()},
-        {&a->chosen, chunk * C},
-        {&a->mean_f, chunk},
-        {&a->rstd_f, chunk},
-        {&a->logits, chunk * config->vocab_size},
-        {&a->loss, R},
-    };
-    a->memory_size = 0;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) a->memory_size += aligned_size(parts[i].size);
-    if (measure_only) return;
-    if (a->memory_size > a->memory_capacity) {
-        free(a->memory);
-        a->memory = xfloats(a->memory_capacity = a->memory_size);
-    }
-    float *at = a->memory;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        *parts[i].field = at;
-        at += aligned_size(parts[i].size);
-    }
-    a->scored = xrealloc(a->scored, R * sizeof(int));
-    a->hit = xrealloc(a->hit, R * sizeof(bool));
-}
-
-static void activations_free(Activations *a) {
-    free(a->memory);
-    free(a->scored);
-    free(a->hit);
-    *a = (Activations){0};
-}
-
-// The stream before a block, or after the last one: layer L.
-static float *residual_at(const Activations *a, const Model *model, int layer) {
-    size_t place = layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
-    return a->residual + place * a->rows * model->config.n_embd;
-}
-
-// What one block writes on its way forward.
-typedef struct {
-    float *x;                                 // (R, C) the stream before it: residual_at(layer)
+    float *x;                                 // (R, C) the residual stream before it: residual_at(layer)
     float *qkv;                               // (R, 3C) query, key and value side by side
     float *attention;                         // (R, C)
-    float *middle;                            // (R, C) the stream between attention and MLP
+    float *middle;                            // (R, C) the residual stream between attention and MLP
     float *hidden;                            // (R, F) before gelu
     float *log_sum_exp;                       // (R, NH) of attention
     float *mean_1, *rstd_1, *mean_2, *rstd_2; // (R) of the two layernorms
 } Block;
 
+// Where a forward and a backward pass write, for up to `rows` rows.
+typedef struct {
+    int rows;
+    Keep keep;
+    int first_kept;                      // blocks from here on are kept; frozen ones below share one buffer
+    float *memory;                       // all arrays of floats below lie in here
+    size_t memory_size, memory_capacity; // floats: what they take, and what there is
+    // For each block that is kept:
+    float *residual;   // (blocks + 1, R, C) the residual stream before each block, and after the last
+    float *blocks;     // (blocks, block_size) what block_at() divides
+    size_t block_size; // floats
+    // For one block after another:
+    float *normed;     // (R, C) a layernorm's output
+    float *projected;  // (R, C) with dropout: what is about to join the residual stream
+    float *d_residual; // (R, C)
+    float *d_normed;   // (R, C) also d_attention
+    // Four names of one buffer (R, the larger of F and 3C), since no two of them are needed at once:
+    float *gelu, *d_hidden, *d_qkv, *d_selected;
+    float *scratch; // for attention: scratch_size floats for each thread
+    size_t scratch_size;
+    // For the head, LOGIT_ROWS rows at a time:
+    float *selected;        // (LOGIT_ROWS, C) their x
+    float *mean_f, *rstd_f; // (LOGIT_ROWS)
+    float *logits;          // (LOGIT_ROWS, V)
+    // Results, for each scored row in order:
+    int *scored; // which row it is
+    float *loss;
+    bool *correct; // the target had the highest logit
+} Activations;
+
+// Divides the memory of one block and returns its size in floats; with memory NULL only that.
+static size_t block_lay_out(Block *b, const Config *config, int rows, float *memory) {
+    const size_t R = (size_t)rows, C = (size_t)config->n_embd;
+    const Part parts[] = {{&b->qkv, R * 3 * C},
+                          {&b->attention, R * C},
+                          {&b->middle, R * C},
+                          {&b->hidden, R * config->n_inner},
+                          {&b->mean_1, R},
+                          {&b->rstd_1, R},
+                          {&b->mean_2, R},
+                          {&b->rstd_2, R},
+                          {&b->log_sum_exp, R * config->n_head}};
+    return lay_out(memory, parts, sizeof parts / sizeof *parts);
+}
+
+// The residual stream before a block, or after the last one: layer L.
+static float *residual_at(const Activations *a, const Model *model, int layer) {
+    size_t place = layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
+    return a->residual + place * a->rows * model->config.n_embd;
+}
+
 static Block block_at(const Activations *a, const Model *model, int layer) {
-    const Config *config = &model->config;
-    const size_t place = a->recompute || layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
-    const size_t R = (size_t)a->rows, C = (size_t)config->n_embd;
-    Block b = {.x = residual_at(a, model, layer), .qkv = a->blocks + place * a->block_size};
-    b.attention = b.qkv + R * 3 * C;
-    b.middle = b.attention + R * C;
-    b.hidden = b.middle + R * C;
-    b.log_sum_exp = b.hidden + R * config->n_inner;
-    b.mean_1 = b.log_sum_exp + R * config->n_head;
-    b.rstd_1 = b.mean_1 + R;
-    b.mean_2 = b.rstd_1 + R;
-    b.rstd_2 = b.mean_2 + R;
+    const bool kept = a->keep == KEEP_ALL && layer >= a->first_kept;
+    Block b = {.x = residual_at(a, model, layer)};
+    block_lay_out(&b, &model->config, a->rows,
+                  a->blocks + (kept ? (size_t)(layer - a->first_kept) : 0) * a->block_size);
     return b;
 }
 
-// Keys and values of the tokens so far, for generation: (L, sequences, key and value, NH, positions, HS), so
-// that a head reads its own in one stream. A batch need not have all the sequences: first_key says which.
-typedef struct {
-    int sequences, positions, past; // `past` positions are filled
-    float *memory;
-    int *first_key; // (sequences of the batch) where each begins in a layer's part, in rows of HS
-} Cache;
+// Divides `memory` among all arrays for `rows` rows of a model whose training is set, and returns how many
+// floats they take. With memory NULL no array is set.
+static size_t activations_lay_out(Activations *a, const Model *model, int rows, Keep keep, float *memory) {
+    const Config *config = &model->config;
+    a->rows = rows;
+    a->keep = keep;
+    a->first_kept = 0;
+    if (keep == KEEP_NOTHING)
+        a->first_kept = config->n_layer;
+    else if (model->lowest_trained > 0)
+        a->first_kept = model->lowest_trained;
+    a->scratch_size = attention_scratch(config->n_positions);
+    a->block_size = block_lay_out(&(Block){0}, config, rows, NULL);
+    const size_t kept = (size_t)(config->n_layer - a->first_kept);
+    const size_t whole_blocks =
+        keep == KEEP_ALL && kept > 0 ? kept : 1; // one at least: all blocks write there
+    const size_t R = (size_t)rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
+    const size_t chunk = smaller(R, LOGIT_ROWS), only_training = keep == KEEP_NOTHING ? 0 : R * C;
+    const Part parts[] = {{&a->residual, (kept + 1) * R * C},
+                          {&a->blocks, whole_blocks * a->block_size},
+                          {&a->normed, R * C},
+                          {&a->gelu, R * (F > 3 * C ? F : 3 * C)},
+                          {&a->projected, only_training},
+                          {&a->d_residual, only_training},
+                          {&a->d_normed, only_training},
+                          {&a->scratch, a->scratch_size * omp_get_max_threads()},
+                          {&a->selected, chunk * C},
+                          {&a->mean_f, chunk},
+                          {&a->rstd_f, chunk},
+                          {&a->logits, chunk * config->vocab_size},
+                          {&a->loss, R}};
+    size_t size = lay_out(memory, parts, sizeof parts / sizeof *parts);
+    a->d_hidden = a->d_qkv = a->d_selected = a->gelu;
+    return size;
+}
 
-// Where dropout happens; each place in each block draws from a stream of its own.
+// Allocates the memory, or uses it again if it is large enough.
+static void activations_reserve(Activations *a, const Model *model, int rows, Keep keep) {
+    a->memory_size = activations_lay_out(a, model, rows, keep, NULL);
+    if (a->memory_size > a->memory_capacity) {
+        free(a->memory);
+        a->memory = xfloats(a->memory_capacity = a->memory_size);
+    }
+    activations_lay_out(a, model, rows, keep, a->memory);
+    a->scored = xrealloc(a->scored, (size_t)rows * sizeof(int));
+    a->correct = xrealloc(a->correct, (size_t)rows * sizeof(bool));
+}
+
+static void activations_free(Activations *a) {
+    free(a->memory);
+    free(a->scored);
+    free(a->correct);
+    *a = (Activations){0};
+}
+
+// When the model writes text, token by token, a cache holds the keys and values of earlier calls.
+// cache_append adds those of this batch and says where all of them are. Section 10.
+typedef struct Cache Cache;
+static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer);
+
+// GPT-2 has dropout at four kinds of places. Each place in each block draws from a random stream of its own;
+// the embedding, which is in no block, takes the layer number L.
 enum { DROP_EMBEDDING, DROP_ATTENTION, DROP_PROJECTION, DROP_MLP, DROP_PLACES };
 
 static Dropout dropout_at(Dropout dropout, int layer, int place) {
@@ -928,23 +1154,42 @@ static Dropout dropout_at(Dropout dropout, int layer, int place) {
     return dropout;
 }
 
-// y = residual + dropout(x · weight + bias): how a branch joins the stream.
-//   y, residual, branch (R, C); x (R, K)
+// y = residual + dropout(x · weight + bias): the projections, by which attention and MLP join the residual
+// stream.
+//   y, residual, projected (R, C); x (R, K)
 static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
-                        const Tensor *bias, float *branch, Dropout dropout, int R, int K, int C) {
+                        const Tensor *bias, float *projected, Dropout dropout, int R, int K, int C) {
     if (dropout.probability == 0) {
         linear_forward(y, residual, x, weight->value, bias->value, R, K, C);
     } else {
-        linear_forward(branch, NULL, x, weight->value, bias->value, R, K, C);
-        dropout_add(y, residual, branch, dropout, R, C);
+        linear_forward(projected, NULL, x, weight->value, bias->value, R, K, C);
+        dropout_add(y, residual, projected, dropout, R, C);
     }
 }
 
-// One block, from residual_at(layer) to residual_at(layer + 1); the latter only if `finish`.
+// The arguments of a block's attention, forward and backward alike.
+static Attention block_attention(const Model *model, const Activations *a, const Batch *batch, const Block *b,
+                                 int layer, Dropout dropout) {
+    const size_t C = (size_t)model->config.n_embd, HS = C / (size_t)model->config.n_head;
+    return (Attention){.batch = batch,
+                       .dropout = dropout_at(dropout, layer, DROP_ATTENTION),
+                       .NH = model->config.n_head,
+                       .HS = (int)HS,
+                       .qkv = b->qkv,
+                       .keys = {b->qkv + C, b->qkv + 2 * C, 3 * C, HS, batch->first_row, 0},
+                       .out = b->attention,
+                       .log_sum_exp = b->log_sum_exp,
+                       .scratch = a->scratch,
+                       .scratch_size = a->scratch_size};
+}
+
+// One block, from residual_at(layer) to residual_at(layer + 1). Without `finish` it ends with hidden: the
+// backward pass, which calls it to compute a block again, needs no more. With a cache, the batch continues
+// the sequences that are in it.
 static void block_forward(const Model *model, Activations *a, const Batch *batch, int layer, Cache *cache,
                           Dropout dropout, bool finish) {
     const Config *config = &model->config;
-    const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
+    const int R = batch->rows, C = config->n_embd, F = config->n_inner;
     const float epsilon = config->layer_norm_epsilon;
     const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
     const Block b = block_at(a, model, layer);
@@ -953,26 +1198,10 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
     layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, epsilon,
                       R, C);
     linear_forward(b.qkv, NULL, a->normed, t[ATTN_WEIGHT].value, t[ATTN_BIAS].value, R, C, 3 * C);
-    const float *key = b.qkv + C;
-    const int *first_key = batch->first_row;
-    size_t key_ld = 3 * C, key_head = HS, to_value = C;
-    if (cache) { // keys and values join those of the tokens before
-        float *store = cache->memory + (size_t)layer * cache->sequences * cache->positions * 2 * C;
-        to_value = (size_t)cache->positions * C;
-        key_ld = HS, key_head = (size_t)cache->positions * HS, first_key = cache->first_key;
-        for (int s = 0; s < batch->sequences; s++)
-            for (int r = batch->first_row[s], at = cache->past; r < batch->first_row[s + 1]; r++, at++)
-                for (int head = 0; head < NH; head++) {
-                    float *to = store + (first_key[s] + at) * key_ld + head * key_head;
-                    memcpy(to, key + r * 3 * C + head * HS, HS * sizeof(float));
-                    memcpy(to + to_value, key + (r * 3 + 1) * C + head * HS, HS * sizeof(float));
-                }
-        key = store;
-    }
-    attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * C, key, key + to_value, key_ld, key_head,
-                      batch->sequences, batch->first_row, first_key, cache ? cache->past : 0,
-                      dropout_at(dropout, layer, DROP_ATTENTION), a->scratch, a->scratch_size, NH, HS);
-    join_stream(b.middle, b.x, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS], a->branch,
+    Attention attention = block_attention(model, a, batch, &b, layer, dropout);
+    if (cache) attention.keys = cache_append(cache, batch, b.qkv, layer);
+    attention_forward(&attention);
+    join_stream(b.middle, b.x, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS], a->projected,
                 dropout_at(dropout, layer, DROP_PROJECTION), R, C, C);
 
     // x = middle + dropout(gelu(hidden) · c_proj + bias),   hidden = layernorm_2(middle) · c_fc + bias
@@ -980,12 +1209,12 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
                       epsilon, R, C);
     linear_forward(b.hidden, NULL, a->normed, t[FC_WEIGHT].value, t[FC_BIAS].value, R, C, F);
     if (!finish) return;
-    gelu_forward(a->wide, b.hidden, (size_t)R * F);
-    join_stream(residual_at(a, model, layer + 1), b.middle, a->wide, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS],
-                a->branch, dropout_at(dropout, layer, DROP_MLP), R, F, C);
+    gelu_forward(a->gelu, b.hidden, (size_t)R * F);
+    join_stream(residual_at(a, model, layer + 1), b.middle, a->gelu, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS],
+                a->projected, dropout_at(dropout, layer, DROP_MLP), R, F, C);
 }
 
-// Embeddings and all blocks: fills a->residual_at(L). With a cache the batch continues what is in it.
+// Embeddings and all blocks: fills residual_at(L).
 static void model_forward(const Model *model, Activations *a, const Batch *batch, Cache *cache,
                           Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
@@ -994,205 +1223,237 @@ static void model_forward(const Model *model, Activations *a, const Batch *batch
     embedding_forward(x, t[WTE].value, t[WPE].value, batch->token, batch->position, R, C);
     if (dropout.probability > 0) dropout_add(x, NULL, x, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
     for (int layer = 0; layer < L; layer++) block_forward(model, a, batch, layer, cache, dropout, true);
-    if (cache) cache->past += batch->first_row[1];
 }
 
-// Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
-// the gradients of what is trained in the block. Each step differentiates the line that is quoted.
-static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
-                           bool accumulate) {
-    const Config *config = &model->config;
-    const int R = batch->rows, C = config->n_embd, F = config->n_inner, NH = config->n_head, HS = C / NH;
-    const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
-    const Block b = block_at(a, model, layer);
-    float *d_branch = a->d_residual;                 // with dropout: what is left of it
-    if (a->recompute && layer < config->n_layer - 1) // the last block's are still there
-        block_forward(model, a, batch, layer, NULL, dropout, false);
-
-    // x = middle + dropout(gelu(hidden) · c_proj + bias)
-    if (dropout.probability > 0)
-        dropout_add(d_branch = a->branch, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R, C);
-    linear_backward(a->wide, NULL, t[FC_PROJ_BIAS].gradient, d_branch, NULL, t[FC_PROJ_WEIGHT].value,
-                    accumulate, R, F, C);
-    gelu_backward(a->wide, b.hidden, (size_t)R * F); // hidden becomes gelu(hidden)
-    linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_branch, b.hidden, NULL, accumulate, R, F, C);
-    // hidden = layernorm_2(middle) · c_fc + bias
-    if (t[FC_WEIGHT].gradient)
-        layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
-                          config->layer_norm_epsilon, R, C);
-    linear_backward(a->d_normed, t[FC_WEIGHT].gradient, t[FC_BIAS].gradient, a->wide, a->normed,
-                    t[FC_WEIGHT].value, accumulate, R, C, F);
-    layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
-                       b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
-
-    // middle = x + dropout(attention(qkv) · c_proj + bias)
-    if (dropout.probability > 0)
-        dropout_add(d_branch, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
-    linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_branch,
-                    b.attention, t[ATTN_PROJ_WEIGHT].value, accumulate, R, C, C);
-    attention_backward(a->wide, a->d_normed, b.qkv, b.attention, b.log_sum_exp, batch->sequences,
-                       batch->first_row, dropout_at(dropout, layer, DROP_ATTENTION), a->scratch,
-                       a->scratch_size, NH, HS);
-    // qkv = layernorm_1(x) · c_attn + bias
-    if (t[ATTN_WEIGHT].gradient)
-        layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
-                          config->layer_norm_epsilon, R, C);
-    linear_backward(a->d_normed, t[ATTN_WEIGHT].gradient, t[ATTN_BIAS].gradient, a->wide, a->normed,
-                    t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
-    layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
-                       b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
-}
-
-// a->logits (count, V) = layernorm_f(residual[chosen rows]) · headᵀ, for at most LOGIT_ROWS chosen rows.
-// Leaves the rows in a->chosen and their normalised form in a->normed.
+// a->logits (count, V) = layernorm_f(residual[given rows]) · headᵀ, for at most LOGIT_ROWS rows. Leaves these
+// rows of the stream in a->selected and their normalised form in a->normed.
 static void head_forward(const Model *model, Activations *a, const int *rows, int count) {
     const int C = model->config.n_embd, V = model->config.vocab_size;
     const float *residual = residual_at(a, model, model->config.n_layer);
     const float *weight = model_tensor(model, LN_F_WEIGHT, 0)->value;
     const float *bias = model_tensor(model, LN_F_BIAS, 0)->value;
     for (int i = 0; i < count; i++)
-        memcpy(a->chosen + (size_t)i * C, residual + (size_t)rows[i] * C, (size_t)C * sizeof(float));
-    layernorm_forward(a->normed, a->mean_f, a->rstd_f, a->chosen, weight, bias,
+        memcpy(a->selected + (size_t)i * C, residual + (size_t)rows[i] * C, (size_t)C * sizeof(float));
+    layernorm_forward(a->normed, a->mean_f, a->rstd_f, a->selected, weight, bias,
                       model->config.layer_norm_epsilon, count, C);
     matmul(a->logits, V, a->normed, C, false, model_head(model)->value, C, true, count, V, C, false);
 }
 
-// The classifier: head, softmax and loss, and when `backward` the gradients of all three, one chunk of scored
-// rows after the other. Rows that are not scored (prompts) cost nothing and get gradient 0.
-//   Fills a->scored, a->loss and a->hit for each scored row; when `backward`, also the gradient of
-//   weight · (sum of losses) in a->d_residual and in the head's tensors. Returns the sum of losses.
-static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward, float weight,
-                         bool accumulate) {
+// The way back from dlogits (count, V), in a->logits, for the rows that head_forward was given last:
+//   logits = normed · headᵀ:   dhead = dlogitsᵀ · normed,   dnormed = dlogits · head
+// and on through layernorm_f. Writes these rows of a->d_residual.
+static void head_backward(const Model *model, Activations *a, const int *rows, int count, bool accumulate) {
     const int C = model->config.n_embd, V = model->config.vocab_size;
     const Tensor *head = model_head(model), *ln_weight = model_tensor(model, LN_F_WEIGHT, 0);
     const Tensor *ln_bias = model_tensor(model, LN_F_BIAS, 0);
+    if (head->gradient)
+        matmul(head->gradient, C, a->logits, V, true, a->normed, C, false, V, C, count, accumulate);
+    matmul(a->d_normed, C, a->logits, V, false, head->value, C, false, count, C, V, false);
+    memset(a->d_selected, 0, (size_t)count * C * sizeof(float)); // layernorm_backward adds
+    layernorm_backward(a->d_selected, ln_weight->gradient, ln_bias->gradient, a->d_normed, a->selected,
+                       a->mean_f, a->rstd_f, ln_weight->value, accumulate, count, C);
+    for (int i = 0; i < count; i++)
+        memcpy(a->d_residual + (size_t)rows[i] * C, a->d_selected + (size_t)i * C, (size_t)C * sizeof(float));
+}
+
+// From the residual stream to the loss, and when `backward` the way back. Logits of a whole batch would be R
+// x V floats, 800 MB for 4 x 1024 rows. So rows are taken LOGIT_ROWS at a time, all the way to the gradient.
+// Rows that are not scored cost nothing here and get gradient 0.
+//   Fills a->scored, a->loss and a->correct for each scored row; when `backward`, also the gradient of
+//   loss_scale · (sum of losses) in a->d_residual, layernorm_f and head. Returns the sum of losses.
+static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward,
+                         float loss_scale, bool accumulate) {
+    const int C = model->config.n_embd, V = model->config.vocab_size;
     int targets[LOGIT_ROWS], count = 0;
     for (int r = 0; r < batch->rows; r++)
         if (batch->target[r] >= 0) a->scored[count++] = r;
     if (backward) memset(a->d_residual, 0, (size_t)batch->rows * C * sizeof(float));
     double total = 0;
-    for (int begin = 0, n; begin < count; begin += n, accumulate = true) {
-        n = count - begin < LOGIT_ROWS ? count - begin : LOGIT_ROWS;
+    for (int begin = 0, n; begin < count; begin += n) {
+        n = (int)smaller((size_t)(count - begin), LOGIT_ROWS);
         const int *rows = a->scored + begin;
         for (int i = 0; i < n; i++) targets[i] = batch->target[rows[i]];
         head_forward(model, a, rows, n);
-        cross_entropy(a->logits, a->loss + begin, a->hit + begin, targets, backward, weight, n, V);
+        cross_entropy(a->logits, a->loss + begin, a->correct + begin, targets, backward, loss_scale, n, V);
         for (int i = 0; i < n; i++) total += a->loss[begin + i];
-        if (!backward) continue;
-        // logits = normed · headᵀ: dhead = dlogitsᵀ · normed, dnormed = dlogits · head
-        if (head->gradient)
-            matmul(head->gradient, C, a->logits, V, true, a->normed, C, false, V, C, n, accumulate);
-        float *d_normed = a->d_normed, *d_chosen = a->wide;
-        matmul(d_normed, C, a->logits, V, false, head->value, C, false, n, C, V, false);
-        memset(d_chosen, 0, (size_t)n * C * sizeof(float));
-        layernorm_backward(d_chosen, ln_weight->gradient, ln_bias->gradient, d_normed, a->chosen, a->mean_f,
-                           a->rstd_f, ln_weight->value, accumulate, n, C);
-        for (int i = 0; i < n; i++)
-            memcpy(a->d_residual + (size_t)rows[i] * C, d_chosen + (size_t)i * C, (size_t)C * sizeof(float));
+        if (backward) head_backward(model, a, rows, n, accumulate);
+        accumulate = true; // the next rows' gradients are added to these
     }
     return total;
 }
 
-// Gradients of weight · (sum of losses over the batch): added to those that are there when accumulate, else
-// they are written new. Returns the sum of losses. Blocks below the lowest trainable tensor are not visited.
-static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float weight,
+// Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
+// the gradients of what is trained in the block. Each step differentiates the line of block_forward that is
+// quoted. In y = x + f(x), dx = dy + (gradient through f): d_residual holds dy already, the rest is added.
+static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
+                           bool accumulate) {
+    const Config *config = &model->config;
+    const int R = batch->rows, C = config->n_embd, F = config->n_inner;
+    const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
+    const Block b = block_at(a, model, layer);
+    float *d_projected = a->d_residual;                        // with dropout: d_residual after dropout
+    if (a->keep == KEEP_INPUTS && layer < config->n_layer - 1) // the last block's are still there
+        block_forward(model, a, batch, layer, NULL, dropout, false);
+
+    // x = middle + dropout(gelu(hidden) · c_proj + bias)
+    if (dropout.probability > 0)
+        dropout_add(d_projected = a->projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R,
+                    C);
+    linear_backward(a->d_hidden, NULL, t[FC_PROJ_BIAS].gradient, d_projected, NULL, t[FC_PROJ_WEIGHT].value,
+                    accumulate, R, F, C);
+    gelu_backward(a->d_hidden, b.hidden,
+                  (size_t)R * F); // hidden becomes gelu(hidden), for the weight's gradient:
+    linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_projected, b.hidden, NULL, accumulate, R, F, C);
+    // hidden = layernorm_2(middle) · c_fc + bias
+    if (t[FC_WEIGHT].gradient)
+        layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
+                          config->layer_norm_epsilon, R, C);
+    linear_backward(a->d_normed, t[FC_WEIGHT].gradient, t[FC_BIAS].gradient, a->d_hidden, a->normed,
+                    t[FC_WEIGHT].value, accumulate, R, C, F);
+    layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
+                       b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
+
+    // middle = x + dropout(attention(qkv) · c_proj + bias)
+    if (dropout.probability > 0)
+        dropout_add(d_projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
+    linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_projected,
+                    b.attention, t[ATTN_PROJ_WEIGHT].value, accumulate, R, C, C);
+    const Attention attention = block_attention(model, a, batch, &b, layer, dropout);
+    attention_backward(&attention, a->d_qkv, a->d_normed);
+    // qkv = layernorm_1(x) · c_attn + bias
+    if (t[ATTN_WEIGHT].gradient)
+        layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
+                          config->layer_norm_epsilon, R, C);
+    linear_backward(a->d_normed, t[ATTN_WEIGHT].gradient, t[ATTN_BIAS].gradient, a->d_qkv, a->normed,
+                    t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
+    layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
+                       b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
+}
+
+// Forward and backward through the whole model: the gradients of loss_scale · (sum of losses over the batch).
+// Returns the sum of losses. Blocks below the lowest trained tensor are not visited on the way back.
+//
+// An update may be made of several batches, and then their gradients add up. The first batch overwrites each
+// gradient (accumulate is false), the others add: no time is lost with clearing half a gigabyte. Only
+// embedding_backward cannot overwrite, because it adds row by row. So wpe's gradient is cleared before it,
+// and wte's too, unless the head is tied to wte: then head_backward has already overwritten it with the
+// head's part.
+static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float loss_scale,
                                      bool accumulate, Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
-    // Blocks write their gradients. Embeddings are added to row by row, and without targets the head adds
-    // nothing: their sums begin at zero.
-    for (int i = 0; i < model->tensor_count && !accumulate; i++) {
-        const Tensor *tensor = &model->tensors[i];
-        bool head_writes = tensor->kind >= LN_F_WEIGHT || tensor == model_head(model);
-        if (tensor->gradient && !kind_is_per_layer(tensor->kind) && !(head_writes && batch->targets > 0))
-            memset(tensor->gradient, 0, tensor->size * sizeof(float));
+    const Tensor *wte = &model->tensors[WTE], *wpe = &model->tensors[WPE];
+    if (batch->targets == 0) { // nothing is scored: loss and gradients are 0
+        for (int i = 0; i < model->tensor_count; i++) {
+            const Tensor *t = &model->tensors[i];
+            if (t->gradient && !accumulate) memset(t->gradient, 0, t->size * sizeof(float));
+        }
+        return 0;
     }
     model_forward(model, a, batch, NULL, dropout);
-    double loss = classifier(model, a, batch, true, weight, accumulate);
-    for (int layer = L - 1; layer >= model->lowest && layer >= 0; layer--)
+    double loss = classifier(model, a, batch, true, loss_scale, accumulate);
+    for (int layer = L - 1; layer >= model->lowest_trained && layer >= 0; layer--)
         block_backward(model, a, batch, layer, dropout, accumulate);
+
     // x = dropout(wte[token] + wpe[position])
-    float *d_wte = model->tensors[WTE].gradient, *d_wpe = model->tensors[WPE].gradient;
-    if ((d_wte || d_wpe) && dropout.probability > 0)
+    if ((wte->gradient || wpe->gradient) && dropout.probability > 0)
         dropout_add(a->d_residual, NULL, a->d_residual, dropout_at(dropout, L, DROP_EMBEDDING), R, C);
-    if (d_wte) embedding_backward(d_wte, a->d_residual, batch->token, R, C);
-    if (d_wpe) embedding_backward(d_wpe, a->d_residual, batch->position, R, C);
+    if (wte->gradient) {
+        if (!accumulate && wte != model_head(model)) memset(wte->gradient, 0, wte->size * sizeof(float));
+        embedding_backward(wte->gradient, a->d_residual, batch->token, R, C);
+    }
+    if (wpe->gradient) {
+        if (!accumulate) memset(wpe->gradient, 0, wpe->size * sizeof(float));
+        embedding_backward(wpe->gradient, a->d_residual, batch->position, R, C);
+    }
     return loss;
 }
 
 // =====================================================================================================
 // 7. Optimizer
 // =====================================================================================================
-// Gradients say which way the loss falls, not how far to go. One update: gradients whose norm is too large
-// are scaled down, then AdamW moves every tensor that is not frozen, at the learning rate of the schedule.
+// Gradients say which way the loss falls, not how far to go. How far is first of all the learning rate, a
+// small number that the user chooses. Three rules refine it:
+// - Clipping. Now and then a batch has huge gradients, and one such step can ruin a model. If the norm of all
+//   gradients together (the root of the sum of their squares) is too large, all are scaled down.
+// - AdamW. It keeps two running averages for each parameter, the moments: of the gradient, and of its square.
+//   A step is the first divided by the root of the second. So each parameter moves by about the learning rate,
+//   whether its gradients are large or small, and moves less when they disagree from step to step.
+// - The schedule. The learning rate rises from 0 (warm-up), while the averages are still young and a trained
+//   model is easily spoiled, and then falls, so that the last steps settle the details.
 
-// What an update goes by, besides model, data and learning rate.
+// The settings of an update, besides model, data and learning rate.
 typedef struct {
     double beta1, beta2, epsilon, weight_decay; // AdamW's
     double max_grad_norm;                       // 0: no clipping
     float dropout;                              // probability
     uint64_t seed;                              // of dropout
-    bool recompute;                             // keep less for the backward pass
+    Keep keep;                                  // KEEP_ALL, or KEEP_INPUTS to save memory
 } Hyperparameters;
 
-enum { NORM_BLOCK = 1 << 16 };
+enum { NORM_PIECE = 1 << 16 };
 
-// The L2 norm of all gradients together. Blocks of fixed size are summed one by one, in double, and then in
-// order, so that the result does not depend on the number of threads. *worst gets the first tensor whose
-// gradient is not finite, or NULL.
-static double gradient_norm(const Model *model, const Tensor **worst) {
+// The norm of all gradients together. Each piece of fixed size is summed by one thread, in double; then the
+// pieces are added in order. So the result does not depend on the number of threads. *not_finite gets the
+// first tensor whose gradient is infinite or not a number, or NULL.
+static double gradient_norm(const Model *model, const Tensor **not_finite) {
     double total = 0;
-    *worst = NULL;
+    *not_finite = NULL;
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         if (!tensor->gradient) continue;
         const float *g = tensor->gradient; // or compilers fetch the struct's member each time
-        size_t blocks = (tensor->size + NORM_BLOCK - 1) / NORM_BLOCK;
-        double *partial = xmalloc(blocks * sizeof(double)), squares = 0;
+        size_t pieces = (tensor->size + NORM_PIECE - 1) / NORM_PIECE;
+        double *partial = xmalloc(pieces * sizeof(double)), squares = 0;
 #pragma omp parallel for
-        for (size_t b = 0; b < blocks; b++) {
-            size_t end = (b + 1) * NORM_BLOCK < tensor->size ? (b + 1) * NORM_BLOCK : tensor->size;
+        for (size_t b = 0; b < pieces; b++) {
+            size_t end = smaller((b + 1) * NORM_PIECE, tensor->size);
             double sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (size_t j = b * NORM_BLOCK; j < end; j++) sum += (double)g[j] * g[j];
+            for (size_t j = b * NORM_PIECE; j < end; j++) sum += (double)g[j] * g[j];
             partial[b] = sum;
         }
-        for (size_t b = 0; b < blocks; b++) squares += partial[b];
+        for (size_t b = 0; b < pieces; b++) squares += partial[b];
         free(partial);
-        if (!isfinite(squares) && !*worst) *worst = tensor;
+        if (!isfinite(squares) && !*not_finite) *not_finite = tensor;
         total += squares;
     }
     return sqrt(total);
 }
 
-// What gradients are multiplied by so that their norm is at most `largest` (0: no limit), as torch's
-// clip_grad_norm_ does it.
+// The factor that brings the norm down to `largest` (0: no limit). PyTorch's clip_grad_norm_ has the same
+// 1e-6.
 static float clip_factor(double norm, double largest) {
     return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
 }
 
 // AdamW (Loshchilov, Hutter 2019), update number t = 1, 2, ..., in torch.optim.AdamW's order of operations:
-//   p = p - lr · decay · p          decay acts on the weight itself, not through the gradient
-//   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²          averages (exp_avg, exp_avg_sq)
-//   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)    averages started at 0: corrected
-// g is the gradient times `clip`.
+//   p = p - lr · decay · p                              decay pulls each weight a little towards 0
+//   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²     the moments, exp_avg and exp_avg_sq
+//   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)
+// The moments begin at 0, so they are too small at first; dividing by 1 - b^t corrects that. Epsilon keeps
+// the quotient finite. Decay acts on the weight itself. If it were added to the gradient, as older programs
+// do, it would be divided by the root as well, and weights with large gradients would hardly decay. g is the
+// gradient times `clip`. For example b1 = 0.9, b2 = 0.999, t = 1, g = 0.02: m = 0.002 and v = 4e-7. Corrected
+// they are 0.02 and 0.0004, whose root is 0.02, so p moves by lr · 0.02 / 0.02 = lr. With g = 20 it would
+// also move by lr. When g keeps changing sign, m stays near 0 but v does not, and p moves much less.
 static void adamw_update(const Model *model, const Hyperparameters *h, double learning_rate, long t,
                          float clip) {
     const float b2 = (float)h->beta2, epsilon = (float)h->epsilon;
     const float one_minus_b1 = (float)(1 - h->beta1), one_minus_b2 = (float)(1 - h->beta2);
-    const float step = (float)(learning_rate / (1 - pow(h->beta1, (double)t)));
-    const float root = (float)sqrt(1 - pow(h->beta2, (double)t));
+    const float corrected_rate = (float)(learning_rate / (1 - pow(h->beta1, (double)t)));
+    const float root = (float)sqrt(1 - pow(h->beta2, (double)t)); // corrects the root of v
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         if (tensor->frozen) continue;
         float *p = tensor->value, *m = tensor->exp_avg, *v = tensor->exp_avg_sq;
         const float *gradient = tensor->gradient;
-        const float keep = tensor->decay ? (float)(1 - learning_rate * h->weight_decay) : 1.0f;
+        const float shrink = tensor->decay ? (float)(1 - learning_rate * h->weight_decay) : 1.0f;
 #pragma omp parallel for simd
         for (size_t j = 0; j < tensor->size; j++) {
             float g = gradient[j] * clip;
             m[j] += one_minus_b1 * (g - m[j]);
             v[j] = b2 * v[j] + one_minus_b2 * g * g;
-            p[j] = p[j] * keep - step * m[j] / (sqrtf(v[j]) / root + epsilon);
+            p[j] = p[j] * shrink - corrected_rate * m[j] / (sqrtf(v[j]) / root + epsilon);
         }
     }
 }
@@ -1200,8 +1461,9 @@ static void adamw_update(const Model *model, const Hyperparameters *h, double le
 typedef enum { SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_CONSTANT } Schedule;
 
 // The learning rate of update `step` = 0, 1, ..., steps - 1, relative to the highest: up from 0 in a line
-// during `warmup` updates, then down to `final`, as transformers' get_*_schedule_with_warmup. The first
-// update has rate 0 (if there is a warm-up): it only starts AdamW's averages.
+// during `warmup` updates, then down towards 0 in a line or a half cosine, but never below `final`; or
+// constant. The same as transformers' get_*_schedule_with_warmup, which have no `final`. With a warm-up, the
+// first update has rate 0: it only starts the moments.
 static double schedule_factor(Schedule schedule, long step, long warmup, long steps, double final) {
     if (step < warmup) return (double)step / (double)warmup;
     double progress = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1;
@@ -1215,40 +1477,53 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
 // =====================================================================================================
 // 8. One training step
 // =====================================================================================================
+// Everything comes together: forward, backward, update. A step may look at more examples than memory allows
+// at once. Then they come as several batches, called micro-batches, whose gradients add up before the one
+// update.
+
 typedef struct {
-    double loss, accuracy, norm, learning_rate;
+    double loss;     // mean over the scored rows
+    double accuracy; // share of scored rows whose target had the highest logit
+    double norm, learning_rate;
     size_t rows, targets;
 } Update;
 
-// Takes one update on `count` micro-batches. The loss is the mean over the scored tokens of all of them
-// together, so it does not matter how examples fall into micro-batches. Nothing is changed when nothing is
-// scored (then targets is 0), and the program ends before the update when loss or gradient is not finite.
+// Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over the scored rows of all
+// of them together, so it does not matter how examples fall into micro-batches. When nothing is scored,
+// nothing changes and targets is 0. The program ends before the update when the loss or a gradient is not
+// finite.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
                           const Hyperparameters *h, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
     double loss = 0;
-    size_t hits = 0;
+    size_t correct = 0;
     for (long i = 0; i < count; i++) {
         update.targets += (size_t)batches[i].targets;
         update.rows += (size_t)batches[i].rows;
     }
     if (update.targets == 0) return update;
-    uint64_t stream = random_stream(h->seed, 0x64726f70u + (uint64_t)step);
+
+    // Forward and backward: the first micro-batch overwrites the gradients, the others add to them.
+    const uint64_t stream = random_stream(h->seed, 0x64726f70u + (uint64_t)step); // "drop"
     for (long i = 0; i < count; i++) {
-        Dropout dropout = {h->dropout, random_stream(stream, (uint64_t)i)};
-        activations_reserve(a, model, batches[i].rows, true, h->recompute, h->dropout > 0, false);
+        const Dropout dropout = {h->dropout, random_stream(stream, (uint64_t)i)};
+        activations_reserve(a, model, batches[i].rows, h->keep);
         loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
-        for (int j = 0; j < batches[i].targets; j++) hits += a->hit[j];
+        for (int j = 0; j < batches[i].targets; j++) correct += a->correct[j];
     }
     update.loss = loss / (double)update.targets;
-    update.accuracy = (double)hits / (double)update.targets;
-    const Tensor *worst = NULL;
+    update.accuracy = (double)correct / (double)update.targets;
+
+    // Stop if the loss or a gradient is infinite or not a number: a model does not recover from that.
+    const Tensor *not_finite = NULL;
     const bool finite = isfinite(update.loss);
-    update.norm = finite ? gradient_norm(model, &worst) : 0;
-    if (!finite || worst)
+    update.norm = finite ? gradient_norm(model, &not_finite) : 0;
+    if (!finite || not_finite)
         die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
             "help",
-            step + 1, worst ? "gradient of " : "loss", worst ? worst->name : "");
+            step + 1, not_finite ? "gradient of " : "loss", not_finite ? not_finite->name : "");
+
+    // Update.
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
 }
@@ -1256,6 +1531,8 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 // #####################################################################################################
 // PART II. Text
 // #####################################################################################################
+// Part I knows only token ids. Here text becomes ids and ids become text again, and a trained model writes.
+
 // =====================================================================================================
 // 9. Tokenizer
 // =====================================================================================================
@@ -1786,6 +2063,32 @@ typedef struct {
     Text text;
 } Sample;
 
+// Keys and values of the tokens so far: (L, sequences, key and value, NH, positions, HS), so that a head
+// reads its own in one stream. A batch need not have all the sequences: first_key says where those it has
+// begin.
+struct Cache {
+    int sequences, positions, past; // `past` positions are filled
+    int NH, HS;
+    float *memory;
+    int *first_key; // (sequences of the batch) in rows of HS, within a layer's part
+};
+
+static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
+    const size_t NH = (size_t)cache->NH, HS = (size_t)cache->HS, C = NH * HS;
+    const size_t head_stride = cache->positions * HS,
+                 values = cache->positions * C; // keys stand before values
+    float *layer_part = cache->memory + (size_t)layer * cache->sequences * 2 * values;
+    for (int s = 0; s < batch->sequences; s++)
+        for (int r = batch->first_row[s], place = cache->past; r < batch->first_row[s + 1]; r++, place++)
+            for (size_t head = 0; head < NH; head++) {
+                float *to = layer_part + (cache->first_key[s] + place) * HS + head * head_stride;
+                const float *key = qkv + ((size_t)r * 3 + 1) * C + head * HS;
+                memcpy(to, key, HS * sizeof(float));
+                memcpy(to + values, key + C, HS * sizeof(float));
+            }
+    return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
+}
+
 typedef struct {
     float probability; // not normalised
     int token;
@@ -1881,7 +2184,8 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
     const int V = config->vocab_size, P = config->n_positions;
     Activations a = {0};
     Batch batch = {0};
-    Cache cache = {.sequences = samples, .positions = P};
+    Cache cache = {.sequences = samples, .positions = P, .NH = config->n_head};
+    cache.HS = config->n_embd / config->n_head;
     cache.first_key = xmalloc((size_t)samples * sizeof(int));
     cache.memory = xfloats((size_t)config->n_layer * samples * P * 2 * config->n_embd);
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
@@ -1908,8 +2212,9 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
             last_row[n] = batch.rows - 1;
             cache.first_key[n] = running[n] * 2 * config->n_head * P;
         }
-        activations_reserve(&a, model, batch.rows, false, false, false, false);
+        activations_reserve(&a, model, batch.rows, KEEP_NOTHING);
         model_forward(model, &a, &batch, &cache, (Dropout){0});
+        cache.past += batch.first_row[1];
         seen = size;
         int still = 0;
         for (int n = 0; n < alive; n++) {
@@ -1942,6 +2247,8 @@ static void sample_free(Sample *sample) {
 // #####################################################################################################
 // PART III. Files and data
 // #####################################################################################################
+// What comes from the disk is never trusted, and what goes there is never left half written.
+
 // =====================================================================================================
 // 11. Files
 // =====================================================================================================
@@ -3222,18 +3529,21 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
 // #####################################################################################################
 // PART IV. Running it
 // #####################################################################################################
-// Seconds on a clock that never goes back.
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+// A training step by itself is short. Around it stands what makes a run of hours: evaluation, progress, a
+// log, checkpoints, signals, and the command line that sets all of it.
 
 // =====================================================================================================
 // 14. Training
 // =====================================================================================================
 // The recipe: warm up, decay, evaluate now and then, keep the best, stop in order. Everything that must
 // survive an interruption is in a checkpoint; everything else is a pure function of the options and the step.
+
+// Seconds on a clock that never goes back.
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
@@ -3327,15 +3637,15 @@ static Evaluation evaluate(Run *run) {
     for (size_t begin = 0; begin < end && !stop_signal; begin += B) {
         dataset_batch(run->val, NULL, begin, smaller(B, end - begin), &batch);
         Activations *a = &run->activations;
-        activations_reserve(a, run->model, batch.rows, false, false, false, false);
+        activations_reserve(a, run->model, batch.rows, KEEP_NOTHING);
         model_forward(run->model, a, &batch, NULL, (Dropout){0});
         loss += classifier(run->model, a, &batch, false, 0, false);
         result.targets += (size_t)batch.targets;
         for (int s = 0, i = 0; s < batch.sequences; s++) {
             bool all = true;
             for (; i < batch.targets && a->scored[i] < batch.first_row[s + 1]; i++) {
-                hits += a->hit[i];
-                all = all && a->hit[i];
+                hits += a->correct[i];
+                all = all && a->correct[i];
             }
             exact += all;
             result.examples++;
@@ -3399,7 +3709,7 @@ static double epoch_of(const Run *run, long step) { return (double)step / (doubl
 static FILE *lock_log(const char *out, bool create) {
     const char *path = path_of("%s/log.csv", out);
     int descriptor = open(path, O_RDWR | O_APPEND | (create ? O_CREAT : 0), 0666);
-    if (descriptor < 0 && errno == ENOENT && !create) return NULL;
+    if (descriptor < 0 && (errno == ENOENT || errno == ENOTDIR) && !create) return NULL;
     FILE *log = descriptor < 0 ? NULL : fdopen(descriptor, "a+");
     if (!log) die("%s: cannot be opened: %s", path, strerror(errno));
     const struct flock wanted = {.l_type = F_WRLCK, .l_whence = SEEK_SET}; // the whole file
@@ -3669,8 +3979,14 @@ static int finish_training(const Run *run) {
 }
 
 static Hyperparameters hyperparameters_of(const Options *o) {
-    return (Hyperparameters){o->beta1,          o->beta2,           o->epsilon,        o->weight_decay,
-                             o->max_grad_norm, (float)o->dropout, (uint64_t)o->seed, o->recompute};
+    return (Hyperparameters){.beta1 = o->beta1,
+                             .beta2 = o->beta2,
+                             .epsilon = o->epsilon,
+                             .weight_decay = o->weight_decay,
+                             .max_grad_norm = o->max_grad_norm,
+                             .dropout = (float)o->dropout,
+                             .seed = (uint64_t)o->seed,
+                             .keep = o->recompute ? KEEP_INPUTS : KEEP_ALL};
 }
 
 static bool is_due(long step, long every) { return every > 0 && step % every == 0; }
@@ -4057,7 +4373,8 @@ static void set_threads(long wanted) {
 #pragma omp parallel reduction(+ : got)
     got++;
     omp_set_num_threads(got);
-    if (got < wanted) warn("--threads %ld: only %d can be had (OMP_THREAD_LIMIT, or built without OpenMP)", wanted, got);
+    if (got < wanted)
+        warn("--threads %ld: only %d can be had (OMP_THREAD_LIMIT, or built without OpenMP)", wanted, got);
 }
 
 // Numbers below 1e-38 (denormals) cost processors up to a hundred cycles each, and weights or moments that shrink
@@ -4239,7 +4556,7 @@ static double skipped_work(const Model *model) {
         bool in_block = kind_is_per_layer(t->kind);
         if (t->dims != 2 || !(in_block || t == model_head(model))) continue;
         products += 3 * t->size;
-        skipped += (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest ? t->size : 0);
+        skipped += (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest_trained ? t->size : 0);
     }
     return (double)skipped / (double)products;
 }
@@ -4255,10 +4572,10 @@ static void print_memory(const Run *run) {
            megabytes(all + 3 * trained + activations));
     if (frozen == 0) return;
     Model unfrozen = *model;
-    unfrozen.lowest = -1;
+    unfrozen.lowest_trained = -1;
     Activations full = {0};
-    activations_reserve(&full, &unfrozen, run->activations.rows, true, run->options->recompute,
-                        run->options->dropout > 0, true);
+    full.memory_size =
+        activations_lay_out(&full, &unfrozen, run->activations.rows, run->activations.keep, NULL);
     printf("freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, and %.0f %% of the "
            "products with weights\n",
            megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - activations),
@@ -4373,8 +4690,9 @@ static int run_training(Options *options, int argc, char **argv) {
     if (checkpoint) changes = changed_options(options, &before, ANY);
     set_lengths(&run, options);
     const int rows = largest_batch(run.train, options->batch_size, (int)options->seq_len);
-    activations_reserve(&run.activations, run.model, rows, true, options->recompute, options->dropout > 0,
-                        options->plan);
+    const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
+    run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
+    if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
     if (options->plan) {
         print_plan(&run);
         return end_run(&run, 0);
@@ -4480,10 +4798,12 @@ int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
 // #####################################################################################################
 // PART V. Speed
 // #####################################################################################################
+// Part I says what is computed, with no word of how it gets fast. That is here, and it is needed in few
+// places: products of matrices take nearly all the time, and of the rest only exp() is slow by itself.
+
 // =====================================================================================================
 // 16. How a product gets fast
 // =====================================================================================================
-// ---- the built-in matmul: how a product gets fast ----
 // C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
 // what the processor can do: every multiplication waits for memory. Four steps repair that.
 // 1. Registers. A tile of C (6 x 16 floats with AVX2) stays in the vector registers while k runs. One step of
@@ -4519,7 +4839,7 @@ typedef struct {
     const float *A, *B;
     size_t ldc, lda, ldb, M, N, K;
     bool transpose_a, transpose_b, accumulate;
-    size_t rows, columns, across; // of a block of C, and how many blocks lie side by side
+    size_t rows, columns, blocks_across; // of a block of C, and how many blocks lie side by side
 } Product;
 
 // C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
@@ -4584,8 +4904,8 @@ static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, s
 // One block of C, for all of K.
 static void matmul_block(const Product *p, size_t block) {
     static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
-    size_t row = block / p->across * p->rows, end = smaller(row + p->rows, p->M);
-    size_t column = block % p->across * p->columns, columns = smaller(p->columns, p->N - column);
+    size_t row = block / p->blocks_across * p->rows, end = smaller(row + p->rows, p->M);
+    size_t column = block % p->blocks_across * p->columns, columns = smaller(p->columns, p->N - column);
     bool in_place = !p->transpose_a && p->lda % 1024 != 0;
     size_t lda = in_place ? p->lda : A_LD;
     for (size_t k = 0, depth, pieces = (p->K + DEPTH - 1) / DEPTH; pieces > 0; k += depth, pieces--) {
@@ -4635,33 +4955,36 @@ static void few_rows_transposed(const Product *p, size_t column, size_t end) {
     }
 }
 
-// Columns column .. end - 1 of A · B: eight rows of B at a time, each times its elements of A.
+// Adds n <= 8 rows of B, from row k on, each times its elements of A, to columns column .. end - 1 of C. The
+// eight rows are read side by side, so that each vector of C is loaded and stored only once for all of them.
+static void few_rows_step(const Product *p, size_t k, size_t n, size_t column, size_t end) {
+    const size_t rows_ahead = 8 + 2048 / (end - column); // to prefetch
+    const float *B = p->B + k * p->ldb;
+    float a[FEW][8] = {0};
+    for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
+    size_t j = column;
+    for (; n == 8 && j + LANES <= end; j += LANES) {
+        Vector b[8];
+        for (size_t x = 0; x < 8; x++) {
+            b[x] = *(const Vector *)(B + x * p->ldb + j);
+            __builtin_prefetch(B + (x + rows_ahead) * p->ldb + j);
+        }
+        for (size_t i = 0; i < p->M; i++) {
+            Vector sum = *(Vector *)(p->C + i * p->ldc + j);
+            for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
+            *(Vector *)(p->C + i * p->ldc + j) = sum;
+        }
+    }
+    for (; j < end; j++) // what is left over: the last columns, or the last rows of B
+        for (size_t i = 0; i < p->M; i++)
+            for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
+}
+
+// Columns column .. end - 1 of A · B.
 static void few_rows_plain(const Product *p, size_t column, size_t end) {
-    const size_t ahead = 8 + 2048 / (end - column); // rows to prefetch
     for (size_t i = 0; !p->accumulate && i < p->M; i++)
         memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
-    for (size_t k = 0, n; k < p->K; k += n) {
-        const float *B = p->B + k * p->ldb;
-        float a[FEW][8] = {0};
-        n = smaller(8, p->K - k);
-        for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
-        size_t j = column;
-        for (; n == 8 && j + LANES <= end; j += LANES) {
-            Vector b[8];
-            for (size_t x = 0; x < 8; x++) {
-                b[x] = *(const Vector *)(B + x * p->ldb + j);
-                __builtin_prefetch(B + (x + ahead) * p->ldb + j);
-            }
-            for (size_t i = 0; i < p->M; i++) {
-                Vector sum = *(Vector *)(p->C + i * p->ldc + j);
-                for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
-                *(Vector *)(p->C + i * p->ldc + j) = sum;
-            }
-        }
-        for (; j < end; j++)
-            for (size_t i = 0; i < p->M; i++)
-                for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
-    }
+    for (size_t k = 0; k < p->K; k += 8) few_rows_step(p, k, smaller(8, p->K - k), column, end);
 }
 
 static void matmul_few_rows(const Product *p, size_t block) {
@@ -4678,11 +5001,11 @@ static void matmul_builtin(Product p) {
     // A block's panels: none wider than packed_b can hold, as many blocks as threads or a multiple of them.
     size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
     size_t most = few ? panels : PACKED_B / (smaller(p.K, DEPTH) * TILE_COLUMNS + 16);
-    p.across = ((panels + most - 1) / most + threads - 1) / threads * threads;
-    p.columns = (panels + p.across - 1) / p.across * TILE_COLUMNS;
-    p.across = (p.N + p.columns - 1) / p.columns;
+    p.blocks_across = ((panels + most - 1) / most + threads - 1) / threads * threads;
+    p.columns = (panels + p.blocks_across - 1) / p.blocks_across * TILE_COLUMNS;
+    p.blocks_across = (p.N + p.columns - 1) / p.columns;
     p.rows = few || threads == 1 ? p.M : smaller(p.M, 10 * GROUP);
-    size_t blocks = p.across * ((p.M + p.rows - 1) / p.rows);
+    size_t blocks = p.blocks_across * ((p.M + p.rows - 1) / p.rows);
     void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
     if (threads == 1) // even an idle parallel region takes time
         for (size_t block = 0; block < blocks; block++) work(&p, block);

@@ -168,22 +168,21 @@ KERNEL(run_layernorm_backward) {
 }
 KERNEL(run_attention_forward) {
     SIZES;
-    attention_forward(b.attention, b.log_sum_exp, b.qkv, 3 * (size_t)C, b.qkv + C, b.qkv + 2 * C,
-                      3 * (size_t)C, C / NH, batch->sequences, batch->first_row, batch->first_row, 0,
-                      (Dropout){0}, a->scratch, a->scratch_size, NH, C / NH);
+    const Attention attention = block_attention(model, a, batch, &b, 0, (Dropout){0});
+    attention_forward(&attention);
 }
 KERNEL(run_attention_backward) {
     SIZES;
-    attention_backward(a->wide, a->d_normed, b.qkv, b.attention, b.log_sum_exp, batch->sequences,
-                       batch->first_row, (Dropout){0}, a->scratch, a->scratch_size, NH, C / NH);
+    const Attention attention = block_attention(model, a, batch, &b, 0, (Dropout){0});
+    attention_backward(&attention, a->d_qkv, a->d_normed);
 }
 KERNEL(run_gelu_forward) {
     SIZES;
-    gelu_forward(a->wide, b.hidden, (size_t)R * F);
+    gelu_forward(a->gelu, b.hidden, (size_t)R * F);
 }
 KERNEL(run_gelu_backward) {
     SIZES;
-    gelu_backward(a->wide, b.hidden, (size_t)R * F);
+    gelu_backward(a->d_hidden, b.hidden, (size_t)R * F);
 }
 KERNEL(run_column_sums) {
     SIZES;
@@ -195,7 +194,7 @@ KERNEL(run_column_sums) {
 KERNEL(run_cross_entropy) {
     static int target[LOGIT_ROWS]; // all zeros
     int rows = batch->rows < LOGIT_ROWS ? batch->rows : LOGIT_ROWS;
-    cross_entropy(a->logits, a->loss, a->hit, target, true, 1e-3f, rows, model->config.vocab_size);
+    cross_entropy(a->logits, a->loss, a->correct, target, true, 1e-3f, rows, model->config.vocab_size);
 }
 KERNEL(run_gradient_norm) {
     const Tensor *worst;
@@ -275,7 +274,7 @@ int main(int argc, char **argv) {
         at = end;
     }
     Activations a = {0};
-    activations_reserve(&a, model, batch.rows, true, options.recompute, false, false);
+    activations_reserve(&a, model, batch.rows, options.recompute ? KEEP_INPUTS : KEEP_ALL);
     const size_t R = (size_t)batch.rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
     const size_t V = (size_t)config->vocab_size, HS = C / (size_t)config->n_head;
     const double L = config->n_layer, parameters = (double)count_parameters(model, true);

@@ -212,7 +212,7 @@ static void walk(void) {
     model_set_training(model, &(Patterns){0}, &(Patterns){no_decay, 3, 3});
     model_allocate_training(model, true);
     Activations a = {0};
-    activations_reserve(&a, model, batch.rows, true, false, false, false);
+    activations_reserve(&a, model, batch.rows, KEEP_ALL);
     model_forward(model, &a, &batch, NULL, (Dropout){0});
     show_forward(model, t, &a, &batch);
     show_loss(model, t, &a, &batch, classifier(model, &a, &batch, false, 0, false));
