@@ -4377,19 +4377,16 @@ static void set_threads(long wanted) {
         warn("--threads %ld: only %d can be had (OMP_THREAD_LIMIT, or built without OpenMP)", wanted, got);
 }
 
-// Numbers below 1e-38 (denormals) cost processors up to a hundred cycles each, and weights or moments that shrink
-// towards 0 are full of them. From here on they count as 0, in every thread, and nothing that is learned changes.
+// Numbers below 1e-38 (denormals) cost some processors a hundred cycles each, and weights or moments that shrink
+// towards 0 are full of them. From here on they count as 0 in the calling thread.
 static void flush_denormals(void) {
-#pragma omp parallel
-    {
 #if defined(__SSE__)
-        __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040); // FTZ and DAZ: results, and operands
+    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040); // FTZ and DAZ: results, and operands
 #elif defined(__aarch64__)
-        uint64_t control;
-        __asm__ volatile("mrs %0, fpcr" : "=r"(control));
-        __asm__ volatile("msr fpcr, %0" : : "r"(control | 1u << 24)); // FZ: both
+    uint64_t control;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+    __asm__ volatile("msr fpcr, %0" : : "r"(control | 1u << 24)); // FZ: both
 #endif
-    }
 }
 
 // Gives each thread a core of its own when there are as many threads as cores. Left alone, the
@@ -4497,7 +4494,11 @@ static Run start_run(Options *options, const char *checkpoint) {
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
-    flush_denormals(); // not before weights of 16 bits were read, which become what they mean by way of denormals
+    // Not before weights of 16 bits are read: they become what they mean by way of denormals. Some OpenMP runtimes
+    // hand the calling thread's mode on to the others, some do not.
+    flush_denormals();
+#pragma omp parallel
+    flush_denormals();
     return run;
 }
 
