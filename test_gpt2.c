@@ -835,7 +835,7 @@ static void test_special_token(void) {
     Text text = {0};
     t = tokenizer_new(300, 0);
     find_byte_ids(t, true, "");
-    tokenizer_encode(t, &ids, "a<|endoftext|>", 14, true);
+    tokenizer_encode(t, &ids, "a<|endoftext|>", 14);
     check(ids.size == 14 && ids.data[0] == 64, "%zu ids without <|endoftext|>", ids.size);
     int spelled = name_add(t, "<a b>"); // a token that no bytes spell stands for its name
     tokenizer_decode(t, &text, spelled);
@@ -1013,8 +1013,10 @@ static void test_tokenizer_program(void) {
          "'",
          0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
         {"$T info --tokenizer v", 0,
-         "vocab_size 261\nmerges 4\nend_of_text 260\nlongest_token 260 <|endoftext|>\n"},
-        {"printf 'low<|endoftext|>' | $T encode --special --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+         "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\n"
+         "longest_token 260 <|endoftext|>\n"},
+        {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+        {"printf 'low<|endoftext|>' | $T encode --plain --tokenizer v | wc -l | tr -d ' '", 0, "14\n"},
         // "1", then " 1" to " 3000", and the space at the end, each but the first twice
         {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
          " 3002 distinct pieces;"},
@@ -2303,7 +2305,8 @@ static void test_sampling(void) {
     Candidate candidates[V];
     for (int set = 0; set < 5; set++) {
         float logits[V];
-        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one half.
+        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one
+        // half.
         for (int v = 0; v < V; v++) {
             logits[v] = set < 2    ? 2 * random_normal((uint64_t)set, v)
                         : set == 2 ? (float)(v * 7 % 4)
@@ -2323,7 +2326,8 @@ static void test_sampling(void) {
                       "logits %d, case %zu: token %d drawn %d times, not %.1f", set, n, v, drawn[v],
                       N * wanted[v]);
             }
-            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2 && set != 4) || cases[n].top_p < 1e-6)
+            bool ties = set == 2 || set == 4;
+            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && !ties) || cases[n].top_p < 1e-6)
                 check(drawn[best] == N, "logits %d, case %zu is not greedy", set, n);
         }
     }
@@ -2931,8 +2935,8 @@ static void test_other_clothes(void) {
 
 // ---- a folder's own words ----
 
-// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token already,
-// the one of byte 0xe9.
+// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token
+// already, the one of byte 0xe9.
 #define FLAGS(l, r, w, n)                                                                                    \
     "\"lstrip\": " #l ", \"rstrip\": " #r ", \"single_word\": " #w ", \"normalized\": " #n "}"
 static const struct {
@@ -3093,8 +3097,8 @@ static void test_other_rules(void) {
     free(good.data);
 }
 
-// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three merges,
-// <pad> <s> </s>, no <|endoftext|>.
+// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three
+// merges, <pad> <s> </s>, no <|endoftext|>.
 static void make_own_folder(const char *name, int rows, int token, const char *generation_config) {
     const char *folder = in_tests(name);
     write_text("tiny.bpe", "o w\nl ow\nĠ low");
@@ -3125,8 +3129,8 @@ static void make_own_folder(const char *name, int rows, int token, const char *g
     free(vocabulary.data);
 }
 
-// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is what was
-// read, but for the weights.
+// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is
+// what was read, but for the weights.
 static void test_own_words(void) {
     static const char *const files[] = {
         "vocab.json",        "merges.txt",       "generation_config.json", "tokenizer_config.json",
@@ -3175,8 +3179,8 @@ static void test_own_words(void) {
     free(printed.data);
 }
 
-// A head beside wte that differs from it is used although config.json says that they are tied, as transformers 5.23
-// does; and one that stands alone is wte.
+// A head beside wte that differs from it is used although config.json says that they are tied, as
+// transformers 5.23 does; and one that stands alone is wte.
 static void test_stored_heads(void) {
     for (int only = 0; only < 2; only++) {
         Model *model = small_model(false);
@@ -3386,8 +3390,8 @@ static Dataset *load_quietly(const char *name, int seq_len) {
     return data;
 }
 
-// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between examples,
-// and compares. A byte's id is what GPT-2 gives it.
+// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between
+// examples, and compares. A byte's id is what GPT-2 gives it.
 static void expect_examples(const Dataset *data, const char *expected, const char *what) {
     Text got = {0};
     text_append(&got, "", 0);
@@ -4200,8 +4204,8 @@ static void test_without_tokenizer(void) {
 }
 
 // Loss, accuracy and exact match against what the logits of each example alone give: nine examples, of which
-// every third says what the model would, the next ones are random from their first scored row on, and the others
-// end otherwise. With --val-batches 3 only the first six count.
+// every third says what the model would, the next ones are random from their first scored row on, and the
+// others end otherwise. With --val-batches 3 only the first six count.
 static void test_evaluate(void) {
     enum { V = 11, COUNT_OF_EXAMPLES = 9, SIZE = 9 };
     Model *model = tiny_model(tiny_config(V, 40, 2, 2, 8, 32, true), 12, NULL);
@@ -4212,8 +4216,8 @@ static void test_evaluate(void) {
         const int P = e % 2 ? 1 : 3; // tokens of the prompt
         for (int i = 0; i < P; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
         generate_slowly(model, &prompt, SIZE - P, &greedy);
-        examples[e] = (Example){0, source.ids.size, SIZE, P};
-        for (int i = 0; i < P; i++) ids_push(&source.ids, prompt.data[i]);
+        examples[e] = (Example){0, source.ids.size, SIZE, SIZE - P};
+        for (int i = 0; i < P; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
         for (int i = 0; i < SIZE - P; i++) {
             bool other = e % 3 == 1 || (e % 3 == 2 && i == SIZE - P - 1);
             int shift = other ? 1 + (int)(random_bits((uint64_t)e, 50 + (uint64_t)i) % (V - 1)) : 0;
@@ -4233,13 +4237,14 @@ static void test_evaluate(void) {
         dataset_batch(&data, NULL, e, 1, &batch);
         float *logits = logits_of(model, &batch);
         double *exactly = doubles(logits, (size_t)batch.rows * V);
-        for (int r = examples[e].prompt - 1; r < SIZE - 1; r++, targets++) {
-            right += is_highest(logits + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
-            loss +=
-                oracle_cross_entropy(exactly + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
+        for (int r = 0; r < batch.rows; r++) {
+            if (batch.target[r] < 0) continue;
+            targets++;
+            right += is_highest(logits + r * V, batch.target[r], V);
+            loss += oracle_cross_entropy(exactly + r * V, batch.target[r], V);
         }
         correct += right;
-        exact += right == (size_t)(SIZE - examples[e].prompt);
+        exact += right == (size_t)examples[e].targets;
         free(logits), free(exactly);
         if (e != 5 && e != 8) continue;
         options.val_batches = e == 5 ? 3 : 0;
@@ -4433,6 +4438,35 @@ static void expect_stops(const Text *all, const char *seed) {
     check(stops >= 5, "--stop ended %d of 11 texts", stops);
 }
 
+// Without a prompt text begins behind the end of a text, as a document does; behind another token this model
+// goes on otherwise.
+static void test_no_prompt(void) {
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = tiny_model(tiny_config(tokenizer->vocab_size, 30, 2, 2, 8, 32, true), 3, NULL);
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("lively"));
+    Text printed;
+    expect_run(0, &printed,
+               "--init $D/lively --tokenizer $D/merges.txt --generate 20 --temperature 0 --matmul builtin");
+    for (int other = 0; other < 2; other++) {
+        Ids prompt = {0};
+        Sample sample = {0};
+        ids_push(&prompt, other ? 0 : tokenizer->end_of_text);
+        int kept = begin_capture();
+        generate(model, tokenizer, &prompt, 20, 1, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+        free(end_capture(kept).data);
+        bool same = printed.size == sample.text.size + 1 &&
+                    memcmp(printed.data, sample.text.data, sample.text.size) == 0;
+        check(same == !other, "without a prompt: %s; behind %d: %s", printed.data, prompt.data[0],
+              sample.text.data);
+        free(prompt.data);
+        sample_free(&sample);
+    }
+    free(printed.data);
+    tokenizer_free(tokenizer);
+    model_free(model);
+}
+
 static void test_generate(void) {
     static const char *const variants[] = {"--seed 1",
                                            "--seed 1",
@@ -4458,24 +4492,6 @@ static void test_generate(void) {
         check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
     expect_stops(&texts[0], variants[0]);
     for (int i = 0; i < 7; i++) free(texts[i].data);
-    // Without a prompt text begins behind <|endoftext|>, as a document does.
-    Model *model = model_load(in_tests("run"));
-    Tokenizer *tokenizer = tokenizer_load(in_tests("run"));
-    Sample sample = {0};
-    Ids prompt = {0};
-    ids_push(&prompt, tokenizer->end_of_text);
-    expect_run(0, &printed, "--init $D/run --generate 20 --temperature 0 --matmul builtin");
-    int kept = begin_capture();
-    generate(model, tokenizer, &prompt, 20, 1, tokenizer->end_of_text, &(Sampling){0, 0, 1, 1, NULL},
-             &sample);
-    free(end_capture(kept).data);
-    check(sample.text.size > 5 && printed.size == sample.text.size + 1 &&
-              memcmp(printed.data, sample.text.data, sample.text.size) == 0,
-          "without a prompt: %s, not %s", printed.data, sample.text.data);
-    free(printed.data), free(prompt.data);
-    sample_free(&sample);
-    tokenizer_free(tokenizer);
-    model_free(model);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
     check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
           printed.data);
@@ -4989,6 +5005,7 @@ static const struct {
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
     {"progress: the time that is left", test_time_left},
     {"generation: text as it streams", test_stream},
+    {"generation: without a prompt", test_no_prompt},
 #if defined(__linux__) && defined(_OPENMP)
     {"threads: each has a core of its own, if there are as many", test_pin_threads},
 #endif
