@@ -982,63 +982,69 @@ static void test_long_runs(void) {
     tokenizer_free(t);
 }
 
+// Commands of the program in tokenizer.c, one after the other: exit status, and part of what is printed.
+static const struct {
+    const char *command; // in the temporary folder; $T is the program
+    int status;
+    const char *expected;
+} tokenizer_commands[] = {
+    {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
+     "a.txt",
+     0, "261 tokens"},
+    {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
+    {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
+    {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same", 0,
+     "same"},
+    {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
+     "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
+    {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
+     "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
+    {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
+     "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
+    {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
+     "b.txt",
+     0, "\n2 documents\n"}, // inside a line it separates nothing
+    {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
+     "20240520           1           9\n   260   257   258   198\n"},
+    {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
+     "'",
+     0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
+    {"$T info --tokenizer v", 0,
+     "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\n"
+     "longest_token 260 <|endoftext|>\n"},
+    {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+    {"printf 'low<|endoftext|>' | $T encode --plain --tokenizer v | wc -l | tr -d ' '", 0, "14\n"},
+    // "1", then " 1" to " 3000", and the space at the end, each but the first twice
+    {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
+     " 3002 distinct pieces;"},
+    {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
+    {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
+    {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
+    {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
+    {"$T decode --length 3", 2, "--length does not apply to decode"},
+    {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
+    {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
+    {"$T", 2, "expected a command"},
+};
+
 // The command-line program, which `make` builds beside this one.
 static void test_tokenizer_program(void) {
     const char *slash = strrchr(self_path, '/');
     char *program = xprintf("%.*s/tokenizer", slash ? (int)(slash - self_path) : 1, slash ? self_path : ".");
-    static const struct {
-        const char *command; // in the temporary folder; $T is the program
-        int status;
-        const char *expected;
-    } cases[] = {
-        {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
-         "a.txt",
-         0, "261 tokens"},
-        {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
-        {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
-        {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same",
-         0, "same"},
-        {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
-         "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
-        {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
-         "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
-        {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
-         "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
-        {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
-         "b.txt",
-         0, "\n2 documents\n"}, // inside a line it separates nothing
-        {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
-         "20240520           1           9\n   260   257   258   198\n"},
-        {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
-         "'",
-         0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
-        {"$T info --tokenizer v", 0,
-         "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\n"
-         "longest_token 260 <|endoftext|>\n"},
-        {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
-        {"printf 'low<|endoftext|>' | $T encode --plain --tokenizer v | wc -l | tr -d ' '", 0, "14\n"},
-        // "1", then " 1" to " 3000", and the space at the end, each but the first twice
-        {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
-         " 3002 distinct pieces;"},
-        {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
-        {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
-        {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
-        {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
-        {"$T decode --length 3", 2, "--length does not apply to decode"},
-        {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
-        {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
-        {"$T", 2, "expected a command"},
-    };
     check(file_exists(program), "%s is not built; make builds it", program);
-    for (size_t i = 0; i < sizeof cases / sizeof *cases && file_exists(program); i++) {
+    for (size_t i = 0; i < sizeof tokenizer_commands / sizeof *tokenizer_commands && file_exists(program);
+         i++) {
         char *full = realpath(program, NULL);
-        char *command = xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, cases[i].command);
+        char *command =
+            xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, tokenizer_commands[i].command);
         FILE *pipe = popen(command, "r");
         Text out = {0};
         read_stream(&out, pipe, command);
         int status = pclose(pipe);
-        check(WEXITSTATUS(status) == cases[i].status, "%s: status %d", cases[i].command, WEXITSTATUS(status));
-        check(strstr(out.data, cases[i].expected), "%s: %s", cases[i].command, out.data);
+        check(WEXITSTATUS(status) == tokenizer_commands[i].status, "%s: status %d",
+              tokenizer_commands[i].command, WEXITSTATUS(status));
+        check(strstr(out.data, tokenizer_commands[i].expected), "%s: %s", tokenizer_commands[i].command,
+              out.data);
         free(out.data);
         free(command);
         free(full);
