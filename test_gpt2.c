@@ -835,7 +835,7 @@ static void test_special_token(void) {
     Text text = {0};
     t = tokenizer_new(300, 0);
     find_byte_ids(t, true, "");
-    tokenizer_encode(t, &ids, "a<|endoftext|>", 14, true);
+    tokenizer_encode(t, &ids, "a<|endoftext|>", 14);
     check(ids.size == 14 && ids.data[0] == 64, "%zu ids without <|endoftext|>", ids.size);
     int spelled = name_add(t, "<a b>"); // a token that no bytes spell stands for its name
     tokenizer_decode(t, &text, spelled);
@@ -1013,8 +1013,8 @@ static void test_tokenizer_program(void) {
          "'",
          0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
         {"$T info --tokenizer v", 0,
-         "vocab_size 261\nmerges 4\nend_of_text 260\nlongest_token 260 <|endoftext|>\n"},
-        {"printf 'low<|endoftext|>' | $T encode --special --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+         "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\nlongest_token 260 <|endoftext|>\n"},
+        {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
         // "1", then " 1" to " 3000", and the space at the end, each but the first twice
         {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
          " 3002 distinct pieces;"},
@@ -3044,7 +3044,11 @@ static void test_added_tokens(void) {
         }
         tokenizer_free(t);
     }
-    // Many added tokens take no longer than their number.
+}
+
+// Many added tokens take no longer than their number.
+static void test_many_added_tokens(void) {
+    make_added_folder(1);
     FILE *file = fopen(in_tests("added1/added_tokens.json"), "w");
     for (int i = 0; i < 20000; i++) fprintf(file, "%c\"<token %d>\": %d", i ? ',' : '{', i, 260 + i);
     fputs("}", file);
@@ -4211,8 +4215,8 @@ static void test_evaluate(void) {
         Ids prompt = {0}, greedy = {0};
         for (int i = 0; i < PROMPT; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
         generate_slowly(model, &prompt, SIZE - PROMPT, &greedy);
-        examples[e] = (Example){0, source.ids.size, SIZE, PROMPT};
-        for (int i = 0; i < PROMPT; i++) ids_push(&source.ids, prompt.data[i]);
+        examples[e] = (Example){0, source.ids.size, SIZE, SIZE - PROMPT};
+        for (int i = 0; i < PROMPT; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
         for (int i = 0; i < SIZE - PROMPT; i++) {
             bool other = e % 3 == 2 || (e % 3 == 1 && i == SIZE - PROMPT - 1);
             int shift = other ? 1 + (int)(random_bits((uint64_t)e, 50 + (uint64_t)i) % (V - 1)) : 0;
@@ -4465,8 +4469,8 @@ static void test_generate(void) {
     ids_push(&prompt, tokenizer->end_of_text);
     expect_run(0, &printed, "--init $D/run --generate 20 --temperature 0 --matmul builtin");
     int kept = begin_capture();
-    generate(model, tokenizer, &prompt, 20, 1, tokenizer->end_of_text, &(Sampling){0, 0, 1, 1, NULL},
-             &sample);
+    generate(model, tokenizer, &prompt, 20, 1, &(Ids){&tokenizer->end_of_text, 1, 0},
+             &(Sampling){0, 0, 1, 1, NULL}, &sample);
     free(end_capture(kept).data);
     check(sample.text.size > 5 && printed.size == sample.text.size + 1 &&
               memcmp(printed.data, sample.text.data, sample.text.size) == 0,
@@ -4963,7 +4967,8 @@ static const struct {
     {"safetensors: wrong headers", test_wrong_safetensors},
     {"model folder: round trip to the bit", test_model_folder},
     {"model folder: 16 bits, other names, tensors that are not read", test_other_clothes},
-    {"model folder: added tokens, cut anywhere, many", test_added_tokens},
+    {"model folder: added tokens, cut anywhere", test_added_tokens},
+    {"model folder: 20,000 added tokens", test_many_added_tokens},
     {"model folder: rules that are not GPT-2's", test_other_rules},
     {"model folder: its own end of text; written back as it came", test_own_words},
     {"model folder: heads beside wte and alone", test_stored_heads},
