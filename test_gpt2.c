@@ -4465,12 +4465,13 @@ static void test_generate(void) {
     Model *model = model_load(in_tests("run"));
     Tokenizer *tokenizer = tokenizer_load(in_tests("run"));
     Sample sample = {0};
-    Ids prompt = {0};
+    Ids prompt = {0}, ends = {0};
     ids_push(&prompt, tokenizer->end_of_text);
+    ids_push(&ends, tokenizer->end_of_text);
     expect_run(0, &printed, "--init $D/run --generate 20 --temperature 0 --matmul builtin");
     int kept = begin_capture();
-    generate(model, tokenizer, &prompt, 20, 1, &(Ids){&tokenizer->end_of_text, 1, 0},
-             &(Sampling){0, 0, 1, 1, NULL}, &sample);
+    generate(model, tokenizer, &prompt, 20, 1, &ends, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+    free(ends.data);
     free(end_capture(kept).data);
     check(sample.text.size > 5 && printed.size == sample.text.size + 1 &&
               memcmp(printed.data, sample.text.data, sample.text.size) == 0,
