@@ -464,7 +464,11 @@ static void try_state(Input input) {
     load_trainer_state(&run, folder, 12);
 }
 
-static void resume_log(Run *run) { fclose(open_log(run)); }
+static void resume_log(Run *run) {
+    run->log = lock_log(folder, true);
+    begin_log(run);
+    fclose(run->log);
+}
 
 // log.csv, as a resumed run finds it; the first byte is the step.
 static void try_log(Input input) {
@@ -536,6 +540,8 @@ static void run_target(Input input) {
     if (status == 0) targets[target].run(input);
     if (take_all_back()) require(status != 0 || targets[target].leaves, "memory or files are left over");
     in_use = 0;
+    mapped_files = NULL; // the program's list of them; its memory was just taken back
+    mapped_count = mapped_capacity = 0;
 }
 
 // The input with its part repeated.
