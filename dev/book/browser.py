@@ -1,0 +1,108 @@
+"""A headless Chromium, driven through its debugging pipe: no package is needed for that.
+
+    python3 dev/book/browser.py build/book/index.html FOLDER     takes screenshots of some places, to be looked at
+"""
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def find_chromium():
+    names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome", "chrome"]
+    return next((path for path in map(shutil.which, filter(None, names)) if path), None)
+
+
+class Browser:
+    def __init__(self, program):
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        to_it, ours, theirs, from_it = *os.pipe(), *os.pipe()
+        # Chromium reads commands from 3 and writes answers to 4, each ended by a zero byte.
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{to_it} 4>&{from_it}', "-", program, "--headless=new", "--remote-debugging-pipe", "--no-sandbox",
+             "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={self.folder.name}", "about:blank"],
+            pass_fds=(to_it, from_it), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        os.close(to_it), os.close(from_it)
+        self.commands, self.answers, self.rest, self.count, self.events = ours, theirs, b"", 0, []
+        self.session = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params, **({"sessionId": self.session} if self.session else {})}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.count:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']['message']}")
+                return answer["result"]
+            self.events.append(answer)
+
+    def receive(self):
+        while b"\0" not in self.rest:
+            more = os.read(self.answers, 1 << 20)
+            if not more:
+                raise RuntimeError("Chromium has gone")
+            self.rest += more
+        message, self.rest = self.rest.split(b"\0", 1)
+        return json.loads(message)
+
+    def open(self, path, width=1440, height=900, dark=False):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.events = []
+        self.call("Page.navigate", url=Path(path).resolve().as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.receive())
+
+    def run(self, expression):
+        """The value of an expression in the page; a promise is waited for."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(f"{expression}: {answer['exceptionDetails']['exception'].get('description')}")
+        return answer["result"].get("value")
+
+    def errors(self):
+        """What the console has shown of errors and warnings since the page was opened."""
+        self.run("1")
+        return [e["params"] for e in self.events if e.get("method") == "Runtime.exceptionThrown"
+                or (e.get("method") == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning", "assert"))
+                or (e.get("method") == "Log.entryAdded" and e["params"]["entry"]["level"] in ("error", "warning"))]
+
+    def settle(self):
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 60))))")
+
+    def screenshot(self, path):
+        Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def main():
+    page, folder = sys.argv[1], Path(sys.argv[2])
+    places = sys.argv[3:] or ["book", "section-4", "section-5-layernorm", "attention_backward_tile", "picture-attention", "picture-memory",
+                              "section-16", "questions"]
+    folder.mkdir(parents=True, exist_ok=True)
+    browser = Browser(find_chromium())
+    for width, height, dark in ((1440, 900, False), (1440, 900, True), (390, 844, False), (390, 844, True)):
+        browser.open(page, width, height, dark)
+        for place in places:
+            browser.run(f"document.getElementById('{place}').scrollIntoView()")
+            browser.settle()
+            browser.screenshot(folder / f"{place}-{width}-{'dark' if dark else 'light'}.png")
+    browser.close()
+
+
+if __name__ == "__main__":
+    main()
