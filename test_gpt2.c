@@ -25,10 +25,12 @@ const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
 static const char *current_test = "";
 static int failures_of_test = 0;
+static size_t checks_of_test = 0; // a test that makes none has failed: see main
 static char self_path[4096]; // of this program, which also acts as the trainer: see run_trainer
 
 // Records whether something holds; says what when it does not.
 static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *format, ...) {
+    checks_of_test++;
     if (ok || ++failures_of_test > 5) return;
     va_list arguments;
     va_start(arguments, format);
@@ -54,12 +56,12 @@ static int run_child(void (*f)(void), Text *stderr_text) {
     FILE *file = fdopen(ends[0], "r");
     read_stream(stderr_text, file, "standard error of a test");
     fclose(file);
-    waitpid(child, &status, 0);
+    if (waitpid(child, &status, 0) != child) die("waitpid: %s", strerror(errno));
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-// Runs `train_gpt2 ARGUMENTS` (words of a shell command) in a process of its own; returns the exit status, and in `out`
-// what it printed on both streams.
+// Runs `train_gpt2 ARGUMENTS` (words of a shell command) in a process of its own; returns the exit status,
+// and in `out` what it printed on both streams.
 static int __attribute__((format(printf, 2, 3))) run_trainer(Text *out, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -116,8 +118,9 @@ static void compare_values(Worst *worst, const char *name, const float *ours, co
     worst->compared += theirs->count;
 }
 
-// Compares updates: |(ours - initial) - (theirs - initial)| / |theirs - initial| <= 1e-3 in the L2 norm, since AdamW
-// magnifies rounding where a gradient is nearly zero. What does not move in PyTorch must be the same to the bit.
+// Compares updates: |(ours - initial) - (theirs - initial)| / |theirs - initial| <= 1e-3 in the L2 norm,
+// since AdamW magnifies rounding where a gradient is nearly zero. What does not move in PyTorch must be the
+// same to the bit.
 static void compare_update(Worst *worst, const Tensor *tensor, const float *initial,
                            const StoredTensor *theirs) {
     const float *expected = (const float *)theirs->data;
@@ -211,145 +214,179 @@ static void keep_tensor(StoredTensor **list, size_t *count, size_t *capacity, co
     memcpy(kept->data, data, shape->bytes);
 }
 
-// Computes everything that the folder's reference.safetensors holds, compares, prints (unless `quiet`) the worst
-// deviation of each kind, and returns whether all are inside the tolerance. With dump_path also writes it all.
-static bool compare_reference(const char *folder, const char *dump_path, bool quiet, bool recompute) {
-    char *path = xprintf("%s/reference.safetensors", folder);
-    SafeTensors file = safetensors_open(path);
-    const Json *metadata = json_get(json_get(file.header, "__metadata__"), "options");
+// What is compared, in this order.
+enum { LOGITS, LOSS, GRADIENTS, LOSSES, NORMS, RATES, UPDATES, KINDS };
+
+// A reference folder at work: what PyTorch computed, our model and batches, and what we computed so far.
+typedef struct {
+    const char *folder;
+    char *path; // of its reference.safetensors
+    SafeTensors file;
     Options options;
-    options_from_text(&options, metadata && metadata->string ? metadata->string : "");
-    options.recompute = recompute;
-    Model *model = model_load(folder);
-    const size_t V = (size_t)model->config.vocab_size;
-    model_set_training(model, &options.freeze, &options.no_decay);
-    model_allocate_training(model, true);
+    Model *model;
+    int B, T, A; // sequences, their length, micro-batches
+    Batch whole, *batches;
+    const int64_t *mask; // (B, T)
+    Activations activations;
+    StoredTensor *kept; // ours, for --dump
+    size_t kept_count, kept_capacity;
+    Worst worst[KINDS];
+} Reference;
 
-    const StoredTensor *ids = reference_tensor(&file, "input_ids", "I64", 0, path);
-    if (ids->dims != 2) die("%s: input_ids must be [B, T]", path);
-    const int B = (int)ids->shape[0], T = (int)ids->shape[1], A = (int)options.accumulate;
-    const int64_t *input_ids = (int64_t *)ids->data;
-    const int64_t *mask = (int64_t *)reference_tensor(&file, "attention_mask", "I64", ids->count, path)->data;
-    const int64_t *positions =
-        (int64_t *)reference_tensor(&file, "position_ids", "I64", ids->count, path)->data;
-    const int64_t *labels = (int64_t *)reference_tensor(&file, "labels", "I64", ids->count, path)->data;
+// Packs the reference's sequences as one batch and as its micro-batches.
+static void reference_batches(Reference *r) {
+    const StoredTensor *ids = reference_tensor(&r->file, "input_ids", "I64", 0, r->path);
+    if (ids->dims != 2) die("%s: input_ids must be [B, T]", r->path);
+    const int B = r->B = (int)ids->shape[0], T = r->T = (int)ids->shape[1];
+    const int A = r->A = (int)r->options.accumulate;
+    const int64_t V = r->model->config.vocab_size, P = r->model->config.n_positions;
+    static const char *const names[] = {"input_ids", "attention_mask", "position_ids", "labels"};
+    const int64_t *data[4]; // of these names
+    for (int i = 0; i < 4; i++)
+        data[i] = (int64_t *)reference_tensor(&r->file, names[i], "I64", ids->count, r->path)->data;
+    const int64_t *input_ids = data[0], *mask = r->mask = data[1], *positions = data[2], *labels = data[3];
     for (size_t i = 0; i < ids->count; i++)
-        if (mask[i] && (input_ids[i] < 0 || input_ids[i] >= (int64_t)V || positions[i] < 0 ||
-                        positions[i] >= model->config.n_positions || labels[i] >= (int64_t)V))
-            die("%s: token, position or label out of range at element %zu", path, i);
-    if (T > model->config.n_positions)
-        die("%s: sequences of %d, but the model has %d positions", path, T, model->config.n_positions);
-    if (B % A) die("%s: %d sequences do not make %d micro-batches", path, B, A);
-
-    Batch whole = {0}, *batches = xcalloc((size_t)A, sizeof *batches);
-    pack_padded(&whole, input_ids, mask, positions, labels, B, T);
+        if (mask[i] && (input_ids[i] < 0 || input_ids[i] >= V || positions[i] < 0 || positions[i] >= P ||
+                        labels[i] >= V))
+            die("%s: token, position or label out of range at element %zu", r->path, i);
+    if (T > P) die("%s: sequences of %d, but the model has %d positions", r->path, T, (int)P);
+    if (B % A) die("%s: %d sequences do not make %d micro-batches", r->path, B, A);
+    pack_padded(&r->whole, input_ids, mask, positions, labels, B, T);
+    r->batches = xcalloc((size_t)A, sizeof *r->batches);
     for (int a = 0; a < A; a++) {
         size_t begin = (size_t)a * (B / A) * T;
-        pack_padded(&batches[a], input_ids + begin, mask + begin, positions + begin, labels + begin, B / A,
+        pack_padded(&r->batches[a], input_ids + begin, mask + begin, positions + begin, labels + begin, B / A,
                     T);
     }
-    const Keep keep = recompute ? KEEP_INPUTS : KEEP_ALL;
-    Activations activations = {.keep = keep};
-    StoredTensor *kept = NULL;
-    size_t kept_count = 0, kept_capacity = 0;
-    Worst worst[] = {{.kind = "logits"}, {.kind = "loss"},  {.kind = "gradients"}, {.kind = "losses"},
-                     {.kind = "norms"},  {.kind = "rates"}, {.kind = "updates"}};
-    enum { LOGITS, LOSS, GRADIENTS, LOSSES, NORMS, RATES, UPDATES, KINDS };
+}
 
-    const StoredTensor *theirs = reference_tensor(&file, "logits", "F32", ids->count * V, path);
-    float *packed = xfloats((size_t)whole.rows * V), *padded = xfloats(ids->count * V);
-    all_logits(model, &activations, &whole, packed);
-    unpack_rows(padded, packed, mask, B, T, V);
-    compare_values(&worst[LOGITS], "logits", padded, theirs);
-    keep_tensor(&kept, &kept_count, &kept_capacity, "", "logits", theirs, padded);
+static Reference reference_open(const char *folder, bool recompute) {
+    static const char *const kinds[KINDS] = {"logits", "loss",  "gradients", "losses",
+                                             "norms",  "rates", "updates"};
+    Reference r = {.folder = folder, .path = xprintf("%s/reference.safetensors", folder)};
+    for (int i = 0; i < KINDS; i++) r.worst[i].kind = kinds[i];
+    r.file = safetensors_open(r.path);
+    const Json *metadata = json_get(json_get(r.file.header, "__metadata__"), "options");
+    options_from_text(&r.options, metadata && metadata->string ? metadata->string : "");
+    r.options.recompute = recompute;
+    r.activations.keep = recompute ? KEEP_INPUTS : KEEP_ALL;
+    r.model = model_load(folder);
+    model_set_training(r.model, &r.options.freeze, &r.options.no_decay);
+    model_allocate_training(r.model, true);
+    reference_batches(&r);
+    return r;
+}
 
-    double total = 0;
-    for (int a = 0; a < A; a++) {
-        activations_reserve(&activations, model, batches[a].rows, keep);
-        total += model_forward_backward(model, &activations, &batches[a],
-                                        whole.targets ? 1.0f / (float)whole.targets : 0, a > 0, (Dropout){0});
+static void reference_close(Reference *r) {
+    for (size_t i = 0; i < r->kept_count; i++) {
+        free((char *)r->kept[i].name);
+        free(r->kept[i].data);
     }
-    float loss = whole.targets ? (float)(total / whole.targets) : 0;
-    theirs = reference_tensor(&file, "loss", "F32", 1, path);
-    compare_values(&worst[LOSS], "loss", &loss, theirs);
-    keep_tensor(&kept, &kept_count, &kept_capacity, "", "loss", theirs, &loss);
-    for (int i = 0; i < model->tensor_count; i++) {
-        const Tensor *tensor = &model->tensors[i];
-        char *name = xprintf("grad.%s", tensor->name);
-        if (tensor->gradient) {
-            theirs = reference_tensor(&file, name, "F32", tensor->size, path);
-            compare_values(&worst[GRADIENTS], name, tensor->gradient, theirs);
-            keep_tensor(&kept, &kept_count, &kept_capacity, "", name, theirs, tensor->gradient);
-        } else if (safetensors_find(&file, name)) {
-            die("%s: has %s, which --freeze makes superfluous", path, name);
-        }
-        free(name);
-    }
+    free(r->kept);
+    for (int a = 0; a < r->A; a++) batch_free(&r->batches[a]);
+    free(r->batches);
+    batch_free(&r->whole);
+    activations_free(&r->activations);
+    model_free(r->model);
+    safetensors_close(&r->file, false);
+    free(r->path);
+}
 
-    if (safetensors_find(&file, "losses")) {
-        size_t steps = safetensors_find(&file, "losses")->count;
-        float *initial = xfloats(count_parameters(model, false)), *at = initial;
-        float *losses = xfloats(steps), *norms = xfloats(steps), *rates = xfloats(steps);
-        for (int i = 0; i < model->tensor_count; at += model->tensors[i++].size)
-            memcpy(at, model->tensors[i].value, model->tensors[i].size * sizeof(float));
-        long total_steps = options.steps ? options.steps : (long)steps;
-        long warmup = warmup_of(&options, total_steps, total_steps);
-        for (size_t s = 0; s < steps; s++) {
-            double factor =
-                schedule_factor((Schedule)options.schedule, (long)s, warmup, total_steps, options.final_lr);
-            Update update = take_update(model, &activations, batches, A, HYPERPARAMETERS(&options), (long)s,
-                                        factor * options.learning_rate);
-            losses[s] = (float)update.loss;
-            norms[s] = (float)update.norm;
-            rates[s] = (float)update.learning_rate;
-        }
-        const struct {
-            const char *name;
-            const float *values;
-        } series[] = {{"losses", losses}, {"grad_norms", norms}, {"learning_rates", rates}};
-        for (int i = 0; i < 3; i++) {
-            theirs = reference_tensor(&file, series[i].name, "F32", steps, path);
-            compare_values(&worst[LOSSES + i], series[i].name, series[i].values, theirs);
-            keep_tensor(&kept, &kept_count, &kept_capacity, "", series[i].name, theirs, series[i].values);
-        }
-        at = initial;
-        for (int i = 0; i < model->tensor_count; at += model->tensors[i++].size) {
-            char *name = xprintf("param.%s", model->tensors[i].name);
-            theirs = reference_tensor(&file, name, "F32", model->tensors[i].size, path);
-            compare_update(&worst[UPDATES], &model->tensors[i], at, theirs);
-            keep_tensor(&kept, &kept_count, &kept_capacity, "", name, theirs, model->tensors[i].value);
-            free(name);
-        }
-        free(initial);
-        free(losses);
-        free(norms);
-        free(rates);
-    }
-    bool passed = true;
-    for (int i = 0; i < KINDS; i++) {
-        passed = passed && worst[i].outside == 0;
-        if (worst[i].compared && (!quiet || worst[i].outside))
-            printf("    %-28s %-10s worst absolute %.2e, relative %.2e in %s%s\n", folder, worst[i].kind,
-                   worst[i].absolute, worst[i].relative, worst[i].where,
-                   worst[i].outside ? "   OUTSIDE" : "");
-    }
-    if (dump_path) safetensors_write(dump_path, kept, kept_count);
-    for (size_t i = 0; i < kept_count; i++) {
-        free((char *)kept[i].name);
-        free(kept[i].data);
-    }
-    free(kept);
+// Keeps `ours`, `count` floats, and returns PyTorch's tensor of that name.
+static const StoredTensor *reference_keep(Reference *r, const char *name, const float *ours, size_t count) {
+    const StoredTensor *theirs = reference_tensor(&r->file, name, "F32", count, r->path);
+    keep_tensor(&r->kept, &r->kept_count, &r->kept_capacity, "", name, theirs, ours);
+    return theirs;
+}
+
+static void reference_compare(Reference *r, int kind, const char *name, const float *ours, size_t count) {
+    compare_values(&r->worst[kind], name, ours, reference_keep(r, name, ours, count));
+}
+
+// One pass over all sequences: logits, loss and gradients.
+static void reference_pass(Reference *r) {
+    const size_t V = (size_t)r->model->config.vocab_size, padded_size = (size_t)r->B * (size_t)r->T * V;
+    float *packed = xfloats((size_t)r->whole.rows * V), *padded = xfloats(padded_size);
+    all_logits(r->model, &r->activations, &r->whole, packed);
+    unpack_rows(padded, packed, r->mask, r->B, r->T, V);
+    reference_compare(r, LOGITS, "logits", padded, padded_size);
     free(packed);
     free(padded);
-    for (int a = 0; a < A; a++) batch_free(&batches[a]);
-    free(batches);
-    batch_free(&whole);
-    activations_free(&activations);
-    model_free(model);
-    safetensors_close(&file, false);
-    free(path);
+
+    const int targets = r->whole.targets;
+    double total = 0;
+    for (int a = 0; a < r->A; a++) {
+        activations_reserve(&r->activations, r->model, r->batches[a].rows, r->activations.keep);
+        total += model_forward_backward(r->model, &r->activations, &r->batches[a],
+                                        targets ? 1.0f / (float)targets : 0, a > 0, (Dropout){0});
+    }
+    float loss = targets ? (float)(total / targets) : 0;
+    reference_compare(r, LOSS, "loss", &loss, 1);
+    for (int i = 0; i < r->model->tensor_count; i++) {
+        const Tensor *tensor = &r->model->tensors[i];
+        char *name = xprintf("grad.%s", tensor->name);
+        if (tensor->gradient)
+            reference_compare(r, GRADIENTS, name, tensor->gradient, tensor->size);
+        else if (safetensors_find(&r->file, name))
+            die("%s: has %s, which --freeze makes superfluous", r->path, name);
+        free(name);
+    }
+}
+
+// The updates, if the reference has some: loss, norm and rate of each, and where they took the weights.
+static void reference_updates(Reference *r) {
+    const StoredTensor *series = safetensors_find(&r->file, "losses");
+    if (!series) return;
+    const Options *o = &r->options;
+    const size_t steps = series->count;
+    float *initial = xfloats(count_parameters(r->model, false)), *at = initial, *values[3];
+    for (int i = 0; i < r->model->tensor_count; at += r->model->tensors[i++].size)
+        memcpy(at, r->model->tensors[i].value, r->model->tensors[i].size * sizeof(float));
+    for (int i = 0; i < 3; i++) values[i] = xfloats(steps);
+    const long total = o->steps ? o->steps : (long)steps, warmup = warmup_of(o, total, total);
+    for (size_t s = 0; s < steps; s++) {
+        double factor = schedule_factor((Schedule)o->schedule, (long)s, warmup, total, o->final_lr);
+        Update update = take_update(r->model, &r->activations, r->batches, r->A, HYPERPARAMETERS(o), (long)s,
+                                    factor * o->learning_rate);
+        values[0][s] = (float)update.loss;
+        values[1][s] = (float)update.norm;
+        values[2][s] = (float)update.learning_rate;
+    }
+    static const char *const names[] = {"losses", "grad_norms", "learning_rates"};
+    for (int i = 0; i < 3; i++) {
+        reference_compare(r, LOSSES + i, names[i], values[i], steps);
+        free(values[i]);
+    }
+    at = initial;
+    for (int i = 0; i < r->model->tensor_count; at += r->model->tensors[i++].size) {
+        const Tensor *tensor = &r->model->tensors[i];
+        char *name = xprintf("param.%s", tensor->name);
+        compare_update(&r->worst[UPDATES], tensor, at, reference_keep(r, name, tensor->value, tensor->size));
+        free(name);
+    }
+    free(initial);
+}
+
+// Computes everything that the folder's reference.safetensors holds, compares, prints (unless `quiet`) the
+// worst deviation of each kind, and returns whether all are inside the tolerance. With dump_path also writes
+// it all.
+static bool compare_reference(const char *folder, const char *dump_path, bool quiet, bool recompute) {
+    Reference r = reference_open(folder, recompute);
+    reference_pass(&r);
+    reference_updates(&r);
+    bool passed = r.worst[LOGITS].compared && r.worst[LOSS].compared && r.worst[GRADIENTS].compared;
+    for (int i = 0; i < KINDS; i++) {
+        const Worst *worst = &r.worst[i];
+        passed = passed && worst->outside == 0;
+        if (worst->compared && (!quiet || worst->outside))
+            printf("    %-28s %-10s worst absolute %.2e, relative %.2e in %s%s\n", folder, worst->kind,
+                   worst->absolute, worst->relative, worst->where, worst->outside ? "   OUTSIDE" : "");
+    }
+    if (dump_path) safetensors_write(dump_path, r.kept, r.kept_count);
+    reference_close(&r);
     return passed;
 }
+
 // ---- matmul ----
 
 // Random operands. Storage ends exactly where the last row does, so that a sanitizer sees any read beyond; C
@@ -414,7 +451,7 @@ static double matmul_case_error(MatmulCase *c) {
         double error = c->C[at] == before[at] ? 0 : HUGE_VAL, wanted = c->accumulate ? before[at] : 0;
         if (i < c->M && j < c->N)
             error = fabs(c->C[at] - wanted - matmul_naive(c, i, j)) * 0x1p24 / (double)(c->K + 1);
-        worst = error <= worst ? worst : error; // NaN counts as worst
+        if (!(error <= worst)) worst = isnan(error) ? HUGE_VAL : error; // so that a NaN stays the worst
     }
     free(before);
     return worst;
@@ -841,32 +878,34 @@ static void decode_damaged(void) {
     tokenizer_decode(tokenizer_load(damaged_path), &text, 1000);
 }
 
+// What is wrong with a vocabulary or its merges, and what the error says of it.
+static const struct {
+    const char *vocabulary, *merges, *expected; // how to change a good vocab.json ("from>to"), or NULL
+} damaged_tokenizers[] = {
+    {NULL, "#version: 0.2\na b\nab\n", "line 3: expected two tokens"},
+    {NULL, "a b c\n", "line 1: expected two tokens"},
+    {NULL, "a  b\n", "line 1: expected two tokens"},
+    {NULL, "a b\nab c\nabd c\n", "line 3: expected tokens"},
+    {NULL, "a b\na b\n", "line 2: expected a merge that makes a new token"},
+    {NULL, "a b\nb c\nab c\na bc\n", "line 4: expected a merge that makes a new token"},
+    {NULL, "a \xff\n", "line 1: expected tokens"},
+    {"", "a b\n", "line 1: expected a merge that is new and makes a token of the vocabulary"},
+    {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":257", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"b\":64", "", "\"b\": expected it once"},
+    {"\"a\":64>\"aa\":64", "", "no token \"a\" for byte 97"},
+    {"\"a\":64>\"a\":64,", "", "line 1, column"},
+    {"{>[", "", "not valid JSON at line 1"},
+    {"256}>256", "", "not valid JSON at line 1"},
+    {"256}>257,\"ab\":256}", "a b\na b\n", "line 2: expected a merge that is new"},
+    {NULL, NULL, "cannot be opened"},
+};
+
 static void test_damaged_tokenizers(void) {
-    static const struct {
-        const char *vocabulary, *merges, *expected; // how to change a good vocab.json ("from>to"), or NULL
-    } cases[] = {
-        {NULL, "#version: 0.2\na b\nab\n", "line 3: expected two tokens"},
-        {NULL, "a b c\n", "line 1: expected two tokens"},
-        {NULL, "a  b\n", "line 1: expected two tokens"},
-        {NULL, "a b\nab c\nabd c\n", "line 3: expected tokens"},
-        {NULL, "a b\na b\n", "line 2: expected a merge that makes a new token"},
-        {NULL, "a b\nb c\nab c\na bc\n", "line 4: expected a merge that makes a new token"},
-        {NULL, "a \xff\n", "line 1: expected tokens"},
-        {"", "a b\n", "line 1: expected a merge that is new and makes a token of the vocabulary"},
-        {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":257", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 256"},
-        {"\"a\":64>\"b\":64", "", "\"b\": expected it once"},
-        {"\"a\":64>\"aa\":64", "", "no token \"a\" for byte 97"},
-        {"\"a\":64>\"a\":64,", "", "line 1, column"},
-        {"{>[", "", "not valid JSON at line 1"},
-        {"256}>256", "", "not valid JSON at line 1"},
-        {"256}>257,\"ab\":256}", "a b\na b\n", "line 2: expected a merge that is new"},
-        {NULL, NULL, "cannot be opened"},
-    };
     char *folder = xprintf("%s/damaged", temporary_folder()), *merges_path = xprintf("%s/merges.txt", folder);
     char *vocabulary_path = xprintf("%s/vocab.json", folder);
     make_folder(folder);
@@ -875,24 +914,25 @@ static void test_damaged_tokenizers(void) {
     tokenizer_save(bytes, folder);
     tokenizer_free(bytes);
     Text good = read_file(vocabulary_path);
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    for (size_t i = 0; i < sizeof damaged_tokenizers / sizeof *damaged_tokenizers; i++) {
         Text bad = {0}, said = {0};
-        const char *change = cases[i].vocabulary, *to = change ? strchr(change, '>') : NULL;
+        const char *change = damaged_tokenizers[i].vocabulary, *to = change ? strchr(change, '>') : NULL;
         size_t from = to ? (size_t)(to - change) : 0;
         const char *place = to ? memmem(good.data, good.size, change, from) : good.data + good.size;
         text_append(&bad, good.data, (size_t)(place - good.data));
         text_append(&bad, to ? to + 1 : "", to ? strlen(to + 1) : 0);
         text_append(&bad, place + from, good.size - (size_t)(place - good.data) - from);
         write_file(vocabulary_path, bad.data, bad.size);
-        if (cases[i].merges) write_file(merges_path, cases[i].merges, strlen(cases[i].merges));
+        if (damaged_tokenizers[i].merges)
+            write_file(merges_path, damaged_tokenizers[i].merges, strlen(damaged_tokenizers[i].merges));
         snprintf(damaged_path, sizeof damaged_path, "%s",
-                 change            ? folder
-                 : cases[i].merges ? merges_path
-                                   : "/nowhere/vocab.bpe");
+                 change                         ? folder
+                 : damaged_tokenizers[i].merges ? merges_path
+                                                : "/nowhere/vocab.bpe");
         int status = run_child(load_damaged, &said);
         check(status == 1, "case %zu ends with status %d", i, status);
-        check(strstr(said.data, cases[i].expected) && strstr(said.data, damaged_path), "case %zu says: %s", i,
-              said.data);
+        check(strstr(said.data, damaged_tokenizers[i].expected) && strstr(said.data, damaged_path),
+              "case %zu says: %s", i, said.data);
         check(said.size > 0 && strchr(said.data, '\n') == said.data + said.size - 1,
               "case %zu does not say one line", i);
         free(bad.data);
@@ -927,7 +967,7 @@ static void test_long_runs(void) {
     tokenizer_free(t);
 }
 
-// The command-line program, when it was built beside this one.
+// The command-line program, which `make` builds beside this one.
 static void test_tokenizer_program(void) {
     const char *slash = strrchr(self_path, '/');
     char *program = xprintf("%.*s/tokenizer", slash ? (int)(slash - self_path) : 1, slash ? self_path : ".");
@@ -960,7 +1000,7 @@ static void test_tokenizer_program(void) {
         {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
         {"$T", 2, "expected a command"},
     };
-    if (!file_exists(program)) printf("    %s is not built: not tested\n", program);
+    check(file_exists(program), "%s is not built; make builds it", program);
     for (size_t i = 0; i < sizeof cases / sizeof *cases && file_exists(program); i++) {
         char *full = realpath(program, NULL);
         char *command = xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, cases[i].command);
@@ -1257,7 +1297,8 @@ static void test_exp(void) {
     double worst = 0;
     for (int i = 0; i <= 1000000; i++) {
         float x = -87.0f + 175.0f * 1e-6f * (float)i;
-        worst = fmax(worst, x <= 88 ? fabs(fast_exp(x) / exp(x) - 1) : 0);
+        double error = x <= 88 ? fabs(fast_exp(x) / exp(x) - 1) : 0;
+        if (!(error <= worst)) worst = isnan(error) ? HUGE_VAL : error; // fmax would lose a NaN
     }
     check(worst < 2e-7, "relative error %.2e", worst);
     check(fast_exp(0) == 1, "exp(0) is %.9g", fast_exp(0));
@@ -1408,7 +1449,8 @@ static void test_attention(void) {
         const Attention attention = {&batch, dropout, NH, HS, qkv, keys, out, lse, scratch, size};
         attention_forward(&attention);
         layer_loss(&layer);
-        // exp() turns the rounding of a score into a relative error: as large a score as |q| |k| allows, half an ulp
+        // exp() turns the rounding of a score into a relative error: as large a score as |q| |k| allows, half
+        // an ulp
         double error = deviation(out, layer.y, (size_t)R * C), longest_q = 0, longest_k = 0;
         for (int i = 0; i < R * NH; i++) {
             double q = 0, k = 0;
@@ -1504,7 +1546,10 @@ static void test_dropout(void) {
     }
     for (int k = 0; k < 8; k++) free(y[k]);
     free(ones), free(zeros);
-    // Attention draws for each row, head and key anew: 27 places, in 64 streams none like another.
+}
+
+// Attention draws for each row, head and key anew: 27 places, in 64 streams none like another.
+static void test_attention_dropout(void) {
     uint64_t drawn[27] = {0};
     static const int keys[3] = {0, 1, (1 << 20) - 1};
     for (int i = 0; i < 27; i++) {
@@ -1517,7 +1562,10 @@ static void test_dropout(void) {
         for (int j = 0; j < i; j++)
             check(drawn[i] != drawn[j], "attention draws %d and %d are the same", i, j);
     }
-    // Steps draw differently; the same step draws the same; without dropout the step does not matter.
+}
+
+// Steps draw differently; the same step draws the same; without dropout the step does not matter.
+static void test_dropout_of_steps(void) {
     Model *model = tiny_model(tiny_config(19, 30, 2, 2, 8, 32, true), 1, NULL);
     Batch batches[2] = {ragged_batch(1, 19, 2, (int[]){20, 30}), ragged_batch(1, 19, 2, (int[]){20, 30})};
     Options options;
@@ -2016,7 +2064,8 @@ static Model *updated_model(int threads) {
     options_from_text(&options, "--dropout 0.1");
     int before = omp_get_max_threads();
     omp_set_num_threads(threads);
-    for (int step = 0; step < 2; step++) take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
+    for (int step = 0; step < 2; step++)
+        take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), step, 1e-3);
     omp_set_num_threads(before);
     activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);
@@ -2247,8 +2296,11 @@ static void test_tensor_table(void) {
         }
         model_free(model);
     }
-    // Initial values of GPT-2: deviation 0.02, what writes into the stream 0.02 / sqrt(2L); and each tensor
-    // its own.
+}
+
+// Initial values of GPT-2: deviation 0.02, what writes into the stream 0.02 / sqrt(2L); and each tensor its
+// own.
+static void test_initial_values(void) {
     Model *model = model_new(tiny_config(300, 200, 2, 2, 64, 256, false));
     model_initialise(model, 3);
     for (int i = 0; i < model->tensor_count; i++) {
@@ -2264,6 +2316,10 @@ static void test_tensor_table(void) {
               "%s starts like wte", t->name);
     }
     model_free(model);
+}
+
+// The four sizes of GPT-2 have as many parameters as those that OpenAI published.
+static void test_parameter_counts(void) {
     static const struct {
         int L, NH, C;
         size_t parameters;
@@ -2273,11 +2329,14 @@ static void test_tensor_table(void) {
                  {48, 25, 1600, 1557611200}};
     for (int i = 0; i < 4; i++) {
         Config config = tiny_config(50257, 1024, sizes[i].L, sizes[i].NH, sizes[i].C, 4 * sizes[i].C, true);
-        model = model_new(config);
+        Model *model = model_new(config);
         check(count_parameters(model, false) == sizes[i].parameters, "%d layers have %zu parameters",
               sizes[i].L, count_parameters(model, false));
         model_free(model);
     }
+}
+
+static void test_patterns(void) {
     static const struct {
         const char *regex, *name;
         bool found;
@@ -2410,8 +2469,15 @@ static pid_t start_trainer(rlim_t file_limit, const char *words) {
 
 static int wait_for(pid_t child) {
     int status;
-    waitpid(child, &status, 0);
+    if (waitpid(child, &status, 0) != child) die("waitpid: %s", strerror(errno));
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// Has a child ended? It stays to be waited for.
+static bool has_ended(pid_t child) {
+    siginfo_t ended = {0};
+    waitid(P_PID, (id_t)child, &ended, WEXITED | WNOHANG | WNOWAIT);
+    return ended.si_pid != 0;
 }
 
 // Makes, once, what the runs need: a tokenizer of two merges (V = 259), texts, a model folder.
@@ -2463,7 +2529,7 @@ static void child_model(void) {
 }
 static void child_config(void) { config_read(child_path); }
 
-static void test_json(void) {
+static void test_json_strings(void) {
     static const struct {
         const char *text, *string; // what the string means
     } strings[] = {
@@ -2491,11 +2557,13 @@ static void test_json(void) {
     Json *json = json_parse("\"a\\u0000b\"", 10, "here");
     check(json->length == 3 && memcmp(json->string, "a\0b", 4) == 0, "a NUL inside a string");
     json_free(json);
+}
 
+static void test_json_values(void) {
     const char *text =
         "{\"n\": [0, -1, 2.5, 1e3, -2.5E-1, 9007199254740992], \"t\": true, \"f\":false,\"z\" : null , "
         "\"o\": {}, \"a\": [[], [{\"k\": \"v\"}]]}";
-    json = json_parse(text, strlen(text), "here");
+    Json *json = json_parse(text, strlen(text), "here");
     const double numbers[] = {0, -1, 2.5, 1000, -0.25, 9007199254740992.0};
     const Json *number = json_get(json, "n")->child;
     for (int i = 0; i < 6; i++, number = number->next)
@@ -2506,56 +2574,60 @@ static void test_json(void) {
     check(strcmp(json_get(json_get(json, "a")->child->next->child, "k")->string, "v") == 0, "nesting");
     check(json_number(json, "z", 7, "here") == 7 && json_number(json, "x", 8, "here") == 8, "defaults");
     json_free(json);
+}
 
-    static const char *const wrong[][2] = {
-        {"", "line 1, column 1: expected a value"},
-        {"{", "column 2"},
-        {"[1,", "column 4: expected a value"},
-        {"[1 2]", "line 1, column 4: expected ',' or ']'"},
-        {"{\n\"a\": 1,\n \"b\" 2}", "line 3, column 6: expected ':'"},
-        {"[1,]", "column 4: expected a value"},
-        {"[,1]", "column 2"},
-        {"{\"a\":1,}", "column 8: expected a name"},
-        {"{a:1}", "a name in double quotes"},
-        {"{\"a\":1 \"b\":2}", "',' or '}'"},
-        {"\"abc", "closing quote"},
-        {"\"abc\\\"", "closing quote"},
-        {"\"a\\", "closing quote"},
-        {"\"\\x41\"", "after a backslash"},
-        {"\"\\u12g4\"", "four hexadecimal digits"},
-        {"\"\\ud83d\\u00\"", "four hexadecimal digits"},
-        {"\"\\u12\"", "four"},
-        {"\"a\nb\"", "control character"},
-        {"\"a\n\"", "control character"},
-        {"\"\x01\"", "control character"},
-        {"tru", "a value"},
-        {"nul", "a value"},
-        {"True", "a value"},
-        {"NaN", "a value"},
-        {"+1", "a value"},
-        {"-", "a number"},
-        {"1e", "a number"},
-        {"1.2.3", "a number"},
-        {"--1", "a number"},
-        {"01", "a number"},
-        {"-01.5", "a number"},
-        {"1.", "a number"},
-        {"1.e5", "a number"},
-        {"-.5", "a number"},
-        {"0x10", "a number"},
-        {"-inf", "a number"},
-        {"1e+", "a number"},
-        {"1-2", "a number"},
-        {"1 1", "column 3: expected nothing more"},
-        {"{}]", "nothing more"},
-        {"'a'", "a value"},
-        {"]", "a value"},
-        {"{1:2}", "a name in double quotes"},
-    };
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        child_text = wrong[i][0];
+// What is not valid, and what the error says of it.
+static const char *const wrong_json[][2] = {
+    {"", "line 1, column 1: expected a value"},
+    {"{", "column 2"},
+    {"[1,", "column 4: expected a value"},
+    {"[1 2]", "line 1, column 4: expected ',' or ']'"},
+    {"{\n\"a\": 1,\n \"b\" 2}", "line 3, column 6: expected ':'"},
+    {"[1,]", "column 4: expected a value"},
+    {"[,1]", "column 2"},
+    {"{\"a\":1,}", "column 8: expected a name"},
+    {"{a:1}", "a name in double quotes"},
+    {"{\"a\":1 \"b\":2}", "',' or '}'"},
+    {"\"abc", "closing quote"},
+    {"\"abc\\\"", "closing quote"},
+    {"\"a\\", "closing quote"},
+    {"\"\\x41\"", "after a backslash"},
+    {"\"\\u12g4\"", "four hexadecimal digits"},
+    {"\"\\ud83d\\u00\"", "four hexadecimal digits"},
+    {"\"\\u12\"", "four"},
+    {"\"a\nb\"", "control character"},
+    {"\"a\n\"", "control character"},
+    {"\"\x01\"", "control character"},
+    {"tru", "a value"},
+    {"nul", "a value"},
+    {"True", "a value"},
+    {"NaN", "a value"},
+    {"+1", "a value"},
+    {"-", "a number"},
+    {"1e", "a number"},
+    {"1.2.3", "a number"},
+    {"--1", "a number"},
+    {"01", "a number"},
+    {"-01.5", "a number"},
+    {"1.", "a number"},
+    {"1.e5", "a number"},
+    {"-.5", "a number"},
+    {"0x10", "a number"},
+    {"-inf", "a number"},
+    {"1e+", "a number"},
+    {"1-2", "a number"},
+    {"1 1", "column 3: expected nothing more"},
+    {"{}]", "nothing more"},
+    {"'a'", "a value"},
+    {"]", "a value"},
+    {"{1:2}", "a name in double quotes"},
+};
+
+static void test_wrong_json(void) {
+    for (size_t i = 0; i < sizeof wrong_json / sizeof *wrong_json; i++) {
+        child_text = wrong_json[i][0];
         expect_death(child_json, "here: not valid JSON at line ", child_text);
-        expect_death(child_json, wrong[i][1], child_text);
+        expect_death(child_json, wrong_json[i][1], child_text);
     }
     Text wide = {0}; // 500 values side by side are no nesting
     for (int i = 0; i < 500; i++) text_append(&wide, i ? ",[]" : "[[]", 3);
@@ -2614,7 +2686,10 @@ static void test_safetensors(void) {
     }
     check(!safetensors_find(&file, "fi"), "a name that is not there");
     safetensors_close(&file, false);
+}
 
+static void test_wrong_safetensors(void) {
+    const char *path = in_tests("some.safetensors");
     static const struct {
         const char *header;
         size_t size;
@@ -2675,7 +2750,7 @@ static bool same_values(const Model *a, const Model *b) {
 }
 
 static void test_model_folder(void) {
-    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
+    const char *folder = in_tests("small");
     for (int tied = 0; tied < 2; tied++) {
         Model *model = small_model(tied);
         model_save(model, NULL, folder);
@@ -2690,62 +2765,76 @@ static void test_model_folder(void) {
         loaded = model_load(folder);
         check(same_values(model, loaded), "the file is not written to");
         model_free(loaded);
+        model_free(model);
+    }
+    Model *model = small_model(true);
+    model->config.layer_norm_epsilon = 1.2345678e-5f; // takes all its digits
+    model_save(model, NULL, folder);
+    check(config_read(in_tests("small/config.json")).layer_norm_epsilon == model->config.layer_norm_epsilon,
+          "layer_norm_epsilon does not come back to the bit");
+    model_free(model);
+}
 
-        // The same in other clothes: bare names, 16 bits, stored masks, a head that is there but tied.
-        static const struct {
-            uint16_t bits;
-            float value;
-        } half[] =
-            {{0x3c00, 1},        {0xc000, -2},    {0x0001, 0x1p-24f},        {0x83ff, -1023 * 0x1p-24f},
-             {0x0400, 0x1p-14f}, {0x7bff, 65504}, {0x3555, 1365 * 0x1p-12f}, {0x8000, -0.0f},
-             {0x7c00, INFINITY}},
-          brain[] = {{0x3f80, 1},         {0xc000, -2},
-                     {0x0001, 0x1p-133f}, {0x7f7f, 255 * 0x1p120f},
-                     {0x8000, -0.0f},     {0x3eab, 171 * 0x1p-9f},
-                     {0x3f80, 1},         {0xff80, -INFINITY},
-                     {0x0080, 0x1p-126f}};
-        enum { HALVES = 9 };
-        for (int dtype = 0; dtype < 4; dtype++) { // F32, F16, BF16, and the three mixed
-            StoredTensor list[64];
-            int count = 0;
-            for (int i = 0; i < model->tensor_count; i++) {
-                const Tensor *tensor = &model->tensors[i];
-                int as = dtype == 3 ? i % 3 : dtype;
-                list[count] = stored_tensor(tensor, STORE_VALUE);
-                char *name = (char *)list[count].name;
-                list[count].name =
-                    xstrdup(dtype == 2 || name[0] != 't' ? name : name + strlen("transformer."));
-                free(name);
-                if (as > 0) {
-                    uint16_t *bits = xmalloc(2 * tensor->size);
-                    for (size_t j = 0; j < tensor->size; j++) {
-                        bits[j] = as == 1 ? half[j % HALVES].bits : brain[j % HALVES].bits;
-                        tensor->value[j] = as == 1 ? half[j % HALVES].value : brain[j % HALVES].value;
-                    }
-                    list[count].dtype = as == 1 ? "F16" : "BF16";
-                    list[count].data = (char *)bits;
-                    list[count].bytes = 2 * tensor->size;
-                }
-                count++;
-            }
-            static char mask[64];
-            list[count++] = (StoredTensor){xstrdup("h.0.attn.bias"), "U8", 4, {1, 1, 8, 8}, 64, 64, mask};
-            list[count++] = (StoredTensor){xstrdup("h.1.attn.masked_bias"), "F32", 0, {0}, 1, 4, mask};
-            if (tied) {
-                list[count] = stored_tensor(&model->tensors[WTE], STORE_VALUE);
-                free((char *)list[count].name);
-                list[count++].name = xstrdup("lm_head.weight");
-            }
-            safetensors_write(weights, list, (size_t)count);
-            loaded = model_load(folder);
-            check(same_values(model, loaded), "other clothes %d (tied: %d)", dtype, tied);
-            check((loaded->value_file.data != NULL) == (dtype == 0), "what is mapped, %d", dtype);
-            model_free(loaded);
-            for (int i = 0; i < count; i++) {
-                free((char *)list[i].name);
-                if (strcmp(list[i].dtype, "F16") == 0 || strcmp(list[i].dtype, "BF16") == 0)
-                    free(list[i].data);
-            }
+typedef struct {
+    uint16_t bits;
+    float value;
+} Short;
+
+// A tensor as F32 (`as` 0), F16 (1) or BF16 (2); the model's own values become what the 16 bits mean.
+static StoredTensor short_tensor(const Tensor *tensor, int as) {
+    enum { SHORTS = 9 };
+    static const Short half[SHORTS] = {
+        {0x3c00, 1},        {0xc000, -2},    {0x0001, 0x1p-24f},   {0x83ff, -1023 * 0x1p-24f},
+        {0x0400, 0x1p-14f}, {0x7bff, 65504}, {0x3555, 0x555p-12f}, {0x8000, -0.0f},
+        {0x7c00, INFINITY}};
+    static const Short brain[SHORTS] = {{0x3f80, 1},         {0xc000, -2},        {0x0001, 0x1p-133f},
+                                        {0x7f7f, 0xffp120f}, {0x8000, -0.0f},     {0x3eab, 0xabp-9f},
+                                        {0x3f80, 1},         {0xff80, -INFINITY}, {0x0080, 0x1p-126f}};
+    StoredTensor stored = stored_tensor(tensor, STORE_VALUE);
+    if (as == 0) return stored;
+    uint16_t *bits = xmalloc(2 * tensor->size);
+    for (size_t j = 0; j < tensor->size; j++) {
+        Short number = as == 1 ? half[j % SHORTS] : brain[j % SHORTS];
+        bits[j] = number.bits;
+        tensor->value[j] = number.value;
+    }
+    stored.dtype = as == 1 ? "F16" : "BF16";
+    stored.data = (char *)bits;
+    stored.bytes = 2 * tensor->size;
+    return stored;
+}
+
+// The same in other clothes: bare names, 16 bits, stored masks, a head that is there but tied.
+static void test_other_clothes(void) {
+    static char mask[64];
+    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
+    for (int n = 0; n < 8; n++) {
+        const int tied = n / 4, dtype = n % 4; // F32, F16, BF16, and the three mixed
+        Model *model = small_model(tied);
+        model_save(model, NULL, folder);
+        StoredTensor list[64];
+        int count = 0;
+        for (int i = 0; i < model->tensor_count; i++, count++) {
+            list[count] = short_tensor(&model->tensors[i], dtype == 3 ? i % 3 : dtype);
+            char *name = (char *)list[count].name;
+            list[count].name = xstrdup(dtype == 2 ? name : without_prefix(name));
+            free(name);
+        }
+        list[count++] = (StoredTensor){xstrdup("h.0.attn.bias"), "U8", 4, {1, 1, 8, 8}, 64, 64, mask};
+        list[count++] = (StoredTensor){xstrdup("h.1.attn.masked_bias"), "F32", 0, {0}, 1, 4, mask};
+        if (tied) {
+            list[count] = stored_tensor(&model->tensors[WTE], STORE_VALUE);
+            free((char *)list[count].name);
+            list[count++].name = xstrdup("lm_head.weight");
+        }
+        safetensors_write(weights, list, (size_t)count);
+        Model *loaded = model_load(folder);
+        check(same_values(model, loaded), "other clothes %d (tied: %d)", dtype, tied);
+        check((loaded->value_file.data != NULL) == (dtype == 0), "what is mapped, %d", dtype);
+        model_free(loaded);
+        for (int i = 0; i < count; i++) {
+            free((char *)list[i].name);
+            if (strcmp(list[i].dtype, "F16") == 0 || strcmp(list[i].dtype, "BF16") == 0) free(list[i].data);
         }
         model_free(model);
     }
@@ -2773,36 +2862,74 @@ static void save_changed(StoredTensor change, const char *name) {
     model_free(model);
 }
 
-static void test_damaged_weights(void) {
+static Model *undamaged; // what child_same_model compares with
+
+// Status 0: loaded, and the same to the bit; 3: loaded, but something else.
+static void child_same_model(void) {
+    alarm(20);
+    if (!same_values(model_load(child_path), undamaged)) _exit(3);
+}
+
+// A weights file that ends too early.
+static void test_cut_weights(void) {
     Model *model = small_model(true);
-    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
-    model_save(model, NULL, folder);
+    const char *weights = in_tests("small/model.safetensors");
+    model_save(model, NULL, in_tests("small"));
     model_free(model);
+    child_path = in_tests("small");
+    Text good = read_file(weights);
+    uint64_t header;
+    memcpy(&header, good.data, 8);
+    for (size_t size = 0; size <= good.size; size += size < 8 + header ? 97 : 997) {
+        size_t kept = size + 997 > good.size ? good.size - 1 : size; // the last time: one byte is missing
+        put_file(weights, good.data, kept);
+        const char *error = kept == 0           ? "expected a regular file that is not empty"
+                            : kept < 8 + header ? "its header should have"
+                                                : "the file is cut off";
+        expect_death(child_model, weights, "cut off");
+        expect_death(child_model, error, "cut off");
+    }
+    free(good.data);
+}
+
+// One byte of the header wrong: one line. Only in the metadata, which nobody reads, and among the spaces at
+// the end it may be something else that is right; then the model is the same.
+static void test_wrong_header(void) {
+    const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
+    undamaged = small_model(true);
+    model_save(undamaged, NULL, folder);
     child_path = folder;
     Text good = read_file(weights), printed = {0};
     uint64_t header;
     memcpy(&header, good.data, 8);
-    for (size_t size = 0; size < good.size; size += size < 8 + header ? 97 : 997) {
-        put_file(weights, good.data, size);
-        expect_death(child_model, weights, "cut off");
-    }
-    put_file(weights, good.data, good.size - 1);
-    expect_death(child_model, weights, "the last byte is missing");
-    for (uint64_t i = 0; i < 300;
-         i++) { // one byte of the header wrong: loaded (a name in the metadata), or one line
-        size_t at = random_bits(1, i) % (8 + header);
+    const char *metadata = memmem(good.data, good.size, "{\"format\":\"pt\"}", 15);
+    int refused = 0, harmless = 0;
+    for (uint64_t i = 0; i < 300; i++) {
+        size_t at = i < 15 ? (size_t)(metadata - good.data) + i : random_bits(1, i) % (8 + header);
         char kept = good.data[at], wrong = i % 2 ? kept ^ (char)(1 << i / 2 % 8) : (char)random_bits(2, i);
+        bool is_metadata = good.data + at >= metadata && good.data + at < metadata + 15;
+        bool may_load = wrong == kept || is_metadata || (kept == ' ' && strchr("\t\r\n", wrong));
         good.data[at] = wrong;
         put_file(weights, good.data, good.size);
         printed.size = 0;
-        int status = run_child(child_model, &printed);
-        check(status == 0 || (status == 1 && one_error_line(&printed, folder)),
-              "byte %zu = %d: status %d, %s", at, wrong, status, printed.data);
+        int status = run_child(child_same_model, &printed);
+        check((status == 0 && may_load) || (status == 1 && one_error_line(&printed, folder)),
+              "byte %zu = %d: status %d, %s", at, wrong, status, status ? printed.data : "loaded");
         good.data[at] = kept;
+        refused += status == 1;
+        harmless += status == 0;
     }
+    check(refused > 250 && harmless > 5, "%d headers were refused, %d loaded", refused, harmless);
     free(printed.data);
     free(good.data);
+    model_free(undamaged);
+}
 
+static void test_wrong_tensors(void) {
+    const char *weights = in_tests("small/model.safetensors");
+    Model *model = small_model(true);
+    model_save(model, NULL, in_tests("small"));
+    child_path = in_tests("small");
     const char *name = "transformer.h.1.mlp.c_fc.weight"; // [8, 24]
     save_changed((StoredTensor){name, "F32", 2, {24, 8}, 192, 768, NULL}, name);
     expect_death(child_model, "c_fc.weight has shape [24, 8], expected [8, 24]", "transposed");
@@ -2812,18 +2939,17 @@ static void test_damaged_weights(void) {
     expect_death(child_model, "c_fc.weight is I32; F32, F16 or BF16 expected", "integers");
     save_changed((StoredTensor){0}, name);
     expect_death(child_model, "transformer.h.1.mlp.c_fc.weight is missing", "missing");
-    model = small_model(true);
     StoredTensor extra[64];
     for (int i = 0; i <= model->tensor_count; i++) {
         extra[i] = stored_tensor(&model->tensors[i % model->tensor_count], STORE_VALUE);
         if (i == model->tensor_count) memcpy((char *)extra[i].name, "transformer.xte", 15);
     }
     safetensors_write(weights, extra, (size_t)model->tensor_count + 1);
-    expect_death(child_model, "transformer.xte.weight", "one too many");
+    expect_death(child_model, "tensor transformer.xte.weight is not one of this GPT-2's", "one too many");
     for (int i = 0; i <= model->tensor_count; i++) free((char *)extra[i].name);
     model_free(model);
     unlink(weights);
-    expect_death(child_model, weights, "no weights");
+    expect_death(child_model, "model.safetensors: is missing", "no weights");
 }
 
 static void test_config(void) {
@@ -3102,7 +3228,8 @@ static void test_shards(void) {
 
 // ---- the command line ----
 
-static void test_wrong_input(void) {
+// The files that these command lines name.
+static void make_wrong_inputs(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model->config.n_embd = 8; // does not fit the weights
@@ -3117,80 +3244,87 @@ static void test_wrong_input(void) {
     free(config.data);
     write_text("bad.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n");
     write_text("other.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"b\"}\n");
-    static const struct {
-        int status;
-        const char *error, *words;
-    } wrong[] = {
-        {2, "unknown option --lerning-rate; --help lists all", "--lerning-rate 1"},
-        {2, "unknown option --something-else", "--something-else"},
-        {2, "unknown option -Z", "-Z"},
-        {2, "unknown option -Z;", "-Z5"},
-        {2, "unknown option -Z;", "-yZ"},
-        {2, "--quiet", "--quiet=1"},
-        {2, "'text.txt' is not an option", "text.txt"},
-        {2, "--steps needs a value", "--steps"},
-        {2, "-x needs a value", "-x"},
-        {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
-        {2, "--steps 0:", "--steps 0"},
-        {2, "--steps ten:", "--steps ten"},
-        {2, "--steps :", "--steps ''"},
-        {2, "--steps 5x:", "-x 5x"},
-        {2, "--learning-rate nan:", "--learning-rate nan"},
-        {2, "--learning-rate -1:", "--learning-rate -1"},
-        {2, "--dropout 1: a number from 0 to 0.99", "--dropout 1"},
-        {2, "--top-p 1.1:", "--generate 1 --top-p 1.1"},
-        {2, "--beta2 1:", "--beta2 1"},
-        {2, "--steps 1e400:", "--steps 1e400"},
-        {2, "--keep 0:", "--keep 0"},
-        {2, "say one of linear|cosine|constant", "--schedule square"},
-        {2, "say one of", "--schedule ''"},
-        {2, "say one of", "--schedule 'linear|cosine'"},
-        {2, "say one of auto|openblas|builtin", "--matmul mkl"},
-        {2, "--temperature does not apply to training", "--temperature 1"},
-        {2, "--eval", "--eval --generate 5"},
-        {2, "--steps does not apply to --eval", "--eval --val $D/val.txt --steps 3"},
-        {2, "--train does not apply to --generate", "--generate 3 --train $D/text.txt"},
-        {2, "--train FILE", "$TINY --out $D/none"},
-        {2, "--eval needs --val", "--eval --init $D/model"},
-        {1, "none.txt", "$TINY --train $D/none.txt"},
-        {1, "none-*.txt", "$TINY --train '$D/none-*.txt'"},
-        {1, "none/merges.txt", "--tokenizer $D/none/merges.txt --train $D/text.txt"},
-        {1, "$D/none", "--init $D/none --train $D/text.txt"},
-        {1, "cut off", "--init $D/cut --eval --val $D/val.txt"},
-        {1, "transformer.wte.weight has shape [259, 16], expected [259, 8]",
-         "--init $D/narrow --tokenizer $D/merges.txt --generate 1"},
-        {1, "ends in .txt, .jsonl or .bin", "$TINY --train $D/table.csv"},
-        {1, "folder.txt", "$TINY --train $D/folder.txt"},
-        {1, "empty.txt: holds no example", "$TINY --train $D/empty.txt"},
-        {1,
-         "bad.jsonl:3: not valid JSON at line 1, "
-         "column 13",
-         "$TINY --train $D/bad.jsonl"},
-        {1, "other.jsonl:2: {\"prompt\"", "$TINY --train $D/other.jsonl"},
-        {1, "text needs a tokenizer",
-         "--n-layer 1 --n-embd 16 --n-head 2 --matmul builtin --train $D/text.txt"},
-        {2, "--seq-len 17: the model has only 16 positions", "$TINY --train $D/text.txt --seq-len 17"},
-        {2, "--seq-len 17", "--init $D/model --eval --val $D/val.txt --seq-len 17"},
-        {2, "regular expression '('", "$TINY --train $D/text.txt --freeze '('"},
-        {2, "regular expression 'a['", "$TINY --train $D/text.txt --no-decay 'a['"},
-        {2, "--freeze leaves nothing to train", "$TINY --train $D/text.txt --freeze ."},
-        {2, "--warmup-steps 5x", "$TINY --train $D/text.txt --warmup-steps 5x"},
-        {2, "--epochs 0", "$TINY --train $D/text.txt --epochs 0"},
-        {1, "too few", "$TINY --train $D/d.txt"},
-        {2, "--n-layer", "--init $D/model --n-layer 2 --train $D/text.txt"},
-        {1, "n_embd 16 is not a multiple of n_head 3", "$TINY --n-head 3 --train $D/text.txt"},
-        {1, "merges.txt", "$TINY --train $D/text.txt --out $D/merges.txt"},
-    };
     write_text("d.txt", "abc");
     make_folder(in_tests("folder.txt"));
+}
+
+// What is wrong on the command line or in a file that it names: exit status, part of the one line that is
+// said.
+static const struct {
+    int status;
+    const char *error, *words;
+} wrong_input[] = {
+    {2, "unknown option --lerning-rate; --help lists all", "--lerning-rate 1"},
+    {2, "unknown option --something-else", "--something-else"},
+    {2, "unknown option -Z", "-Z"},
+    {2, "unknown option -Z;", "-Z5"},
+    {2, "unknown option -Z;", "-yZ"},
+    {2, "--quiet=1: this option takes no value", "--quiet=1"},
+    {2, "--resume=1: this option takes no value", "--resume=1"},
+    {2, "'text.txt' is not an option", "text.txt"},
+    {2, "--steps needs a value", "--steps"},
+    {2, "-x needs a value", "-x"},
+    {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
+    {2, "--steps 0:", "--steps 0"},
+    {2, "--steps ten:", "--steps ten"},
+    {2, "--steps :", "--steps ''"},
+    {2, "--steps 5x:", "-x 5x"},
+    {2, "--learning-rate nan:", "--learning-rate nan"},
+    {2, "--learning-rate -1:", "--learning-rate -1"},
+    {2, "--dropout 1: a number from 0 to 0.99", "--dropout 1"},
+    {2, "--top-p 1.1:", "--generate 1 --top-p 1.1"},
+    {2, "--beta2 1:", "--beta2 1"},
+    {2, "--steps 1e400:", "--steps 1e400"},
+    {2, "--keep 0:", "--keep 0"},
+    {2, "say one of linear|cosine|constant", "--schedule square"},
+    {2, "say one of", "--schedule ''"},
+    {2, "say one of", "--schedule 'linear|cosine'"},
+    {2, "say one of auto|openblas|builtin", "--matmul mkl"},
+    {2, "--temperature does not apply to training", "--temperature 1"},
+    {2, "--eval does not apply to --generate", "--eval --generate 5"},
+    {2, "--steps does not apply to --eval", "--eval --val $D/val.txt --steps 3"},
+    {2, "--train does not apply to --generate", "--generate 3 --train $D/text.txt"},
+    {2, "nothing to train on: say --train FILE", "$TINY --out $D/none"},
+    {2, "--eval needs --val FILE", "--eval --init $D/model"},
+    {1, "none.txt: no such file", "$TINY --train $D/none.txt"},
+    {1, "none-*.txt: no such file", "$TINY --train '$D/none-*.txt'"},
+    {1, "none/merges.txt: cannot be opened", "--tokenizer $D/none/merges.txt --train $D/text.txt"},
+    {1, "none: no such model folder", "--init $D/none --train $D/text.txt"},
+    {1, "cut off", "--init $D/cut --eval --val $D/val.txt"},
+    {1, "transformer.wte.weight has shape [259, 16], expected [259, 8]",
+     "--init $D/narrow --tokenizer $D/merges.txt --generate 1"},
+    {1, "ends in .txt, .jsonl or .bin", "$TINY --train $D/table.csv"},
+    {1, "folder.txt: cannot be read: Is a directory", "$TINY --train $D/folder.txt"},
+    {1, "empty.txt: holds no example", "$TINY --train $D/empty.txt"},
+    {1,
+     "bad.jsonl:3: not valid JSON at line 1, "
+     "column 13",
+     "$TINY --train $D/bad.jsonl"},
+    {1, "other.jsonl:2: {\"prompt\"", "$TINY --train $D/other.jsonl"},
+    {1, "text needs a tokenizer", "--n-layer 1 --n-embd 16 --n-head 2 --matmul builtin --train $D/text.txt"},
+    {2, "--seq-len 17: the model has only 16 positions", "$TINY --train $D/text.txt --seq-len 17"},
+    {2, "--seq-len 17: the model has only 16 positions",
+     "--init $D/model --eval --val $D/val.txt --seq-len 17"},
+    {2, "regular expression '('", "$TINY --train $D/text.txt --freeze '('"},
+    {2, "regular expression 'a['", "$TINY --train $D/text.txt --no-decay 'a['"},
+    {2, "--freeze leaves nothing to train", "$TINY --train $D/text.txt --freeze ."},
+    {2, "--warmup-steps 5x: steps, or a share", "$TINY --train $D/text.txt --warmup-steps 5x"},
+    {2, "--epochs 0: less than one update", "$TINY --train $D/text.txt --epochs 0"},
+    {1, "too few", "$TINY --train $D/d.txt"},
+    {2, "for a random start, not for a model folder", "--init $D/model --n-layer 2 --train $D/text.txt"},
+    {1, "n_embd 16 is not a multiple of n_head 3", "$TINY --n-head 3 --train $D/text.txt"},
+    {1, "merges.txt: folder cannot be made", "$TINY --train $D/text.txt --out $D/merges.txt"},
+};
+
+static void test_wrong_input(void) {
+    make_wrong_inputs();
     uint64_t before = fingerprint(temporary_folder());
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        bool trains = strstr(wrong[i].words, "$TINY") || strstr(wrong[i].words, "--train $D");
-        bool elsewhere = trains && !strstr(wrong[i].words, "--out"); // ./out may hold a run
-        char *words = xprintf("%s%s", wrong[i].words, elsewhere ? " --quiet --out $D/never" : "");
-        const char *error =
-            strncmp(wrong[i].error, "$D", 2) == 0 ? in_tests(wrong[i].error + 3) : wrong[i].error;
-        expect_refusal(wrong[i].status, error, words);
+    for (size_t i = 0; i < sizeof wrong_input / sizeof *wrong_input; i++) {
+        bool trains = strstr(wrong_input[i].words, "$TINY") || strstr(wrong_input[i].words, "--train $D");
+        bool elsewhere = trains && !strstr(wrong_input[i].words, "--out"); // ./out may hold a run
+        char *words = xprintf("%s%s", wrong_input[i].words, elsewhere ? " --quiet --out $D/never" : "");
+        check(!strstr(words, wrong_input[i].error), "'%s' is an echo of %s", wrong_input[i].error, words);
+        expect_refusal(wrong_input[i].status, wrong_input[i].error, words);
         free(words);
     }
     check(fingerprint(temporary_folder()) == before, "wrong input changed files");
@@ -3208,53 +3342,59 @@ static bool same_option(const Option *option, const Options *a, const Options *b
     return same;
 }
 
+// The letters of the options, and the names that they are short for.
+static const char letters[] =
+    "e init i train j val o out y resume b batch-size t seq-len x steps l learning-rate u warmup-steps k "
+    "schedule "
+    "q final-lr c weight-decay v val-every m val-batches s sample-every g sample-tokens n save-every h help ";
+
+// One option: by its name, by its letter, and as a checkpoint remembers it. Nothing else changes.
+static void check_option(const Option *option) {
+    char value[64] = "a[0-9],b", mode[32] = "", text[256];
+    const bool flag = option->kind == FLAG;
+    if (option->kind == COUNT) snprintf(value, sizeof value, "%g", option->least + 6);
+    if (option->kind == REAL)
+        snprintf(value, sizeof value, "%.17g", option->most / 1.37); // takes all its digits
+    if (option->kind == CHOICE) snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
+    if (!(option->modes & TRAIN)) strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
+    Options initial, by_name, by_letter, again;
+    set_defaults(&initial);
+    snprintf(text, sizeof text, "%s --%s%s%s", mode, option->name, flag ? "" : "=", flag ? "" : value);
+    options_from_text(&by_name, text);
+    check(!same_option(option, &initial, &by_name), "%s is not taken", text);
+    for (const Option *other = option_table; other < option_table + OPTION_COUNT; other++)
+        check(!other->name || other == option || strstr(mode, other->name) ||
+                  same_option(other, &initial, &by_name),
+              "%s changes --%s", text, other->name);
+    if (option->letter) {
+        char pair[64];
+        snprintf(pair, sizeof pair, "%c %s ", option->letter, option->name);
+        check(strstr(letters, pair) != NULL, "-%c is not short for --%s", option->letter, option->name);
+        snprintf(text, sizeof text, "-%c %s", option->letter, flag ? "" : value);
+        options_from_text(&by_letter, text);
+        check(same_option(option, &by_name, &by_letter), "-%c is not --%s", option->letter, option->name);
+    }
+    text[0] = 0;
+    Patterns saved = options_to_save(&by_name);
+    for (size_t i = 0; i < saved.size; i++)
+        snprintf(text + strlen(text), sizeof text - strlen(text), "%s ", saved.items[i]);
+    options_from_text(&again, text);
+    check(same_option(option, option->modes & NOT_SAVED ? &initial : &by_name, &again),
+          "--%s remembered as %s", option->name, text);
+}
+
 static void test_options(void) {
-    static const char letters[] =
-        "e init i train j val o out y resume b batch-size t seq-len x steps l learning-rate "
-        "u warmup-steps k schedule q final-lr c weight-decay v val-every m val-batches s sample-every g "
-        "sample-tokens "
-        "n save-every h help ";
     Text help;
     make_inputs();
     expect_run(0, &help, "--help");
     size_t with_letter = 0;
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         if (!option->name) continue;
-        char *row = xprintf(" --%s ", option->name), value[64] = "a[0-9],b", mode[32] = "", text[256];
+        char *row = xprintf(" --%s ", option->name);
         check(count_of(help.data, row) >= 1, "--help does not list%s", row);
         free(row);
-        if (option->kind == COUNT || option->kind == REAL)
-            snprintf(value, sizeof value, "%g",
-                     option->kind == COUNT ? option->least + 6 : option->most * 0.75);
-        if (option->kind == CHOICE) snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
-        if (!(option->modes & TRAIN)) strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
-        Options initial, by_name, by_letter, again;
-        set_defaults(&initial);
-        bool flag = option->kind == FLAG;
-        snprintf(text, sizeof text, "%s --%s%s%s", mode, option->name, flag ? "" : "=", flag ? "" : value);
-        options_from_text(&by_name, text);
-        check(!same_option(option, &initial, &by_name), "%s is not taken", text);
-        for (const Option *other = option_table; other < option_table + OPTION_COUNT; other++)
-            check(!other->name || other == option || strstr(mode, other->name) ||
-                      same_option(other, &initial, &by_name),
-                  "%s changes --%s", text, other->name);
-        if (option->letter) {
-            char pair[64];
-            snprintf(pair, sizeof pair, "%c %s ", option->letter, option->name);
-            check(strstr(letters, pair) != NULL, "-%c is not short for --%s", option->letter, option->name);
-            snprintf(text, sizeof text, "-%c %s", option->letter, flag ? "" : value);
-            options_from_text(&by_letter, text);
-            check(same_option(option, &by_name, &by_letter), "-%c is not --%s", option->letter, option->name);
-            with_letter++;
-        }
-        // What a checkpoint remembers gives the same again.
-        text[0] = 0;
-        Patterns saved = options_to_save(&by_name);
-        for (size_t i = 0; i < saved.size; i++)
-            snprintf(text + strlen(text), sizeof text - strlen(text), "%s ", saved.items[i]);
-        options_from_text(&again, text);
-        check(same_option(option, option->modes & NOT_SAVED ? &initial : &by_name, &again),
-              "--%s remembered as %s", option->name, text);
+        check_option(option);
+        with_letter += option->letter != 0;
     }
     check(with_letter == count_of(letters, " ") / 2, "%zu options have a letter", with_letter);
     free(help.data);
@@ -3265,8 +3405,12 @@ static void test_options(void) {
     check(options.no_decay.size == 0, "--no-decay none");
     options_from_text(&options, "-x7 -y -b5");
     check(options.steps == 7 && options.resume && options.batch_size == 5, "-x7 -y -b5");
+}
 
-    // On top of what a checkpoint remembers: what is said again replaces it, and is remembered in its place.
+// On top of what a checkpoint remembers: what is said again replaces it, and is remembered in its place.
+static void test_remembered_options(void) {
+    Options options;
+    make_inputs();
     write_text("state.json",
                "{\"options\": [\"--freeze=a\", \"--freeze=b\", \"--no-decay=x\", \"--steps=3\"]}");
     char *words[] = {"train_gpt2", "--freeze", "c", "--freeze=d", "--steps", "4"};
@@ -3281,8 +3425,11 @@ static void test_options(void) {
     check(strcmp(saved.data, "--steps=4--no-decay=x--freeze=c--freeze=d") == 0, "remembered: %s", saved.data);
     free(saved.data);
     unlink(in_tests("state.json"));
+}
 
+static void test_plan(void) {
     Text plan;
+    make_inputs();
     uint64_t before = fingerprint(temporary_folder());
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --freeze wpe --steps 40 --out $D/never");
     check(strstr(plan.data, "transformer.wte.weight") && strstr(plan.data, "[259, 16]") &&
@@ -3295,7 +3442,8 @@ static void test_options(void) {
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --steps 40 --out $D/never");
     check(!strstr(plan.data, "freezing"), "--plan: nothing is frozen");
     free(plan.data);
-    // A block of 128 channels has 198272 parameters; of three blocks, two keep 10 C + NH + 4 floats in 32 rows.
+    // A block of 128 channels has 198272 parameters; of three blocks, two keep 10 C + NH + 4 floats in 32
+    // rows.
     const char *wide = "$TINY --n-layer 3 --n-embd 128 --train $D/text.txt --plan --out $D/never --freeze";
     for (int deep = 0; deep < 2; deep++) {
         char *words = xprintf("%s '%s'", wide, deep ? "h.[01]|w[tp]e" : "h.0");
@@ -3336,8 +3484,8 @@ static void test_skipped_work(void) {
     }
 }
 
-// The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what was
-// there before is covered, and no escape sequence is sent.
+// The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what
+// was there before is covered, and no escape sequence is sent.
 static void test_progress(void) {
     const char *lines[] = {
         "step 1/9  loss 1.2345  0:00:09 left  epoch 0.10  lr 1.00e-03  norm 1.000  99 tok/s", "step 2/9"};
@@ -3373,6 +3521,66 @@ static void test_progress(void) {
         close(kept);
     }
 }
+
+#if defined(__linux__) && defined(_OPENMP)
+enum { MOST_THREADS = 256 };
+
+// The cores that each of this team's threads may run on; returns how many threads there are.
+static int read_affinities(cpu_set_t cores[MOST_THREADS]) {
+    int threads = 0;
+#pragma omp parallel reduction(+ : threads)
+    {
+        sched_getaffinity(0, sizeof *cores, &cores[omp_get_thread_num()]);
+        threads += 1;
+    }
+    return threads;
+}
+
+// As many threads as cores: each gets one of the allowed cores, and no two the same. Otherwise, and when
+// OMP_PROC_BIND says what is wanted, all stay as they are.
+static void test_pin_threads(void) {
+    cpu_set_t allowed, last, own[MOST_THREADS], before[MOST_THREADS];
+    const int threads_before = omp_get_max_threads();
+    const char *bind = getenv("OMP_PROC_BIND");
+    char *kept = bind ? xstrdup(bind) : NULL;
+    sched_getaffinity(0, sizeof allowed, &allowed);
+    const int cores = CPU_COUNT(&allowed) < MOST_THREADS ? CPU_COUNT(&allowed) : MOST_THREADS - 1;
+    int highest = 0;
+    for (int core = 0; core < CPU_SETSIZE; core++) highest = CPU_ISSET(core, &allowed) ? core : highest;
+
+    for (int pinned = 0; pinned < 3;
+         pinned++) { // bound by the environment; one thread too many; as it should be
+        omp_set_num_threads(cores + (pinned == 1));
+        pinned == 0 ? setenv("OMP_PROC_BIND", "false", 1) : unsetenv("OMP_PROC_BIND");
+        int threads = read_affinities(before);
+        pin_threads();
+        check(read_affinities(own) == threads && threads == cores + (pinned == 1), "%d threads", threads);
+        cpu_set_t together;
+        CPU_ZERO(&together);
+        for (int i = 0; i < threads; i++) {
+            check(pinned == 2 ? CPU_COUNT(&own[i]) == 1 : CPU_EQUAL(&own[i], &before[i]),
+                  "case %d: thread %d of %d may run on %d cores", pinned, i, threads, CPU_COUNT(&own[i]));
+            CPU_OR(&together, &together, &own[i]);
+        }
+        check(pinned < 2 || CPU_EQUAL(&together, &allowed), "%d threads on %d of %d cores", threads,
+              CPU_COUNT(&together), cores);
+#pragma omp parallel
+        sched_setaffinity(0, sizeof allowed, &allowed);
+    }
+    // Only the last core is allowed: that is where one thread goes.
+    CPU_ZERO(&last);
+    CPU_SET(highest, &last);
+    sched_setaffinity(0, sizeof last, &last);
+    omp_set_num_threads(1);
+    pin_threads();
+    sched_getaffinity(0, sizeof *own, &own[0]);
+    check(CPU_EQUAL(&own[0], &last), "one thread with one core allowed goes elsewhere");
+    sched_setaffinity(0, sizeof allowed, &allowed);
+    omp_set_num_threads(threads_before);
+    kept ? setenv("OMP_PROC_BIND", kept, 1) : unsetenv("OMP_PROC_BIND");
+    free(kept);
+}
+#endif
 
 // ---- runs ----
 
@@ -3476,8 +3684,8 @@ static void test_other_formats(void) {
     expect_run(0, NULL, "--init $D/both --generate 1 --matmul builtin");
 }
 
-// Any piece of a sample's text as --stop: each sample ends before the first place where its own text has it, and
-// what the prompt says does not count. Pieces begin and end inside tokens, and span several.
+// Any piece of a sample's text as --stop: each sample ends before the first place where its own text has it,
+// and what the prompt says does not count. Pieces begin and end inside tokens, and span several.
 static void test_stop(void) {
     enum { S = 3, COUNT = 60 };
     make_inputs();
@@ -3518,22 +3726,30 @@ static void test_stop(void) {
     model_free(model);
 }
 
+// Trains, once, the model that the tests of runs look at: 30 updates and 4 evaluations in D/run. Returns what
+// was printed then.
+static const char *make_run(void) {
+    static Text printed;
+    make_inputs();
+    if (!printed.data)
+        expect_run(0, &printed,
+                   "$TINY --train $D/text.txt --val $D/val.txt --steps 30 --val-every 10 --out $D/run");
+    return printed.data;
+}
+
 static void test_run(void) {
     LogLine lines[500];
-    Text printed, again;
-    make_inputs();
-    expect_run(0, &printed,
-               "$TINY --train $D/text.txt --val $D/val.txt --steps 30 --val-every 10 --out $D/run");
+    Text printed;
+    const char *progress = make_run();
     size_t count = read_log("run", lines, NULL);
     check(count == 34 && lines[33].val && lines[33].step == 30 && lines[1].loss > 5,
           "30 updates, 4 evaluations");
     check(lines[33].loss < 0.75 * lines[0].loss, "loss %g -> %g", lines[0].loss, lines[33].loss);
-    check(count_of(printed.data, " tok/s\n") == 30 && count_of(printed.data, ":00 left") > 0,
-          "a line a step: %s", printed.data);
-    check(strstr(printed.data, "tok/s") && strstr(printed.data, "val loss") && !strchr(printed.data, '\r') &&
-              !strchr(printed.data, '\033'),
-          "progress in a pipe is plain lines: %s", printed.data);
-    free(printed.data);
+    check(count_of(progress, " tok/s\n") == 30 && count_of(progress, ":00 left") > 0, "a line a step: %s",
+          progress);
+    check(strstr(progress, "tok/s") && strstr(progress, "val loss") && !strchr(progress, '\r') &&
+              !strchr(progress, '\033'),
+          "progress in a pipe is plain lines: %s", progress);
     check(same_files("run/model.safetensors", "run/checkpoint-000030/model.safetensors"),
           "the result is the last state");
     expect_run(0, &printed, "--init $D/run --eval --val $D/val.txt --batch-size 2 --matmul builtin --quiet");
@@ -3557,7 +3773,11 @@ static void test_run(void) {
               strstr(printed.data, "sample at step 2"),
           "--quiet prints: %s", printed.data);
     free(printed.data);
+}
 
+static void test_freeze_and_overfit(void) {
+    Text printed;
+    make_run();
     expect_run(0, NULL,
                "--init $D/run --train $D/text.txt --steps 3 --save-every 3 --freeze wte --val-fraction 0 "
                "--out $D/frozen --quiet --matmul builtin");
@@ -3578,32 +3798,11 @@ static void test_run(void) {
     expect_run(1, NULL, "--overfit $TINY --train $D/text.txt --steps 2 --out $D/over --quiet");
     expect_run(0, NULL,
                "$TINY --train $D/short.txt --batch-size 1048576 --accumulate 65536 --steps 1 --out $D/huge");
+}
 
-    static const char *const variants[] = {"--seed 1",
-                                           "--seed 1",
-                                           "--seed 2",
-                                           "--temperature 0 --seed 1",
-                                           "--temperature 0 --seed 2",
-                                           "--top-k 1 --seed 3",
-                                           "--top-p 0 --seed 4"};
-    Text texts[7];
-    for (int i = 0; i < 7; i++) {
-        char *words =
-            xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s", variants[i]);
-        expect_run(0, &texts[i], words);
-        check(strncmp(texts[i].data, "the cat", 7) == 0 && texts[i].data[texts[i].size - 1] == '\n',
-              "--generate starts with "
-              "the prompt, ends a line: %s",
-              texts[i].data);
-        free(words);
-    }
-    check(strcmp(texts[0].data, texts[1].data) == 0, "the same seed, the same text");
-    check(strcmp(texts[0].data, texts[2].data) != 0 && strcmp(texts[0].data, texts[3].data) != 0,
-          "another seed");
-    for (int i = 4; i < 7; i++)
-        check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
-    // --stop, streamed: pieces of the text; at last its end with more behind, which is held back to the end.
-    const Text *all = &texts[0];
+// --stop, streamed: pieces of the text that a seed gives; at last the text's end with more behind it, which
+// is held back until the last token.
+static void expect_stops(const Text *all, const char *seed) {
     int stops = 0;
     for (size_t n = 0; n <= 40; n += 4) {
         char stop[5] = "";
@@ -3614,7 +3813,7 @@ static void test_run(void) {
         const char *found = strstr(all->data + 7, stop);
         Text stopped;
         char *line = xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s --stop '%s'",
-                             variants[0], stop);
+                             seed, stop);
         expect_run(0, &stopped, line);
         char *wanted =
             found && stop[0] ? xprintf("%.*s\n", (int)(found - all->data), all->data) : xstrdup(all->data);
@@ -3623,6 +3822,32 @@ static void test_run(void) {
         free(line), free(wanted), free(stopped.data);
     }
     check(stops >= 5, "--stop ended %d of 11 texts", stops);
+}
+
+static void test_generate(void) {
+    static const char *const variants[] = {"--seed 1",
+                                           "--seed 1",
+                                           "--seed 2",
+                                           "--temperature 0 --seed 1",
+                                           "--temperature 0 --seed 2",
+                                           "--top-k 1 --seed 3",
+                                           "--top-p 0 --seed 4"};
+    Text texts[7], printed, again;
+    make_run();
+    for (int i = 0; i < 7; i++) {
+        char *words =
+            xprintf("--init $D/run --generate 60 --prompt 'the cat' --matmul builtin %s", variants[i]);
+        expect_run(0, &texts[i], words);
+        check(strncmp(texts[i].data, "the cat", 7) == 0 && texts[i].data[texts[i].size - 1] == '\n',
+              "--generate starts with the prompt, ends a line: %s", texts[i].data);
+        free(words);
+    }
+    check(strcmp(texts[0].data, texts[1].data) == 0, "the same seed, the same text");
+    check(strcmp(texts[0].data, texts[2].data) != 0 && strcmp(texts[0].data, texts[3].data) != 0,
+          "another seed");
+    for (int i = 4; i < 7; i++)
+        check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
+    expect_stops(&texts[0], variants[0]);
     for (int i = 0; i < 7; i++) free(texts[i].data);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
     check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
@@ -3645,10 +3870,8 @@ static void test_run(void) {
 // Waits until the log of a run has this many lines, or the run has ended.
 static void wait_for_lines(const char *out, size_t lines, pid_t child) {
     char *path = xprintf("%s/log.csv", in_tests(out));
-    siginfo_t ended = {0};
-    for (size_t count = 0; count < lines && ended.si_pid == 0;) {
+    for (size_t count = 0; count < lines && !has_ended(child);) {
         usleep(200);
-        waitid(P_PID, (id_t)child, &ended, WEXITED | WNOHANG | WNOWAIT);
         if (!file_exists(path)) continue;
         Text text = read_file(path);
         count = count_of(text.data, "\n");
@@ -3676,51 +3899,63 @@ static void expect_same_run(const char *out, const char *how) {
     free(parts.data);
 }
 
-static void test_resume(void) {
-    LogLine lines[500];
+// The run that nothing interrupts, once, in D/whole. Returns the seconds that it took.
+static double make_whole_run(void) {
+    static double duration;
     make_inputs();
+    if (duration > 0) return duration;
     double begin = now();
     char *words = xprintf("%swhole", RESUMABLE);
     expect_run(0, NULL, words);
-    double duration = now() - begin;
     free(words);
+    return duration = now() - begin;
+}
+
+// Ends a run by a signal in its middle, and checks what it says and saves. One that was done before the
+// signal came is started again.
+static void stop_run(const char *out, int signal_number) {
+    LogLine lines[500];
+    char *words = xprintf("%s%s", RESUMABLE, out);
+    int status = 0;
+    for (int attempt = 0; attempt < 5 && status == 0; attempt++) {
+        remove_folder(in_tests(out));
+        pid_t child = start_trainer(0, words);
+        wait_for_lines(out, 5, child);
+        kill(child, signal_number);
+        status = wait_for(child);
+    }
+    Text printed = read_file(in_tests("printed"));
+    size_t count = read_log(out, lines, NULL);
+    check(status == 128 + signal_number && strstr(printed.data, "--resume goes on"),
+          "signal %d: status %d, %s", signal_number, status, printed.data);
+    long stopped = -1;
+    const char *said = strstr(printed.data, "stopped at step ");
+    check(said && sscanf(said, "stopped at step %ld", &stopped) == 1 && stopped < 12 && count > 3 &&
+              stopped == lines[count - 1].step,
+          "stopped in the middle, after %ld", stopped);
+    char *saved = xstrdup(checkpoint_path(in_tests(out), stopped));
+    check(is_folder(saved), "%s is not there", saved);
+    uint64_t before = fingerprint(in_tests(out));
+    expect_refusal(2, "--resume goes on with it", words);
+    check(fingerprint(in_tests(out)) == before, "a refused run changed its folder");
+    free(saved);
+    free(words);
+    free(printed.data);
+}
+
+static void test_resume(void) {
     static const struct {
         const char *out;
         int signal;
     } stops[] = {{"terminated", SIGTERM}, {"interrupted", SIGINT}};
+    make_whole_run();
     for (int i = 0; i < 2; i++) {
-        words = xprintf("%s%s", RESUMABLE, stops[i].out);
-        int status = 0;
-        for (int attempt = 0; attempt < 5 && status == 0;
-             attempt++) { // status 0: it was done before the signal came
-            remove_folder(in_tests(stops[i].out));
-            pid_t child = start_trainer(0, words);
-            wait_for_lines(stops[i].out, 5, child);
-            kill(child, stops[i].signal);
-            status = wait_for(child);
-        }
-        Text printed = read_file(in_tests("printed"));
-        size_t count = read_log(stops[i].out, lines, NULL);
-        check(status == 128 + stops[i].signal && strstr(printed.data, "--resume goes on"),
-              "signal %d: status %d, %s", stops[i].signal, status, printed.data);
-        long stopped = -1;
-        const char *said = strstr(printed.data, "stopped at step ");
-        check(said && sscanf(said, "stopped at step %ld", &stopped) == 1 && stopped < 12 && count > 3 &&
-                  stopped == lines[count - 1].step,
-              "stopped in the middle, after %ld", stopped);
-        char *saved = xstrdup(checkpoint_path(in_tests(stops[i].out), stopped));
-        check(is_folder(saved), "%s is not there", saved);
-        free(saved);
-        free(printed.data);
-        // Without --resume it is refused and changes nothing, with it leftovers are swept away.
+        stop_run(stops[i].out, stops[i].signal);
+        // With --resume leftovers are swept away.
         make_folder(in_tests("leftover"));
         char *leftover = xprintf("%s/checkpoint-000099.tmp", in_tests(stops[i].out));
-        rename(in_tests("leftover"), leftover);
-        uint64_t before = fingerprint(in_tests(stops[i].out));
-        expect_refusal(2, "--resume goes on with it", words);
-        check(fingerprint(in_tests(stops[i].out)) == before, "a refused run changed its folder");
-        free(words);
-        words = xprintf("--resume --quiet --threads 1 --out $D/%s", stops[i].out);
+        check(rename(in_tests("leftover"), leftover) == 0, "no leftover to sweep");
+        char *words = xprintf("--resume --quiet --threads 1 --out $D/%s", stops[i].out);
         expect_run(0, NULL, words);
         check(!file_exists(leftover), "the leftover is still there");
         free(leftover);
@@ -3729,93 +3964,140 @@ static void test_resume(void) {
         expect_same_run(stops[i].out, "resumed when done");
         free(words);
     }
-    words = xprintf("%skilled --resume", RESUMABLE);
+}
+
+// Kills that cannot be caught: after so many lines of the log, then at any moment. A run that is done before
+// it was killed three times begins anew.
+static void test_kills(void) {
+    const double duration = make_whole_run();
+    char *words = xprintf("%skilled --resume", RESUMABLE);
     int kills = 0;
-    for (uint64_t i = 0; i < 8; i++) {
-        pid_t child = start_trainer(0, words);
-        usleep((useconds_t)(1e6 * duration * (0.2 + random_uniform((uint64_t)(1e9 * now()), i))));
-        kill(child, SIGKILL);
-        kills += wait_for(child) == 128 + SIGKILL;
+    for (int attempt = 0; attempt < 5 && kills < 3; attempt++) {
+        remove_folder(in_tests("killed"));
+        kills = 0;
+        for (uint64_t i = 0; i < 8; i++) {
+            pid_t child = start_trainer(0, words);
+            if (i < 4)
+                wait_for_lines("killed", 3 + 3 * (size_t)i, child);
+            else
+                usleep((useconds_t)(1e6 * duration * (0.2 + random_uniform((uint64_t)(1e9 * now()), i))));
+            kill(child, SIGKILL);
+            kills += wait_for(child) == 128 + SIGKILL;
+        }
     }
+    check(kills >= 3, "a run of 12 steps could be killed only %d times", kills);
     expect_run(0, NULL, words);
     free(words);
     words = xprintf("killed %d times", kills);
     expect_same_run("killed", words);
     free(words);
+
     words =
         xprintf("%sjust-saved", RESUMABLE); // killed when a checkpoint stands that knows of its evaluation
-    pid_t child = start_trainer(0, words);
-    while (!file_exists(in_tests("just-saved/checkpoint-000006")) && waitpid(child, NULL, WNOHANG) == 0)
-        ;
-    kill(child, SIGKILL);
-    wait_for(child);
+    int status = 0;
+    for (int attempt = 0; attempt < 5 && status == 0; attempt++) {
+        remove_folder(in_tests("just-saved"));
+        pid_t child = start_trainer(0, words);
+        while (!file_exists(in_tests("just-saved/checkpoint-000006")) && !has_ended(child)) usleep(100);
+        kill(child, SIGKILL);
+        status = wait_for(child);
+    }
+    check(status == 128 + SIGKILL, "just-saved ends with %d before it can be killed", status);
     free(words);
     expect_run(0, NULL, "--resume --quiet --out $D/just-saved");
     expect_same_run("just-saved", "killed after a checkpoint");
 }
 
-static void test_checkpoints(void) {
-    LogLine lines[500];
+// A run whose validation loss rises from evaluation to evaluation, whatever the seed. The model learns that b
+// follows a, and is asked whether the other letters and digits do. If b has the probability p, the others
+// share 1 - p, and their mean loss is at least log(61) - log(1 - p): it rises without end as p comes near 1.
+// (Of the three tokens a, b and <|endoftext|> --seq-len 1 leaves the first two.)
+#define RISING                                                                                               \
+    "$TINY --train $D/rising.jsonl --val $D/others.jsonl --seq-len 1 --schedule constant --warmup-steps 0 "  \
+    "--val-every 10 --quiet "
+
+static void make_rising(void) {
     make_inputs();
-    // Letters that training never shows: their loss rises. The best checkpoint is kept besides the newest,
-    // and is the result.
-    write_text("strange.txt", "QXZ ZXQ QZX XQZ 0123456789");
-    expect_run(0, NULL,
-               "$TINY --train $D/text.txt --val $D/strange.txt --steps 9 --learning-rate 1e-2 --schedule constant --val-every 1 --keep 1 --quiet "
-               "--out $D/keep");
-    size_t count = read_log("keep", lines, NULL), found;
-    long best = -1;
-    double best_loss = INFINITY;
+    Text train = {0}, others = {0};
+    for (int i = 0; i < 8; i++) text_append(&train, "{\"prompt\": \"a\", \"completion\": \"b\"}\n", 35);
+    for (int c = '0'; c <= 'z'; c++) {
+        if (!isalnum(c) || c == 'b') continue;
+        char *line = xprintf("{\"prompt\": \"a\", \"completion\": \"%c\"}\n", c);
+        text_append(&others, line, strlen(line));
+        free(line);
+    }
+    put_file(in_tests("rising.jsonl"), train.data, train.size);
+    put_file(in_tests("others.jsonl"), others.data, others.size);
+    free(train.data);
+    free(others.data);
+}
+
+// The best checkpoint is kept besides the newest, and is the result; --patience ends what gets no better.
+static void test_best_and_patience(void) {
+    LogLine lines[500];
+    make_rising();
+    expect_run(0, NULL, RISING "--steps 50 --keep 1 --out $D/keep");
+    size_t count = read_log("keep", lines, NULL), found, rising = 0;
+    double last = 0; // loss of the evaluation before
     for (size_t i = 0; i < count; i++)
-        if (lines[i].val && lines[i].step > 0 && lines[i].loss < best_loss) {
-            best = lines[i].step;
-            best_loss = lines[i].loss;
+        if (lines[i].val) {
+            rising += lines[i].loss > last;
+            last = lines[i].loss;
         }
+    check(count == 56 && rising == 6, "%zu of 6 losses rise", rising);
     long *steps = list_checkpoints(in_tests("keep"), &found, false);
-    check(best < 9 && found == 2 && steps[0] == best && steps[1] == 9, "the best and the last of 9 stay: %zu",
-          found);
+    check(found == 2 && steps[0] == 10 && steps[1] == 50, "the best and the last stay: %zu", found);
     free(steps);
-    char *model = xstrdup(checkpoint_path("keep", best)), *weights = xprintf("%s/model.safetensors", model);
-    check(same_files("keep/model.safetensors", weights), "the result is the best state (step %ld)", best);
-    free(model);
-    free(weights);
-    Text printed;
-    expect_run(0, &printed,
-               "$TINY --train $D/text.txt --val $D/strange.txt --steps 99 --val-every 1 --patience 3 "
-               "--quiet --save-every 400 --out $D/patience");
+    check(same_files("keep/model.safetensors", "keep/checkpoint-000010/model.safetensors"),
+          "the result is not the best state");
+    check(!same_files("keep/model.safetensors", "keep/checkpoint-000050/model.safetensors"),
+          "the last state is the best one");
+
+    Text printed; // the second, third and fourth evaluation are no better than the first
+    expect_run(0, &printed, RISING "--steps 99 --patience 3 --save-every 400 --out $D/patience");
     count = read_log("patience", lines, NULL);
-    best_loss = INFINITY;
-    for (size_t i = 0, stale = 0; i < count; i++)
-        if (lines[i].val && lines[i].step > 0) {
-            stale = lines[i].loss < best_loss ? 0 : stale + 1;
-            best_loss = fmin(best_loss, lines[i].loss);
-            check((stale >= 3) == (i == count - 1), "--patience 3 at step %ld: %zu", lines[i].step, stale);
-        }
-    check(count < 199 && strstr(printed.data, "--patience"), "--patience: %s", printed.data);
+    check(count == 45 && lines[count - 1].step == 40 && strstr(printed.data, "--patience"),
+          "--patience 3 after %zu lines of the log: %s", count, printed.data);
     free(printed.data);
     expect_run(0, NULL, "--resume --quiet --out $D/patience");
     check(read_log("patience", lines, NULL) == count, "--patience ends a resumed run too");
+}
 
-    // After --resume a tensor may be frozen that was not; the other way round its moments are missing.
+// After --resume a tensor may be frozen that was not; the other way round its moments are missing.
+static void test_resumed_freezing(void) {
+    make_inputs();
     expect_run(0, NULL,
                "$TINY --train $D/text.txt --val-fraction 0 --steps 3 --freeze wte --quiet --out $D/thawed");
     expect_refusal(1, "a tensor that was frozen cannot be trained after --resume",
                    "--resume --steps 4 --freeze none --quiet --out $D/thawed");
     expect_run(0, NULL, "--resume --steps 4 --freeze wte --freeze wpe --quiet --out $D/thawed");
+    Model *before = model_load(in_tests("thawed/checkpoint-000003"));
+    Model *after = model_load(in_tests("thawed/checkpoint-000004"));
+    for (int i = 0; i < before->tensor_count; i++) {
+        const Tensor *a = &before->tensors[i], *b = &after->tensors[i];
+        check(same_bits(a->value, b->value, a->size) == (i == WTE || i == WPE), "after --resume: %s",
+              a->name);
+    }
+    model_free(before);
+    model_free(after);
+}
 
-    // A full disk while the second half of a run is saved: what the first one saved stays whole.
-    const char *half =
-        "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --schedule constant --warmup-steps 0 --quiet "
-        "--val-every 4 --keep 1 --out $D/full";
+// A full disk while the second half of a run is saved: what the first one saved stays whole.
+static void test_full_disk(void) {
+    const char *const run = "$TINY --train $D/text.txt --val $D/val.txt --schedule constant --warmup-steps 0 "
+                            "--quiet --val-every 4 --keep 1 ";
+    make_inputs();
+    char *half = xprintf("%s --steps 4 --out $D/full", run);
+    char *whole = xprintf("%s --steps 8 --out $D/roomy", run);
     expect_run(0, NULL, half);
-    expect_run(
-        0, NULL,
-        "$TINY --train $D/text.txt --val $D/val.txt --steps 8 --schedule constant --warmup-steps 0 --quiet "
-        "--val-every 4 --keep 1 --out $D/roomy");
+    expect_run(0, NULL, whole);
+    free(half);
+    free(whole);
+    const uint64_t before = fingerprint(in_tests("full/checkpoint-000004"));
+    check(before != 0, "no checkpoint after half of the run");
     for (rlim_t limit = 20000; limit <= 50000; limit += 30000) { // the weights fail, the moments fail
-        uint64_t before = fingerprint(in_tests("full/checkpoint-000004"));
         int status = wait_for(start_trainer(limit, "--resume --steps 8 --quiet --out $D/full"));
-        printed = read_file(in_tests("printed"));
+        Text printed = read_file(in_tests("printed"));
         const char *error = strstr(printed.data, "train_gpt2: ");
         check(status == 1 && error && strchr(error, '\n') == printed.data + printed.size - 1 &&
                   strstr(error, limit < 30000 ? "model.safetensors: could not be written whole"
@@ -3828,16 +4110,20 @@ static void test_checkpoints(void) {
     expect_run(0, NULL, "--resume --steps 8 --quiet --out $D/full");
     check(same_files("full/model.safetensors", "roomy/model.safetensors"),
           "goes on when there is room again");
+}
 
-    // Weights that grow until they are no numbers: the run ends before it saves them.
+// Weights that grow until they are no numbers: the run ends before it saves them.
+static void test_diverging(void) {
     Text error;
+    size_t found;
+    make_inputs();
     expect_run(
         1, &error,
         "$TINY --train $D/text.txt --val-fraction 0 --steps 60 --save-every 1 --keep 1 --warmup-steps 0 "
         "--learning-rate 1e3 --weight-decay 1e3 --schedule constant --quiet --out $D/diverges");
     check(one_error_line(&error, " is not finite"), "not finite: %s", error.data);
     free(error.data);
-    steps = list_checkpoints(in_tests("diverges"), &found, false);
+    long *steps = list_checkpoints(in_tests("diverges"), &found, false);
     for (size_t i = 0; i < found; i++) {
         char *path = xstrdup(checkpoint_path(in_tests("diverges"), steps[i]));
         Model *saved = model_load(path);
@@ -3932,6 +4218,8 @@ static const struct {
     {"layers: attention", test_attention},
     {"layers: cross-entropy", test_cross_entropy},
     {"layers: dropout", test_dropout},
+    {"layers: dropout in attention", test_attention_dropout},
+    {"model: dropout of each step", test_dropout_of_steps},
     {"model: logits, loss and every gradient", test_model},
     {"model: NaN and changes do not reach what is masked", test_poison},
     {"model: padded batches equal sequences alone", test_padding},
@@ -3945,25 +4233,45 @@ static const struct {
     {"generation: greedy, past the context, several samples", test_generation},
     {"generation: --stop, in tokens and across them", test_stop},
     {"generation: sampling", test_sampling},
-    {"tensors: names, shapes, initial values, counts, patterns", test_tensor_table},
-    {"JSON: strings, numbers, nesting, errors with their place", test_json},
-    {"safetensors: round trip, wrong headers", test_safetensors},
-    {"model folder: round trip to the bit, 16 bits, other names", test_model_folder},
-    {"model folder: damaged weights end in one line", test_damaged_weights},
+    {"tensors: names, shapes, decay", test_tensor_table},
+    {"tensors: initial values", test_initial_values},
+    {"tensors: GPT-2's four sizes", test_parameter_counts},
+    {"tensors: patterns of names", test_patterns},
+    {"JSON: strings", test_json_strings},
+    {"JSON: numbers, nesting, members", test_json_values},
+    {"JSON: errors with their place", test_wrong_json},
+    {"safetensors: round trip", test_safetensors},
+    {"safetensors: wrong headers", test_wrong_safetensors},
+    {"model folder: round trip to the bit", test_model_folder},
+    {"model folder: 16 bits, other names, tensors that are not read", test_other_clothes},
+    {"model folder: cut weights end in one line", test_cut_weights},
+    {"model folder: a wrong header ends in one line", test_wrong_header},
+    {"model folder: wrong tensors end in one line", test_wrong_tensors},
     {"config.json: defaults, refused variants, sizes", test_config},
     {"text: documents, windows, globs, a split", test_text_data},
     {"JSONL: prompts, lengths, rows", test_jsonl_data},
     {"order of examples: each once an epoch, whatever its length", test_dataset_order},
     {"token shards: llm.c's, and wrong ones", test_shards},
     {"command line: wrong input is one line, and changes nothing", test_wrong_input},
-    {"command line: every option, its letter, --help, --plan", test_options},
+    {"command line: every option, its letter, --help", test_options},
+    {"command line: options that a checkpoint remembers", test_remembered_options},
+    {"command line: --plan", test_plan},
     {"command line: --plan's share of work that freezing skips", test_skipped_work},
     {"command line: weights in other formats name the converter", test_other_formats},
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
+#if defined(__linux__) && defined(_OPENMP)
+    {"threads: each has a core of its own, if there are as many", test_pin_threads},
+#endif
     {"a run: token shards and no tokenizer", test_without_tokenizer},
-    {"a run: log, loss, --eval, --freeze, --overfit, --generate", test_run},
+    {"a run: log, loss, --eval, progress, --quiet", test_run},
+    {"a run: --freeze and --overfit", test_freeze_and_overfit},
+    {"a run: --generate, --prompt -, --stop while text streams", test_generate},
     {"resume: the same run to the bit after any signal", test_resume},
-    {"checkpoints: kept, best, --patience, full disk, not finite", test_checkpoints},
+    {"resume: the same run to the bit after kills", test_kills},
+    {"resume: tensors that were not frozen, and that were", test_resumed_freezing},
+    {"checkpoints: the best stays and is the result; --patience", test_best_and_patience},
+    {"checkpoints: a full disk leaves the older one whole", test_full_disk},
+    {"checkpoints: nothing that is not finite is saved", test_diverging},
     {"documents: the functions and tests that they name exist", test_documents},
 };
 
@@ -3989,8 +4297,10 @@ int main(int argc, char **argv) {
         double begin = now();
         current_test = tests[i].name;
         failures_of_test = 0;
+        checks_of_test = 0;
         fflush(stdout);
         tests[i].function();
+        check(checks_of_test > 0, "made no check at all");
         printf("%-6s %-60s %6.2f s\n", failures_of_test ? "FAILED" : "ok", tests[i].name, now() - begin);
         failures_of_test ? failed++ : passed++;
     }

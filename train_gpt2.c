@@ -21,10 +21,12 @@
 //
 //   B   sequences in a batch                 R   rows: all tokens of a batch, one row each
 //   T   positions in a sequence              V   vocabulary: how many different tokens there are
-//   C   channels: floats that describe a row (n_embd)       L   layers, also called blocks
-//   F   channels inside the MLP (n_inner, usually 4C)       NH  attention heads    HS  head size, C / NH
+//   P   positions that the model knows       C   channels: floats that describe a row (n_embd)
+//   L   blocks, each the same few layers (n_layer)          F   channels inside a block's MLP (n_inner)
+//   NH  attention heads                      HS  head size, C / NH
+//   M, N, K   the sizes of any one product of matrices
 //
-// A shape such as (R, C) is row-major: R rows of C floats, one row behind the other.
+// A shape such as (R, C) is row-major: R rows of C floats, one row after another.
 //
 // ---- the conventions ----
 //
@@ -37,8 +39,8 @@
 // - die() ends the program with one line on stderr. It is for whatever the outside world does wrong. assert()
 //   is for our own mistakes only.
 // - `#pragma omp parallel for` shares a loop's iterations out to all threads. Each thread writes rows or
-//   columns of its own, and every sum has a fixed order: the number of threads does not change the result.
-//   `omp simd reduction` allows the compiler to sum in vector lanes.
+//   columns of its own and sums in a fixed order, so these loops give the same result with any number of
+//   threads. `omp simd` allows the compiler to work on several elements at once, 4 to 16 in one instruction.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -92,7 +94,10 @@ static void omp_set_num_threads(int n) { (void)n; }
 //     p[v] = exp(logit[v]) / sum over w of exp(logit[w])
 //
 // The text itself says which token did come next. The loss at a position is -log(p[that token]): 0 if the
-// model was sure of it, large if it was surprised. Training makes the mean loss smaller, step by step:
+// model was sure of it, large if it was surprised. For example V = 3 and logits 2, 1, 0: exp gives 7.39,
+// 2.72, 1.00, their sum is 11.11, and p = 0.665, 0.245, 0.090. If the first token came, the loss is
+// -log(0.665) = 0.41; if the third came, it is 2.41. A model that knows nothing gives each token 1 / V: its
+// loss is log(50257) = 10.8. Training makes the mean loss smaller, step by step:
 //
 //     forward     from token ids through all layers to the logits and the loss
 //     backward    from the loss back through all layers: the gradient of each parameter, that is, how much
@@ -101,15 +106,28 @@ static void omp_set_num_threads(int n) { (void)n; }
 //
 // The parameters are the numbers that training changes: 124 million in the smallest GPT-2, kept in arrays
 // called tensors. Fine-tuning is the same procedure. It only begins with parameters that somebody trained.
+//
+// The whole model on one page; sections 3 to 6 fill it in. Each token becomes a row x of C numbers:
+//
+//     embedding   x = the token's row of one table + the position's row of another
+//     L blocks    x = x + attention(layernorm(x))   rows of one sequence exchange what they know
+//                 x = x + mlp(layernorm(x))         each row is worked on alone
+//     head        logits = layernorm(x) · headᵀ     V numbers for each row
+//
+// x is called the residual stream: blocks never replace it, they only add to it. A linear layer is y = xW +
+// b, with a matrix W (the weight) and a vector b (the bias), which are learned. One whose y is added to the
+// residual stream is called a projection. A layernorm brings a row's numbers to a common scale. An MLP
+// (multi-layer perceptron) is linear, gelu, linear, where gelu is a simple curve.
+//
+// On a first reading you may go on at section 3.
 
 // =====================================================================================================
 // 1. Support
 // =====================================================================================================
-// Two things that C does not bring: errors that say in one line what is wrong, and memory that is either
-// there or ends the program, so that nobody has to check for NULL.
+// C lacks two things: errors that say in one line what is wrong, and allocation that never returns NULL.
 
 static const char *program_name = "train_gpt2";
-static bool progress_line_open = false; // a progress line stands unfinished on the terminal
+static bool progress_line_open = false; // the terminal's last line has no newline yet
 
 // Prints "program: message" on a line of its own.
 static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) {
@@ -123,8 +141,8 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) 
     va_end(arguments);
 }
 
-// Two ends of the program. Status 1: something outside it is wrong, a file, the machine, the numbers.
-// Status 2: the command line is.
+// Both end the program. die: status 1, a file, the machine or a number is bad. die_usage: status 2, the
+// command line is.
 #define die(...) (warn(__VA_ARGS__), exit(1))
 #define die_usage(...) (warn(__VA_ARGS__), exit(2))
 
@@ -182,22 +200,27 @@ typedef struct {
     size_t size;   // floats
 } Part;
 
-// Divides `memory` into parts, one behind the other, and returns how many floats they take together. With
-// memory NULL it only counts: so the size of a block of memory and its layout come from the same list.
+// Divides `memory` into parts, one after another, and returns how many floats they take together. With memory
+// NULL it only counts: so the size of a piece of memory and its layout come from the same list.
 static size_t lay_out(float *memory, const Part *parts, size_t count) {
     size_t used = 0;
-    for (size_t i = 0; i < count; used += aligned_size(parts[i++].size))
+    for (size_t i = 0; i < count; i++) {
         if (memory) *parts[i].array = memory + used;
+        used += aligned_size(parts[i].size);
+    }
     return used;
 }
 
-// ---- declared here, told later ----
+// ---- declared here, explained later ----
 // Part I uses these functions before their code is shown. What they mean is all that one needs to know here.
 
-// C = op(A) · op(B), or C += op(A) · op(B) with `accumulate`: the product of two matrices. op(A) is (M, K),
-// op(B) is (K, N), C is (M, N); op transposes when told. ldc, lda and ldb are the lengths of rows as stored,
-// which may be longer than what is used of them. It takes nearly all the time of training. Part V.
+// The product of two matrices: C = op(A) · op(B), or C += op(A) · op(B) with `accumulate`. op(A) is (M, K),
+// op(B) is (K, N), C is (M, N). op(A) is A, or Aᵀ if transpose_a: then A is stored (K, M). The same for B.
 //     for m < M, n < N:   C[m][n] = sum over k of op(A)[m][k] · op(B)[k][n]
+// ldc, lda and ldb ("leading dimension") are the lengths of rows as stored. They are larger than what is used
+// when a matrix is a part of a wider one. Matmul takes nearly all the time of training. Part V.
+//     y += x · w      x (R, K), w (K, N):             matmul(y, N, x, K, false, w, N, false, R, N, K, true)
+//     dx = dy · wᵀ    dy (R, N), w stored (K, N):     matmul(dx, K, dy, N, false, w, N, true, R, K, N, false)
 static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
                    size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate);
 
@@ -208,10 +231,12 @@ static float largest_of(const float *x, int n); // the largest of x[0 .. n - 1].
 // 2. Random numbers
 // =====================================================================================================
 // Training needs chance in three places: initial parameters, the order of examples, dropout. Usual generators
-// have a state that each draw changes. These have none: draw number `index` of the sequence called `stream`
-// is a pure function of both. So any draw can be made again, by any thread, and after an interruption.
+// have a state that each draw changes. These have none. A random stream is an endless sequence of draws,
+// named by a number, and its draw number `index` is a pure function of both. So any draw can be made again,
+// by any thread, and after an interruption.
 
-// The finaliser of SplitMix64 (Steele, Lea, Flood 2014): each bit of x changes half the bits of the result.
+// A hash: each bit of x changes about half the bits of the result. The constants are those of SplitMix64
+// (Steele, Lea, Flood 2014).
 static uint64_t mix_bits(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -219,7 +244,7 @@ static uint64_t mix_bits(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// A stream of its own for each pair, for instance (seed, epoch).
+// A different random stream for each pair, for instance (seed, number of the update).
 static uint64_t random_stream(uint64_t seed, uint64_t purpose) { return mix_bits(mix_bits(seed) ^ purpose); }
 
 static uint64_t random_bits(uint64_t stream, uint64_t index) {
@@ -233,30 +258,34 @@ static float random_uniform(uint64_t stream, uint64_t index) {
 
 // Standard normal, by Box and Muller (1958).
 static float random_normal(uint64_t stream, uint64_t index) {
-    double u = ((double)(random_bits(stream, 2 * index) >> 11) + 0.5) * 0x1p-53;
+    double u = ((double)(random_bits(stream, 2 * index) >> 11) + 0.5) * 0x1p-53; // never 0
     double v = (double)(random_bits(stream, 2 * index + 1) >> 11) * 0x1p-53;
-    return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
+    return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v)); // 2 pi v
 }
 
 // =====================================================================================================
 // 3. Parameters
 // =====================================================================================================
-// A model is a list of tensors. Everybody asks something of each tensor: what is it called in a file, what is
-// its shape, how does it start, is it trained, is it decayed? One table says what GPT-2 consists of, and all
-// the answers follow from it. No tensor is listed twice anywhere.
+// A model is a list of tensors. The rest of the program asks of each: what is it called in a file, what is
+// its shape, how does it start? One table answers for all of GPT-2, and no other place lists tensors.
 
 // What distinguishes one GPT-2 from another. A model's file config.json has these sizes under the same names.
 typedef struct {
     int vocab_size, n_positions, n_layer, n_head, n_embd, n_inner;
     float layer_norm_epsilon;
-    bool tie_word_embeddings; // the output head is the token embedding itself
+    bool tie_word_embeddings; // the head is the token embedding itself, see model_head
 } Config;
 
-// A row of the table. A * in the name stands for the layer's number. Shapes are spelled in letters: V
-// vocabulary, P positions, C channels, F channels inside the MLP, Q = 3C (query, key and value side by side).
-// Matrices are [in, out], as Hugging Face's Conv1D has them: y = xW + b.
-// Initial values are GPT-2's (Radford et al. 2019, section 2.3): normal with standard deviation 0.02. Each
-// layer adds two projections to the same stream, so 2L of them add up; they start smaller by sqrt(2L).
+// A row of the table. The names are those of Hugging Face, whose model files everybody uses; a * stands for
+// the block's number. Shapes are spelled in letters, with Q = 3C for query, key and value side by side.
+// Matrices are [in, out], as in y = xW + b; only the head is (V, C) and used transposed.
+//
+// Initial values are GPT-2's: normal with deviation 0.02 (its published code). Each block adds two
+// projections to the residual stream, 2L in all. To keep their sum small, they start smaller by sqrt(2L)
+// (Radford et al. 2019, section 2.3).
+//
+// The smallest GPT-2 has V = 50257, P = 1024, C = 768, F = 4C, L = NH = 12. wte has 38.6 million values, wpe
+// 0.8, each block 12 C² + 13 C = 7.1 million: 38.6 + 0.8 + 12 · 7.1 = 124 million in all.
 typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
 
 // clang-format off
@@ -300,10 +329,10 @@ typedef struct {
     bool frozen, decay;
     float *value;                // (size) in the model's own memory or mapped from its file
     float *gradient;             // (size) NULL when frozen, and so are the next two
-    float *exp_avg, *exp_avg_sq; // (size) AdamW's two moments, section 7
+    float *exp_avg, *exp_avg_sq; // (size) the optimizer's two averages, section 7
 } Tensor;
 
-// A file seen as memory. The mapping is private: what is written to it never reaches the file. Part III.
+// A file seen as memory; what is written to it never reaches the file. Part III.
 typedef struct {
     char *data;
     size_t size;
@@ -313,10 +342,10 @@ typedef struct {
     Config config;
     int tensor_count;
     Tensor *tensors;
-    int lowest_trained; // the lowest block that the backward pass must go through; -1: down to the embeddings
-    float *value_memory; // the tensors' values lie here, or in the next one:
-    Mapping value_file; // the file is mapped copy-on-write: a page is copied when training first writes to it
-    float *training_memory; // gradients, and moments if they do not come from a file:
+    int lowest_trained;  // the backward pass ends at this block; -1: at the embeddings; L: before any block
+    float *value_memory; // holds all values; NULL when they are mapped from a file:
+    Mapping value_file;  // copy-on-write: a page is copied when training first writes to it
+    float *training_memory; // holds gradients, and moments unless they are mapped from a checkpoint's file:
     Mapping moment_file;
 } Model;
 
@@ -325,12 +354,13 @@ static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < L
 // Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT] to
 // t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. For other kinds `layer` does not matter.
 static Tensor *model_tensor(const Model *model, int kind, int layer) {
-    if (!kind_is_per_layer(kind)) layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
+    if (!kind_is_per_layer(kind)) // the kinds after the blocks count one block already
+        layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
-// The output head (V, C). When it is tied, it is wte itself: the rows that turn tokens into vectors also
-// judge which token comes next.
+// The head (V, C). When it is tied, it is wte itself: the same rows turn tokens into vectors and compute the
+// logits.
 static Tensor *model_head(const Model *model) {
     return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
@@ -356,7 +386,10 @@ static Model *model_new(Config config) {
             *tensor = (Tensor){.kind = kind, .layer = layer, .dims = (int)strlen(shape), .size = 1};
             tensor->name =
                 star ? xprintf("%.*s%d%s", (int)(star - name), name, layer, star + 1) : xstrdup(name);
-            for (int d = 0; d < tensor->dims; d++) tensor->size *= tensor->shape[d] = size_of[(int)shape[d]];
+            for (int d = 0; d < tensor->dims; d++) {
+                tensor->shape[d] = size_of[(int)shape[d]];
+                tensor->size *= tensor->shape[d];
+            }
             model->tensor_count++;
         }
     }
@@ -387,7 +420,8 @@ static void model_allocate_values(Model *model) {
     }
 }
 
-// A model to be trained from nothing: GPT-2's initial values, the same for a given seed on any machine.
+// A model to be trained from nothing. The same seed gives the same values, up to the last digits of libm's
+// log.
 static void model_initialise(Model *model, uint64_t seed) {
     model_allocate_values(model);
     for (int i = 0; i < model->tensor_count; i++) {
@@ -397,17 +431,17 @@ static void model_initialise(Model *model, uint64_t seed) {
             initial == NORMAL_RESIDUAL ? 0.02f / sqrtf(2.0f * (float)model->config.n_layer) : 0.02f;
         uint64_t stream = random_stream(seed, (uint64_t)i);
 #pragma omp parallel for
-        for (size_t j = 0; j < tensor->size; j++)
-            tensor->value[j] = initial == ZEROS  ? 0
-                               : initial == ONES ? 1
-                                                 : deviation * random_normal(stream, j);
+        for (size_t j = 0; j < tensor->size; j++) {
+            bool constant = initial == ZEROS || initial == ONES;
+            tensor->value[j] = constant ? initial == ONES : deviation * random_normal(stream, j);
+        }
     }
 }
 
 // ---- what is trained ----
 // Fine-tuning changes as little as it can. A frozen tensor keeps its values, bit for bit, and saves time and
 // memory: it has no gradient and no moments. The user names tensors by regular expressions, such as
-// "wte|wpe" or "h\.[0-5]\.": POSIX extended ones, and a name matches when one is found anywhere in it.
+// "wte|wpe" or "h\.[0-5]\.": POSIX extended ones, which may match any part of the name.
 typedef struct {
     const char **items;
     size_t size, capacity;
@@ -416,8 +450,8 @@ typedef struct {
 static bool patterns_match(const Patterns *patterns, const char *name); // Part IV
 
 // Decides which tensors are frozen, which are decayed, and how deep the backward pass must go. Decay (section
-// 7) pulls values towards 0, which keeps matrices and embeddings from growing without need. A layernorm's
-// weight is at home at 1, and biases are few and hardly overfit: they are left out.
+// 7) pulls values towards 0, which keeps matrices and embeddings from growing without need. The patterns that
+// no_decay has by default leave out biases, which are few, and layernorms, whose weight should stay near 1.
 static void model_set_training(Model *model, const Patterns *freeze, const Patterns *no_decay) {
     model->lowest_trained = model->config.n_layer;
     for (int i = 0; i < model->tensor_count; i++) {
@@ -430,8 +464,8 @@ static void model_set_training(Model *model, const Patterns *freeze, const Patte
     }
 }
 
-// Makes room for gradients and for AdamW's moments (zero at first) of what is trained; without moments when
-// they come from a checkpoint.
+// Makes room for gradients and for the optimizer's moments (zero at first) of what is trained; without
+// moments when they come from a checkpoint, the saved state of an interrupted run.
 static void model_allocate_training(Model *model, bool with_moments) {
     size_t total = 0;
     for (int i = 0; i < model->tensor_count; i++)
@@ -458,8 +492,8 @@ static void model_allocate_training(Model *model, bool with_moments) {
 // =====================================================================================================
 // A batch is what the model looks at together: a few sequences of tokens. They differ in length. The usual
 // remedy is to fill them up to a rectangle with a filler called PAD, and to hand the model two masks that it
-// must combine: causal (a position must not see later ones, or it would read the answer) and PAD (nobody must
-// see filler). Here PAD never enters the model. A batch is a list of sequences packed row after row:
+// must combine: causal (a position must not see later ones, or it would read the answer) and PAD (no position
+// may see filler). Here PAD never enters the model. A batch is a list of sequences packed row after row:
 //
 //     padded, B = 3, T = 5          packed, R = 9
 //     . . I like tea                row       0 1    2    3   4    5    6  7      8
@@ -470,8 +504,11 @@ static void model_allocate_training(Model *model, bool with_moments) {
 // Row i of sequence s sees rows first_row[s] .. i, and nothing else exists: both masks together have become a
 // range. It costs no time, and nothing can leak through it.
 //
-// A row's target is the token that comes next in its sequence: what the model should predict there. Not every
-// row has one. When a model learns to answer, only the answer is scored and the question is not.
+// A row's target is the token that comes next in its sequence: what the model should predict there. In the
+// picture these are: like, tea, none | none | cat, sat, there, !, none. All rows are trained at once: row 1
+// must predict "tea" from "I like", and cannot see row 2. So one pass answers up to T questions for each
+// sequence. A row with a target is scored. When a model learns to answer questions, only the answer's tokens
+// are targets.
 
 typedef struct {
     int sequences, rows;
@@ -524,15 +561,20 @@ static void batch_end_sequence(Batch *batch) {
 // the loss with respect to y, is given; the chain rule turns it into dx, for the layer below, and into the
 // gradients of the layer's own weights. Both functions stand side by side, the formula above each.
 //
-// Nearly all the time goes into matmul(). The rest is plain loops over rows or columns.
+// The chain rule with single numbers: y = w x + b with w = 2, x = 3, b = 1, so y = 7. The layer above reports
+// dy = 0.5: when y grows by a tiny e, the loss grows by 0.5 e. Then
+//     dx = dy · w = 1.0     x acts on y with slope w; dx becomes the dy of the layer below
+//     dw = dy · x = 1.5     w acts on y with slope x: this is why the forward pass has to keep x
+//     db = dy     = 0.5
+// When a number is used in several places, the gradients of all its uses are added.
 
 // ---- dropout ----
-// A model that may rely on every single number learns its examples by heart. Dropout hides some at random, so
-// that it cannot: each number becomes 0 with probability p, and the others grow by 1 / (1 - p), which keeps
-// the average as it was (Srivastava et al. 2014). It is used in training only, and off by default.
+// A model trained for long on few examples learns them by heart. Dropout makes that harder. It hides numbers
+// at random: each becomes 0 with probability p, and the others grow by 1 / (1 - p), which keeps the average
+// as it was (Srivastava et al. 2014). It is used in training only, and it is off by default.
 //   y = x · keep / (1 - p),   keep = 0 with probability p, else 1
-// Which numbers are hidden is a pure function of stream and index. So the backward pass draws the same choice
-// again, and no mask is stored.
+// Which numbers are hidden is a pure function of random stream and index. So the backward pass draws the same
+// choice again, and no mask is stored.
 typedef struct {
     float probability; // 0: no dropout
     uint64_t stream;
@@ -542,8 +584,8 @@ static inline float dropout_factor(Dropout dropout, uint64_t index) {
     return random_uniform(dropout.stream, index) < dropout.probability ? 0 : 1 / (1 - dropout.probability);
 }
 
-// y = residual + dropout(x), or y = dropout(x) when residual is NULL; y may be x. All (R, C).
-// Backward: dx = dropout(dy), which is the same function with the same Dropout.
+// y = residual + dropout(x), where the residual is the stream that x joins; NULL for none. y may be x. All
+// (R, C). Backward: dx = dropout(dy), which is the same function with the same Dropout.
 static void dropout_add(float *y, const float *residual, const float *x, Dropout dropout, int R, int C) {
 #pragma omp parallel for
     for (size_t i = 0; i < (size_t)R * C; i++)
@@ -553,7 +595,7 @@ static void dropout_add(float *y, const float *residual, const float *x, Dropout
 // ---- embedding ----
 // A token id is only a name: 995 is not more than 994. So the model keeps a vector of C numbers for each
 // token in a table, wte, and learns these vectors like all its parameters. A second table, wpe, has a vector
-// for each position, since nothing else tells the layers above where in the sequence a row stands.
+// for each position, since nothing else tells the later layers where in the sequence a row stands.
 //   x[r] = wte[token[r]] + wpe[position[r]]
 //   x (R, C); wte (V, C); wpe (P, C); token, position (R)
 static void embedding_forward(float *x, const float *wte, const float *wpe, const int *token,
@@ -588,7 +630,8 @@ static void embedding_backward(float *dtable, const float *dx, const int *index,
 // y depends on row r of x only, and the weights are the same for all rows: one product of matrices.
 //   y = residual + x · weight + bias, with residual NULL for none
 //   y, residual (R, N); x (R, K); weight (K, N); bias (N)
-// Bias and residual are written into y first, and the product is added to them: that saves a pass.
+// y[r, n] = ... + sum over k of x[r, k] · weight[k, n]. Bias and residual are written into y first, and the
+// product is added to them.
 static void linear_forward(float *y, const float *residual, const float *x, const float *weight,
                            const float *bias, int R, int K, int N) {
 #pragma omp parallel for
@@ -600,8 +643,8 @@ static void linear_forward(float *y, const float *residual, const float *x, cons
     matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
 }
 
-// What all rows add up to, column by column: the gradient of a bias. With x, each dy[r, n] is multiplied by
-// the normalised x[r, n] first: the gradient of a layernorm's weight.
+// Sums each column over all rows: the gradient of a bias, since a bias acts on every row. With x, each dy[r,
+// n] is multiplied by the normalised x[r, n] first: the gradient of a layernorm's weight.
 //   out[n] = sum over r of dy[r, n],   or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r]
 //   dy, x (R, N); mean, rstd (R); out (N) is overwritten, or added to when accumulate
 static void column_sums(float *out, const float *dy, const float *x, const float *mean, const float *rstd,
@@ -612,8 +655,10 @@ static void column_sums(float *out, const float *dy, const float *x, const float
         float sum[COLUMN_SLAB] = {0};
         for (int r = 0; r < R; r++) {
             const float *from = dy + (size_t)r * N + slab, *xr = x ? x + (size_t)r * N + slab : NULL;
-            for (int n = 0; n < width && !x; n++) sum[n] += from[n];
-            for (int n = 0; n < width && x; n++) sum[n] += from[n] * ((xr[n] - mean[r]) * rstd[r]);
+            if (x)
+                for (int n = 0; n < width; n++) sum[n] += from[n] * ((xr[n] - mean[r]) * rstd[r]);
+            else
+                for (int n = 0; n < width; n++) sum[n] += from[n];
         }
         for (int n = 0; n < width; n++) out[slab + n] = sum[n] + (accumulate ? out[slab + n] : 0);
     }
@@ -633,8 +678,11 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
 // ---- layernorm ----
 // Numbers that pass through dozens of layers tend to grow or to fade, and then nothing can be learned from
 // them. A layernorm brings each row to mean 0 and variance 1, whatever came in. Then it scales and shifts
-// each channel by a weight and a bias that are learned, so that nothing is lost (Ba, Kiros, Hinton 2016).
+// each channel by a weight and a bias that are learned, so that the model can undo it where that helps
+// (Ba, Kiros, Hinton 2016). rstd is the reciprocal standard deviation; eps avoids a division by 0.
 //   y = (x - mean) · rstd · weight + bias, per row;   rstd = 1 / sqrt(variance + eps)
+// For example x = 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, rstd 0.53; the row becomes -1.07,
+// -0.53, 0, 1.60.
 //   x, y (R, C); mean, rstd (R) are kept for the backward pass; weight, bias (C)
 // y is not kept: where the backward pass wants it, this function computes it again.
 static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight,
@@ -660,7 +708,8 @@ static void layernorm_forward(float *y, float *mean, float *rstd, const float *x
 // n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
 //   dx += rstd · (g - average(g) - n · average(g · n))
 //   dweight = sum over rows of dy · n;   dbias = sum over rows of dy
-// dx is added to, because x is also used elsewhere (section 6). dweight and dbias may be NULL.
+// dx is added to, because x is also used elsewhere (section 6). dweight and dbias are overwritten, or added
+// to when accumulate; they may be NULL.
 static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                                const float *mean, const float *rstd, const float *weight, bool accumulate,
                                int R, int C) {
@@ -687,37 +736,47 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 // Attention is the only layer in which rows see one another; every other layer treats each row alone. A row
 // makes three vectors, each by a linear layer: a query (what am I looking for?), a key (what do I offer?) and
 // a value (what do I pass on?). Its output is an average of the values of all rows that it sees, itself among
-// them. A row counts the more in this average, the more its key points the way of the query: the score is
-// their dot product, and softmax turns the scores of all visible rows into weights that sum to 1.
+// them. A row whose key points in the direction of the query gets more weight in this average: the score of a
+// pair is the dot product of query and key, and softmax turns the scores into weights that sum to 1.
 //
-// This happens NH times side by side with HS = C / NH channels each. Such a head can look for one thing (the
-// verb, say) while another looks for something else. For each head and row i, over the rows j <= i of the
-// same sequence (Vaswani et al. 2017; the root keeps scores from growing with HS):
+// NH such computations run side by side, each with HS = C / NH channels of its own. They are called heads,
+// and each can look for something else. Their outputs stand side by side in C channels; the projection after
+// attention mixes them. For each head and row i, over the rows j <= i of the same sequence (Vaswani et al.
+// 2017; the root keeps scores from growing with HS):
 //   score[i, j] = q[i] · k[j] / sqrt(HS)
 //   p[i, j] = exp(score[i, j]) / sum over m of exp(score[i, m])
 //   out[i] = sum over j of p[i, j] v[j]
+// For example HS = 4, and row 2 has q · k = 2, 0, -2 with the keys of rows 0, 1, 2. The scores are 1, 0, -1;
+// exp gives 2.72, 1.00, 0.37, with sum 4.09; p = 0.665, 0.245, 0.090. If one channel of the three values is
+// 10, 20, 30, that channel of out is 14.25. Row 0 sees only itself: there p = 1.
 //
 // All scores of a sequence would be T x T numbers for each head: too many to store. So queries are taken in
 // tiles of 64. Of a row's softmax only the log-sum-exp is kept, log(sum over m of exp(score[i, m])), and the
-// backward pass computes a tile of p again as exp(score - log_sum_exp), as FlashAttention does (Dao et al.
-// 2022).
+// backward pass computes a tile of p again as exp(score - log_sum_exp), for one block of keys after another.
+// FlashAttention does the same (Dao et al. 2022).
+//
+// One row of qkv, for example with C = 4, NH = 2, HS = 2, where h0 and h1 are the heads:
+//     q: h0 h0 h1 h1   k: h0 h0 h1 h1   v: h0 h0 h1 h1
+// The head's query in row r is at qkv + r · 3C + head · HS, its key C floats after that, its value 2C after.
+// So one head's queries are a matrix (rows, HS) whose stored rows have 3C floats, and matmul takes it as it
+// is.
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
 
-// Where keys and values are. In training they stand in qkv, beside the queries. In generation earlier rows
-// made them in earlier calls, and a cache holds them (section 10).
+// Where keys and values are. In training they stand in qkv, beside the queries, and a place is a row. When
+// the model writes text, earlier calls have made most of them, and a cache holds them (section 10).
 typedef struct {
     const float *key, *value;         // of head 0 at place 0
     size_t place_stride, head_stride; // floats from one place to the next, and from one head to the next
-    const int *first;                 // (sequences) the place of each sequence's first row
-    int past; // places before the sequence's first row in this batch: rows of earlier calls; else 0
+    const int *start;                 // (sequences) the place where each sequence begins
+    int past;                         // keys that each sequence has from earlier calls; 0 in training
 } Keys;
 
 // What attention works on, forward and backward.
 typedef struct {
     const Batch *batch;
-    Dropout dropout; // hides some of p
+    Dropout dropout; // acts on p, after the softmax
     int NH, HS;
-    const float *qkv; // (R, 3C) a row's query, key and value, each (C): NH heads of HS channels
+    const float *qkv; // (R, 3C)
     Keys keys;
     float *out;          // (R, C)
     float *log_sum_exp;  // (R, NH)
@@ -732,28 +791,33 @@ static size_t attention_scratch(int longest) {
 }
 
 // Multiplies p (keys) of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
+// Each (row, head, key) has an index of its own: a sequence has fewer than 2^20 keys.
 static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
     uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
-    for (int j = 0; j < keys && dropout.probability > 0; j++)
-        p[j] *= dropout_factor(dropout, index + (uint64_t)j);
+    if (dropout.probability == 0) return;
+    for (int j = 0; j < keys; j++) p[j] *= dropout_factor(dropout, index + (uint64_t)j);
 }
 
 // One tile of queries of one head: those of sequence s that begin at its row `begin`.
-//   p: scratch for (queries, keys)
+//   p: scratch for (queries, keys): first q · k, then exp(score), at last dropped from
+// Threads take tiles, so this runs inside a parallel region: there matmul works on the calling thread alone.
 static void attention_forward_tile(const Attention *a, int s, int head, int begin, float *p) {
-    const int NH = a->NH, HS = a->HS, C = NH * HS, first = a->batch->first_row[s];
-    const int T = a->batch->first_row[s + 1] - first, past = a->keys.past + begin; // keys before the tile
-    const int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, keys = past + queries;
-    const size_t ldk = a->keys.place_stride, to_first = a->keys.first[s] * ldk + head * a->keys.head_stride;
+    const int NH = a->NH, HS = a->HS, C = NH * HS;
+    const int first = a->batch->first_row[s], T = a->batch->first_row[s + 1] - first;
+    const int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE;
+    const int before = a->keys.past + begin, keys = before + queries; // keys before the tile, and in all
+    const size_t ldk = a->keys.place_stride;
+    const size_t to_start = a->keys.start[s] * ldk + head * a->keys.head_stride;
     const float *q = a->qkv + (size_t)(first + begin) * 3 * C + head * HS;
-    const float *k = a->keys.key + to_first, *v = a->keys.value + to_first;
+    const float *k = a->keys.key + to_start, *v = a->keys.value + to_start;
     const float scale = 1 / sqrtf((float)HS);
     float inverse_sum[QUERY_TILE];
+
     matmul(p, keys, q, 3 * C, false, k, ldk, true, queries, keys, HS, false); // q · kᵀ
     for (int i = 0; i < queries; i++) {
-        const int row = first + begin + i, visible = past + i + 1; // the causal mask
+        const int row = first + begin + i, visible = before + i + 1; // the causal mask
         float *pi = p + (size_t)i * keys, largest = largest_of(pi, visible), sum = 0;
-        // exp(score) may overflow, exp(score - largest) cannot; p is the same. The sum is divided out below.
+        // exp(score) may overflow; less the largest score it cannot, and p is the same.
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < visible; j++) {
             pi[j] = fast_exp(scale * (pi[j] - largest));
@@ -761,22 +825,23 @@ static void attention_forward_tile(const Attention *a, int s, int head, int begi
         }
         attention_dropout(pi, a->dropout, row, NH, head, 0, visible);
         a->log_sum_exp[(size_t)row * NH + head] = scale * largest + logf(sum);
-        inverse_sum[i] = 1 / sum;
+        inverse_sum[i] = 1 / sum; // divides out at the end: HS numbers instead of `visible`
     }
-    // The keys before the tile are seen by all its queries. Then comes a triangle, where what is masked is
-    // not even multiplied by zero.
+
+    // The keys before the tile are seen by all its queries; with none, this product sets out to 0. Then comes
+    // the triangle inside the tile: masked pairs are skipped.
     float *out = a->out + (size_t)(first + begin) * C + head * HS;
-    matmul(out, C, p, keys, false, v, ldk, false, queries, HS, past, false);
+    matmul(out, C, p, keys, false, v, ldk, false, queries, HS, before, false);
     for (int i = 0; i < queries; i++) {
         float *oi = out + (size_t)i * C;
-        for (int j = past; j <= past + i; j++)
+        for (int j = before; j <= before + i; j++)
             for (int c = 0; c < HS; c++) oi[c] += p[(size_t)i * keys + j] * v[(size_t)j * ldk + c];
         for (int c = 0; c < HS; c++) oi[c] *= inverse_sum[i];
     }
 }
 
-// Fills a->out and a->log_sum_exp. Threads take tiles, those with the most keys first: so none is left with a
-// long one at the end.
+// Fills a->out and a->log_sum_exp. All threads walk through the sequences; the tiles of each are shared out,
+// the longest first, and no thread waits for the others before it goes on (`nowait`).
 static void attention_forward(const Attention *a) {
 #pragma omp parallel
     for (int s = 0; s < a->batch->sequences; s++) {
@@ -789,41 +854,51 @@ static void attention_forward(const Attention *a) {
     }
 }
 
-// The backward pass goes through out = p · v, the softmax and score = scale · q · kᵀ. With
-// d[i] = dout[i] · out[i], which equals the sum over j of p[i, j] dp[i, j]:
-//   dv[j] = sum over i of p[i, j] dout[i];    dp[i, j] = dout[i] · v[j];    dscore = p (dp - d[i])
+// The backward pass goes through out = p · v, the softmax and score = scale · q · kᵀ:
+//   dv[j] = sum over i of p[i, j] dout[i];    dp[i, j] = dout[i] · v[j];    dscore = p (dp - mean_dp[i])
 //   dq[i] = scale · sum over j of dscore[i, j] k[j];    dk[j] = scale · sum over i of dscore[i, j] q[i]
-// This is the part of one tile of queries and one block of keys: it adds to dq, dk and dv.
-//   d: (queries); p, dscore: scratch for (queries, keys)
+// Why mean_dp? The p of a row sum to 1: when one score rises, its p rises and all others fall. So what counts
+// is how far dp lies above its weighted average, mean_dp[i] = sum over j of p[i, j] dp[i, j]. With p = 0.665,
+// 0.245, 0.090 and dp = 1, 0, 0 it is 0.665, and dscore = 0.223, -0.163, -0.060. The average needs no p,
+// because out is itself a sum over p: sum over j of p[i, j] (dout[i] · v[j]) = dout[i] · out[i].
+// With dropout, dv takes p after it, and dp passes through its factors.
+//
+// This function does one tile of queries and one block of keys: it adds their part to dk and dv, and to dq,
+// which the first block overwrites.
+//   mean_dp (queries); p, dscore: scratch for (queries, keys); dscore holds dp at first
 static void attention_backward_tile(const Attention *a, float *dqkv, const float *dout, int s, int head,
-                                    int begin, int block, const float *d, float *p, float *dscore) {
-    const int NH = a->NH, HS = a->HS, first = a->batch->first_row[s], T = a->batch->first_row[s + 1] - first;
-    const int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE, seen = begin + queries - block;
-    const int keys = seen < KEY_BLOCK ? seen : KEY_BLOCK;
-    const size_t C = (size_t)NH * HS, ld = 3 * C, to_q = (first + begin) * ld + head * HS;
-    const size_t to_k = (first + block) * ld + C + head * HS, to_v = to_k + C;
-    const float *q = a->qkv + to_q, *k = a->qkv + to_k, *v = a->qkv + to_v, scale = 1 / sqrtf((float)HS);
+                                    int begin, int block, const float *mean_dp, float *p, float *dscore) {
+    const int NH = a->NH, HS = a->HS;
+    const int first = a->batch->first_row[s], T = a->batch->first_row[s + 1] - first;
+    const int queries = T - begin < QUERY_TILE ? T - begin : QUERY_TILE;
+    const int keys = (int)smaller((size_t)(begin + queries - block), KEY_BLOCK); // that some query sees
+    const size_t C = (size_t)NH * HS, ld = 3 * C;
+    const size_t to_q = (first + begin) * ld + head * HS;
+    const size_t to_k = (first + block) * ld + head * HS + C, to_v = to_k + C;
+    const float *q = a->qkv + to_q, *k = a->qkv + to_k, *v = a->qkv + to_v;
     const float *dout_tile = dout + (first + begin) * C + head * HS;
+    const float scale = 1 / sqrtf((float)HS);
+
     matmul(p, keys, q, ld, false, k, ld, true, queries, keys, HS, false);             // q · kᵀ
     matmul(dscore, keys, dout_tile, C, false, v, ld, true, queries, keys, HS, false); // dp = dout · vᵀ
     for (int i = 0; i < queries; i++) {
-        const int row = first + begin + i;
-        const float log_sum_exp = a->log_sum_exp[(size_t)row * NH + head], di = d[i];
+        const int row = first + begin + i, seen = begin + i + 1 - block; // keys of this block, if positive
+        const int visible = seen < 0 ? 0 : seen < keys ? seen : keys;
+        const float log_sum_exp = a->log_sum_exp[(size_t)row * NH + head], mean_dp_i = mean_dp[i];
         float *pi = p + i * keys, *dscore_i = dscore + i * keys;
-        int visible = begin + i + 1 - block; // of this block's keys
-        visible = visible < 0 ? 0 : visible < keys ? visible : keys;
         attention_dropout(dscore_i, a->dropout, row, NH, head, block, visible);
         for (int j = 0; j < visible; j++) {
             pi[j] = fast_exp(scale * pi[j] - log_sum_exp);
-            dscore_i[j] = scale * pi[j] * (dscore_i[j] - di);
+            dscore_i[j] = scale * pi[j] * (dscore_i[j] - mean_dp_i); // with the scale of dq and dk
         }
         attention_dropout(pi, a->dropout, row, NH, head, block, visible);
         for (int j = visible; j < keys; j++) pi[j] = dscore_i[j] = 0;
     }
+    const bool add = block > 0;
     matmul(dqkv + to_v, ld, p, keys, true, dout_tile, C, false, keys, HS, queries, true); // dv += pᵀ · dout
     matmul(dqkv + to_k, ld, dscore, keys, true, q, ld, false, keys, HS, queries, true); // dk += dscoreᵀ · q
     matmul(dqkv + to_q, ld, dscore, keys, false, k, ld, false, queries, HS, keys,
-           block > 0); // dq += dscore · k
+           add); // dq = or += dscore · k
 }
 
 // Writes dqkv (R, 3C) from dout (R, C) and what attention_forward left. One thread does one head of one
@@ -836,22 +911,23 @@ static void attention_backward(const Attention *a, float *dqkv, const float *dou
 #pragma omp for schedule(dynamic) nowait
         for (size_t head = 0; head < NH; head++) {
             float *p = a->scratch + omp_get_thread_num() * a->scratch_size;
-            float *dscore = p + QUERY_TILE * KEY_BLOCK, *d = dscore + QUERY_TILE * KEY_BLOCK;
+            float *dscore = p + QUERY_TILE * KEY_BLOCK, *mean_dp = dscore + QUERY_TILE * KEY_BLOCK;
             for (int i = 0; i < T; i++) { // tiles add to dk and dv
-                float *dk = dqkv + ((first + i) * 3 + 1) * C + head * HS;
-                for (size_t c = 0; c < HS; c++) dk[c] = dk[C + c] = 0;
+                float *dk = dqkv + (first + i) * 3 * C + C + head * HS, *dv = dk + C;
+                for (size_t c = 0; c < HS; c++) dk[c] = dv[c] = 0;
             }
             for (int begin = 0; begin < T; begin += QUERY_TILE) {
                 const int end = T - begin < QUERY_TILE ? T : begin + QUERY_TILE;
                 for (int i = begin; i < end; i++) {
-                    const float *o = a->out + (first + i) * C + head * HS, *dout_i = dout + (o - a->out);
+                    const size_t at = (first + i) * C + head * HS;
+                    const float *out_i = a->out + at, *dout_i = dout + at;
                     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-                    for (size_t c = 0; c < HS; c++) sum += dout_i[c] * o[c];
-                    d[i - begin] = sum;
+                    for (size_t c = 0; c < HS; c++) sum += dout_i[c] * out_i[c];
+                    mean_dp[i - begin] = sum;
                 }
                 for (int block = 0; block < end; block += KEY_BLOCK)
-                    attention_backward_tile(a, dqkv, dout, s, (int)head, begin, block, d, p, dscore);
+                    attention_backward_tile(a, dqkv, dout, s, (int)head, begin, block, mean_dp, p, dscore);
             }
         }
     }
@@ -859,8 +935,8 @@ static void attention_backward(const Attention *a, float *dqkv, const float *dou
 
 // ---- gelu ----
 // Layers that are all linear would together be only one linear layer. Between the two linear layers of an MLP
-// stands a bend: gelu lets large x through, turns very negative x into 0, and is smooth between
-// (Hendrycks, Gimpel 2016, in the tanh form that GPT-2 uses). With u = sqrt(2/pi) (x + 0.044715 x³):
+// stands a function that is not: gelu lets large x through, turns very negative x into 0, and is smooth
+// between (Hendrycks, Gimpel 2016, in the tanh form that GPT-2 uses). With u = sqrt(2/pi) (x + 0.044715 x³):
 //   gelu(x) = x/2 (1 + tanh(u)) = x · gate,   gate = 1 / (1 + exp(-2u))
 static inline float gelu_gate(float x) {
     return 1 / (1 + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x))); // 1.5957691216 = 2 sqrt(2/pi)
@@ -872,7 +948,7 @@ static void gelu_forward(float *y, const float *x, size_t size) {
 }
 
 // dx = dy · gelu'(x),   gelu'(x) = gate + x · gate (1 - gate) · 2u'
-// dy becomes dx in place. x becomes gelu(x), which the linear layer behind it needs for the gradient of its
+// dy becomes dx in place. x becomes gelu(x), which the linear layer after it needs for the gradient of its
 // weight: so gelu's output need not be stored.
 static void gelu_backward(float *dy, float *x, size_t size) {
 #pragma omp parallel for simd
@@ -884,32 +960,32 @@ static void gelu_backward(float *dy, float *x, size_t size) {
 }
 
 // ---- cross-entropy ----
-// The loss. Softmax gives each token of the vocabulary a probability, and the loss is the surprise at the
-// token that really came: -log(p[target]), which is 0 at p = 1 and grows without limit towards p = 0. Its
-// gradient is simple: the probabilities, less 1 at the target. So logits of wrong tokens are pushed down by
-// as much as they were believed, and the target's is pushed up.
+// The loss of this part's opening, -log(softmax(logits)[target]), also called cross-entropy. Its gradient is
+// simple: the probabilities, less 1 at the target. So logits of wrong tokens are pushed down by as much as
+// they were believed, and the target's is pushed up. With p = 0.665, 0.245, 0.090 and the second token as
+// target, dlogit = 0.665, -0.755, 0.090.
 //   loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]]
-//   dlogit[r, v] = weight (softmax(logit[r])[v] - (v == target[r])), the gradient of weight · (sum of losses)
+//   dlogit[r, v] = loss_scale · (softmax(logit[r])[v] - (v == target[r])): of loss_scale · (sum of losses)
 //   correct[r]: the target's logit is higher than all others
 //   logits (R, V) become dlogits when `backward`; target, loss, correct (R)
 static void cross_entropy(float *logits, float *loss, bool *correct, const int *target, bool backward,
-                          float weight, int R, int V) {
+                          float loss_scale, int R, int V) {
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *row = logits + (size_t)r * V, largest = largest_of(row, V), sum = 0, wanted = row[target[r]];
-        int highest = 0; // how many logits equal the largest
-#pragma omp simd reduction(+ : sum, highest)
+        int count_of_largest = 0; // more than 1: a tie
+#pragma omp simd reduction(+ : sum, count_of_largest)
         for (int v = 0; v < V; v++) {
-            highest += row[v] == largest;
+            count_of_largest += row[v] == largest;
             row[v] = fast_exp(row[v] - largest);
             sum += row[v];
         }
         loss[r] = logf(sum) + (largest - wanted);
-        correct[r] = wanted == largest && highest == 1;
+        correct[r] = wanted == largest && count_of_largest == 1;
         if (!backward) continue;
-        float factor = weight / sum;
+        float factor = loss_scale / sum;
         for (int v = 0; v < V; v++) row[v] *= factor;
-        row[target[r]] -= weight;
+        row[target[r]] -= loss_scale;
     }
 }
 
@@ -919,63 +995,69 @@ static void cross_entropy(float *logits, float *loss, bool *correct, const int *
 // The layers in the order that makes them GPT-2 (Radford et al. 2019). Each row has a vector x of C numbers
 // that runs through the whole model, the residual stream. A block does not replace x. It reads x twice, each
 // time through a layernorm, and adds what it found: first attention, which brings in news from other rows,
-// then the MLP (linear, gelu, linear), which works on each row alone. Since x is only added to, its gradient
-// passes all blocks undiminished, and deep models can be trained.
+// then the MLP, which works on each row alone.
 //
 //     x = wte[token] + wpe[position]
 //     L times:  x = x + attention(layernorm_1(x));   x = x + mlp(layernorm_2(x))
 //     logits = layernorm_f(x) · headᵀ
 //
+// Since x is only added to, its gradient has one path back that no block weakens. For y = x + f(x) with dy =
+// 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; even where f has slope 0, the 0.5 arrives. That
+// is why deep models can be trained.
+//
 // The backward pass goes the same way back. It needs most of what the forward pass computed, so the forward
-// pass keeps it: the activations. What is cheap is computed again instead: the outputs of layernorms and of
-// gelu, attention's probabilities. Logits never exist for more than LOGIT_ROWS rows. Per row and block about
-// 10 C floats are kept.
-
+// pass keeps it: the activations, about 10 C floats for each row and block. What is cheap is computed again
+// instead, as the layers above say, and logits never exist for more than LOGIT_ROWS rows.
 enum { LOGIT_ROWS = 256 };
 
-// What is kept for the backward pass: nothing (there is none); everything it needs; or of each block only its
-// input, C floats per row, and block_backward computes the rest again (slower, but much less memory).
+// What is kept for the backward pass: nothing, because there is none; everything it needs; or of each block
+// only its input, C floats per row, and block_backward computes the rest again. With the smallest GPT-2 and 4
+// x 1024 rows KEEP_ALL keeps 1.5 GB. KEEP_INPUTS keeps 13 times x and one whole block, 0.28 GB, and is
+// slower.
 typedef enum { KEEP_NOTHING, KEEP_ALL, KEEP_INPUTS } Keep;
 
-// What a forward and a backward pass write, for up to `rows` rows. The names are those of the formulas.
+// What one block computes on its way forward.
+typedef struct {
+    float *x;                                 // (R, C) the residual stream before it: residual_at(layer)
+    float *qkv;                               // (R, 3C) query, key and value side by side
+    float *attention;                         // (R, C)
+    float *middle;                            // (R, C) the residual stream between attention and MLP
+    float *hidden;                            // (R, F) before gelu
+    float *log_sum_exp;                       // (R, NH) of attention
+    float *mean_1, *rstd_1, *mean_2, *rstd_2; // (R) of the two layernorms
+} Block;
+
+// Where a forward and a backward pass write, for up to `rows` rows.
 typedef struct {
     int rows;
     Keep keep;
-    int first_kept; // blocks from here on are kept; the frozen ones below overwrite one shared buffer
-    float *memory;
-    size_t memory_size, memory_capacity; // floats: what the arrays below take, and what there is
+    int first_kept;                      // blocks from here on are kept; frozen ones below share one buffer
+    float *memory;                       // all arrays of floats below lie in here
+    size_t memory_size, memory_capacity; // floats: what they take, and what there is
     // For each block that is kept:
-    float *residual; // (blocks + 1, R, C) the stream before each block, and after the last
-    float *blocks;   // (blocks, block_size) what block_at() divides
-    size_t block_size;
-    // Used again by each block:
-    float *normed; // (R, C) a layernorm's output
-    float *gelu, *d_hidden, *d_qkv,
-        *d_selected;              // (R, F or 3C) four names of one buffer, for one thing at a time
-    float *projected;             // (R, C) with dropout: what is about to join the stream
-    float *d_residual, *d_normed; // (R, C)
-    float *scratch;               // for attention: scratch_size for each thread
+    float *residual;   // (blocks + 1, R, C) the residual stream before each block, and after the last
+    float *blocks;     // (blocks, block_size) what block_at() divides
+    size_t block_size; // floats
+    // For one block after another:
+    float *normed;     // (R, C) a layernorm's output
+    float *projected;  // (R, C) with dropout: what is about to join the residual stream
+    float *d_residual; // (R, C)
+    float *d_normed;   // (R, C) also d_attention
+    // Four names of one buffer (R, the larger of F and 3C), since no two of them are needed at once:
+    float *gelu, *d_hidden, *d_qkv, *d_selected;
+    float *scratch; // for attention: scratch_size floats for each thread
     size_t scratch_size;
-    // The classifier's, for LOGIT_ROWS rows at a time:
-    float *selected, *mean_f, *rstd_f, *logits; // (LOGIT_ROWS, C), (LOGIT_ROWS) twice, (LOGIT_ROWS, V)
+    // For the head, LOGIT_ROWS rows at a time:
+    float *selected;        // (LOGIT_ROWS, C) their x
+    float *mean_f, *rstd_f; // (LOGIT_ROWS)
+    float *logits;          // (LOGIT_ROWS, V)
     // Results, for each scored row in order:
     int *scored; // which row it is
     float *loss;
     bool *correct; // the target had the highest logit
 } Activations;
 
-// What one block writes on its way forward.
-typedef struct {
-    float *x;                                 // (R, C) the stream before it: residual_at(layer)
-    float *qkv;                               // (R, 3C) query, key and value side by side
-    float *attention;                         // (R, C)
-    float *middle;                            // (R, C) the stream between attention and MLP
-    float *hidden;                            // (R, F) before gelu
-    float *log_sum_exp;                       // (R, NH) of attention
-    float *mean_1, *rstd_1, *mean_2, *rstd_2; // (R) of the two layernorms
-} Block;
-
-// Divides the memory of one block (or NULL) and returns its size in floats.
+// Divides the memory of one block and returns its size in floats; with memory NULL only that.
 static size_t block_lay_out(Block *b, const Config *config, int rows, float *memory) {
     const size_t R = (size_t)rows, C = (size_t)config->n_embd;
     const Part parts[] = {{&b->qkv, R * 3 * C},
@@ -990,7 +1072,7 @@ static size_t block_lay_out(Block *b, const Config *config, int rows, float *mem
     return lay_out(memory, parts, sizeof parts / sizeof *parts);
 }
 
-// The stream before a block, or after the last one: layer L.
+// The residual stream before a block, or after the last one: layer L.
 static float *residual_at(const Activations *a, const Model *model, int layer) {
     size_t place = layer < a->first_kept ? 0 : (size_t)(layer - a->first_kept);
     return a->residual + place * a->rows * model->config.n_embd;
@@ -1004,21 +1086,26 @@ static Block block_at(const Activations *a, const Model *model, int layer) {
     return b;
 }
 
-// Divides `memory` among all activations for `rows` rows of a model whose training is set, and returns how
-// many floats they take. With memory NULL it only tells.
+// Divides `memory` among all arrays for `rows` rows of a model whose training is set, and returns how many
+// floats they take. With memory NULL no array is set.
 static size_t activations_lay_out(Activations *a, const Model *model, int rows, Keep keep, float *memory) {
     const Config *config = &model->config;
-    const bool training = keep != KEEP_NOTHING;
     a->rows = rows;
     a->keep = keep;
-    a->first_kept = !training ? config->n_layer : model->lowest_trained > 0 ? model->lowest_trained : 0;
+    a->first_kept = 0;
+    if (keep == KEEP_NOTHING)
+        a->first_kept = config->n_layer;
+    else if (model->lowest_trained > 0)
+        a->first_kept = model->lowest_trained;
     a->scratch_size = attention_scratch(config->n_positions);
     a->block_size = block_lay_out(&(Block){0}, config, rows, NULL);
-    const size_t kept = (size_t)(config->n_layer - a->first_kept), whole = keep == KEEP_ALL ? kept : 0;
+    const size_t kept = (size_t)(config->n_layer - a->first_kept);
+    const size_t whole_blocks =
+        keep == KEEP_ALL && kept > 0 ? kept : 1; // one at least: all blocks write there
     const size_t R = (size_t)rows, C = (size_t)config->n_embd, F = (size_t)config->n_inner;
-    const size_t chunk = smaller(R, LOGIT_ROWS), only_training = training ? R * C : 0;
+    const size_t chunk = smaller(R, LOGIT_ROWS), only_training = keep == KEEP_NOTHING ? 0 : R * C;
     const Part parts[] = {{&a->residual, (kept + 1) * R * C},
-                          {&a->blocks, (whole > 0 ? whole : 1) * a->block_size},
+                          {&a->blocks, whole_blocks * a->block_size},
                           {&a->normed, R * C},
                           {&a->gelu, R * (F > 3 * C ? F : 3 * C)},
                           {&a->projected, only_training},
@@ -1035,7 +1122,7 @@ static size_t activations_lay_out(Activations *a, const Model *model, int rows, 
     return size;
 }
 
-// Gets the memory, which is used again as long as it suffices.
+// Allocates the memory, or uses it again if it is large enough.
 static void activations_reserve(Activations *a, const Model *model, int rows, Keep keep) {
     a->memory_size = activations_lay_out(a, model, rows, keep, NULL);
     if (a->memory_size > a->memory_capacity) {
@@ -1054,12 +1141,13 @@ static void activations_free(Activations *a) {
     *a = (Activations){0};
 }
 
-// Keys and values of earlier calls, for generation. cache_append adds those of this batch and says where all
-// of them are. Section 10.
+// When the model writes text, token by token, a cache holds the keys and values of earlier calls.
+// cache_append adds those of this batch and says where all of them are. Section 10.
 typedef struct Cache Cache;
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer);
 
-// GPT-2 has dropout at four kinds of places. Each place in each block draws from a stream of its own.
+// GPT-2 has dropout at four kinds of places. Each place in each block draws from a random stream of its own;
+// the embedding, which is in no block, takes the layer number L.
 enum { DROP_EMBEDDING, DROP_ATTENTION, DROP_PROJECTION, DROP_MLP, DROP_PLACES };
 
 static Dropout dropout_at(Dropout dropout, int layer, int place) {
@@ -1067,7 +1155,8 @@ static Dropout dropout_at(Dropout dropout, int layer, int place) {
     return dropout;
 }
 
-// y = residual + dropout(x · weight + bias): how attention and MLP add what they found to the stream.
+// y = residual + dropout(x · weight + bias): the projections, by which attention and MLP join the residual
+// stream.
 //   y, residual, projected (R, C); x (R, K)
 static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
                         const Tensor *bias, float *projected, Dropout dropout, int R, int K, int C) {
@@ -1079,7 +1168,7 @@ static void join_stream(float *y, const float *residual, const float *x, const T
     }
 }
 
-// What attention works on in a block, forward and backward alike.
+// The arguments of a block's attention, forward and backward alike.
 static Attention block_attention(const Model *model, const Activations *a, const Batch *batch, const Block *b,
                                  int layer, Dropout dropout) {
     const size_t C = (size_t)model->config.n_embd, HS = C / (size_t)model->config.n_head;
@@ -1095,8 +1184,9 @@ static Attention block_attention(const Model *model, const Activations *a, const
                        .scratch_size = a->scratch_size};
 }
 
-// One block, from residual_at(layer) to residual_at(layer + 1); the latter only if `finish`. With a cache,
-// the batch continues the sequences that are in it.
+// One block, from residual_at(layer) to residual_at(layer + 1). Without `finish` it ends with hidden: the
+// backward pass, which calls it to compute a block again, needs no more. With a cache, the batch continues
+// the sequences that are in it.
 static void block_forward(const Model *model, Activations *a, const Batch *batch, int layer, Cache *cache,
                           Dropout dropout, bool finish) {
     const Config *config = &model->config;
@@ -1167,42 +1257,42 @@ static void head_backward(const Model *model, Activations *a, const int *rows, i
         memcpy(a->d_residual + (size_t)rows[i] * C, a->d_selected + (size_t)i * C, (size_t)C * sizeof(float));
 }
 
-// The classifier: head, softmax and loss, and when `backward` the gradients of all three. Logits of a whole
-// batch would be R x V floats, 800 MB for 4 x 1024 rows. So rows are taken LOGIT_ROWS at a time, all the way
-// to the gradient. Rows that are not scored cost nothing and get gradient 0.
+// From the residual stream to the loss, and when `backward` the way back. Logits of a whole batch would be R
+// x V floats, 800 MB for 4 x 1024 rows. So rows are taken LOGIT_ROWS at a time, all the way to the gradient.
+// Rows that are not scored cost nothing here and get gradient 0.
 //   Fills a->scored, a->loss and a->correct for each scored row; when `backward`, also the gradient of
-//   weight · (sum of losses) in a->d_residual and in the head's tensors. Returns the sum of losses.
-static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward, float weight,
-                         bool accumulate) {
+//   loss_scale · (sum of losses) in a->d_residual, layernorm_f and head. Returns the sum of losses.
+static double classifier(const Model *model, Activations *a, const Batch *batch, bool backward,
+                         float loss_scale, bool accumulate) {
     const int C = model->config.n_embd, V = model->config.vocab_size;
     int targets[LOGIT_ROWS], count = 0;
     for (int r = 0; r < batch->rows; r++)
         if (batch->target[r] >= 0) a->scored[count++] = r;
     if (backward) memset(a->d_residual, 0, (size_t)batch->rows * C * sizeof(float));
     double total = 0;
-    for (int begin = 0, n; begin < count; begin += n, accumulate = true) {
+    for (int begin = 0, n; begin < count; begin += n) {
         n = (int)smaller((size_t)(count - begin), LOGIT_ROWS);
         const int *rows = a->scored + begin;
         for (int i = 0; i < n; i++) targets[i] = batch->target[rows[i]];
         head_forward(model, a, rows, n);
-        cross_entropy(a->logits, a->loss + begin, a->correct + begin, targets, backward, weight, n, V);
+        cross_entropy(a->logits, a->loss + begin, a->correct + begin, targets, backward, loss_scale, n, V);
         for (int i = 0; i < n; i++) total += a->loss[begin + i];
         if (backward) head_backward(model, a, rows, n, accumulate);
+        accumulate = true; // the next rows' gradients are added to these
     }
     return total;
 }
 
 // Turns a->d_residual from the gradient of the block's output into that of its input, and writes (or adds to)
 // the gradients of what is trained in the block. Each step differentiates the line of block_forward that is
-// quoted. Where x is both used and passed on, as in y = x + f(x), its gradient is the sum of both ways:
-// d_residual already holds the way past f, and the way through f is added to it.
+// quoted. In y = x + f(x), dx = dy + (gradient through f): d_residual holds dy already, the rest is added.
 static void block_backward(const Model *model, Activations *a, const Batch *batch, int layer, Dropout dropout,
                            bool accumulate) {
     const Config *config = &model->config;
     const int R = batch->rows, C = config->n_embd, F = config->n_inner;
     const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
     const Block b = block_at(a, model, layer);
-    float *d_projected = a->d_residual; // with dropout: what dropout lets through of it
+    float *d_projected = a->d_residual;                        // with dropout: d_residual after dropout
     if (a->keep == KEEP_INPUTS && layer < config->n_layer - 1) // the last block's are still there
         block_forward(model, a, batch, layer, NULL, dropout, false);
 
@@ -1212,7 +1302,8 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
                     C);
     linear_backward(a->d_hidden, NULL, t[FC_PROJ_BIAS].gradient, d_projected, NULL, t[FC_PROJ_WEIGHT].value,
                     accumulate, R, F, C);
-    gelu_backward(a->d_hidden, b.hidden, (size_t)R * F); // hidden becomes gelu(hidden)
+    gelu_backward(a->d_hidden, b.hidden,
+                  (size_t)R * F); // hidden becomes gelu(hidden), for the weight's gradient:
     linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_projected, b.hidden, NULL, accumulate, R, F, C);
     // hidden = layernorm_2(middle) · c_fc + bias
     if (t[FC_WEIGHT].gradient)
@@ -1240,25 +1331,27 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
                        b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
 }
 
-// Forward and backward through the whole model: the gradients of weight · (sum of losses over the batch).
+// Forward and backward through the whole model: the gradients of loss_scale · (sum of losses over the batch).
 // Returns the sum of losses. Blocks below the lowest trained tensor are not visited on the way back.
 //
-// Does a gradient begin at zero? An update may be made of several batches (section 8), and their gradients
-// add up. For the first of them `accumulate` is false, and each gradient is overwritten: no time is lost with
-// clearing half a gigabyte. Only embedding_backward cannot overwrite, because it adds row by row. So wpe's
-// gradient is cleared before it, and wte's too, unless the head is tied to wte: then the classifier has
-// already overwritten it with the head's part.
-static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float weight,
+// An update may be made of several batches, and then their gradients add up. The first batch overwrites each
+// gradient (accumulate is false), the others add: no time is lost with clearing half a gigabyte. Only
+// embedding_backward cannot overwrite, because it adds row by row. So wpe's gradient is cleared before it,
+// and wte's too, unless the head is tied to wte: then head_backward has already overwritten it with the
+// head's part.
+static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float loss_scale,
                                      bool accumulate, Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
     const Tensor *wte = &model->tensors[WTE], *wpe = &model->tensors[WPE];
     if (batch->targets == 0) { // nothing is scored: loss and gradients are 0
-        for (const Tensor *t = model->tensors; t < model->tensors + model->tensor_count && !accumulate; t++)
-            if (t->gradient) memset(t->gradient, 0, t->size * sizeof(float));
+        for (int i = 0; i < model->tensor_count; i++) {
+            const Tensor *t = &model->tensors[i];
+            if (t->gradient && !accumulate) memset(t->gradient, 0, t->size * sizeof(float));
+        }
         return 0;
     }
     model_forward(model, a, batch, NULL, dropout);
-    double loss = classifier(model, a, batch, true, weight, accumulate);
+    double loss = classifier(model, a, batch, true, loss_scale, accumulate);
     for (int layer = L - 1; layer >= model->lowest_trained && layer >= 0; layer--)
         block_backward(model, a, batch, layer, dropout, accumulate);
 
@@ -1279,7 +1372,8 @@ static double model_forward_backward(const Model *model, Activations *a, const B
 // =====================================================================================================
 // 7. Optimizer
 // =====================================================================================================
-// Gradients say which way the loss falls, not how far to go. Three rules decide that:
+// Gradients say which way the loss falls, not how far to go. How far is first of all the learning rate, a
+// small number that the user chooses. Three rules refine it:
 // - Clipping. Now and then a batch has huge gradients, and one such step can ruin a model. If the norm of all
 //   gradients together (the root of the sum of their squares) is too large, all are scaled down.
 // - AdamW. It keeps two running averages for each parameter, the moments: of the gradient, and of its square.
@@ -1288,7 +1382,7 @@ static double model_forward_backward(const Model *model, Activations *a, const B
 // - The schedule. The learning rate rises from 0 (warm-up), while the averages are still young and a trained
 //   model is easily spoiled, and then falls, so that the last steps settle the details.
 
-// What an update goes by, besides model, data and learning rate.
+// The settings of an update, besides model, data and learning rate.
 typedef struct {
     double beta1, beta2, epsilon, weight_decay; // AdamW's
     double max_grad_norm;                       // 0: no clipping
@@ -1297,11 +1391,11 @@ typedef struct {
     Keep keep;                                  // KEEP_ALL, or KEEP_INPUTS to save memory
 } Hyperparameters;
 
-enum { NORM_BLOCK = 1 << 16 };
+enum { NORM_PIECE = 1 << 16 };
 
-// The norm of all gradients together. Blocks of fixed size are summed one by one, in double, and then in
-// order, so that the result does not depend on the number of threads. *not_finite gets the first tensor whose
-// gradient is infinite or not a number, or NULL.
+// The norm of all gradients together. Each piece of fixed size is summed by one thread, in double; then the
+// pieces are added in order. So the result does not depend on the number of threads. *not_finite gets the
+// first tensor whose gradient is infinite or not a number, or NULL.
 static double gradient_norm(const Model *model, const Tensor **not_finite) {
     double total = 0;
     *not_finite = NULL;
@@ -1309,17 +1403,17 @@ static double gradient_norm(const Model *model, const Tensor **not_finite) {
         const Tensor *tensor = &model->tensors[i];
         if (!tensor->gradient) continue;
         const float *g = tensor->gradient; // or compilers fetch the struct's member each time
-        size_t blocks = (tensor->size + NORM_BLOCK - 1) / NORM_BLOCK;
-        double *partial = xmalloc(blocks * sizeof(double)), squares = 0;
+        size_t pieces = (tensor->size + NORM_PIECE - 1) / NORM_PIECE;
+        double *partial = xmalloc(pieces * sizeof(double)), squares = 0;
 #pragma omp parallel for
-        for (size_t b = 0; b < blocks; b++) {
-            size_t end = smaller((b + 1) * NORM_BLOCK, tensor->size);
+        for (size_t b = 0; b < pieces; b++) {
+            size_t end = smaller((b + 1) * NORM_PIECE, tensor->size);
             double sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (size_t j = b * NORM_BLOCK; j < end; j++) sum += (double)g[j] * g[j];
+            for (size_t j = b * NORM_PIECE; j < end; j++) sum += (double)g[j] * g[j];
             partial[b] = sum;
         }
-        for (size_t b = 0; b < blocks; b++) squares += partial[b];
+        for (size_t b = 0; b < pieces; b++) squares += partial[b];
         free(partial);
         if (!isfinite(squares) && !*not_finite) *not_finite = tensor;
         total += squares;
@@ -1327,8 +1421,8 @@ static double gradient_norm(const Model *model, const Tensor **not_finite) {
     return sqrt(total);
 }
 
-// What gradients are multiplied by so that their norm is at most `largest` (0: no limit), as torch's
-// clip_grad_norm_ does it.
+// The factor that brings the norm down to `largest` (0: no limit). PyTorch's clip_grad_norm_ has the same
+// 1e-6.
 static float clip_factor(double norm, double largest) {
     return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
 }
@@ -1338,27 +1432,29 @@ static float clip_factor(double norm, double largest) {
 //   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g²     the moments, exp_avg and exp_avg_sq
 //   p = p - lr · (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)
 // The moments begin at 0, so they are too small at first; dividing by 1 - b^t corrects that. Epsilon keeps
-// the quotient finite. Decay acts on the weight itself: passed through the gradient, as L2 does it, it would
-// be divided by the root as well, and weights with large gradients would hardly decay. g is the gradient
-// times `clip`.
+// the quotient finite. Decay acts on the weight itself. If it were added to the gradient, as older programs
+// do, it would be divided by the root as well, and weights with large gradients would hardly decay. g is the
+// gradient times `clip`. For example b1 = 0.9, b2 = 0.999, t = 1, g = 0.02: m = 0.002 and v = 4e-7. Corrected
+// they are 0.02 and 0.0004, whose root is 0.02, so p moves by lr · 0.02 / 0.02 = lr. With g = 20 it would
+// also move by lr. When g keeps changing sign, m stays near 0 but v does not, and p moves much less.
 static void adamw_update(const Model *model, const Hyperparameters *h, double learning_rate, long t,
                          float clip) {
     const float b2 = (float)h->beta2, epsilon = (float)h->epsilon;
     const float one_minus_b1 = (float)(1 - h->beta1), one_minus_b2 = (float)(1 - h->beta2);
-    const float step = (float)(learning_rate / (1 - pow(h->beta1, (double)t)));
-    const float root = (float)sqrt(1 - pow(h->beta2, (double)t));
+    const float corrected_rate = (float)(learning_rate / (1 - pow(h->beta1, (double)t)));
+    const float root = (float)sqrt(1 - pow(h->beta2, (double)t)); // corrects the root of v
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         if (tensor->frozen) continue;
         float *p = tensor->value, *m = tensor->exp_avg, *v = tensor->exp_avg_sq;
         const float *gradient = tensor->gradient;
-        const float keep = tensor->decay ? (float)(1 - learning_rate * h->weight_decay) : 1.0f;
+        const float shrink = tensor->decay ? (float)(1 - learning_rate * h->weight_decay) : 1.0f;
 #pragma omp parallel for simd
         for (size_t j = 0; j < tensor->size; j++) {
             float g = gradient[j] * clip;
             m[j] += one_minus_b1 * (g - m[j]);
             v[j] = b2 * v[j] + one_minus_b2 * g * g;
-            p[j] = p[j] * keep - step * m[j] / (sqrtf(v[j]) / root + epsilon);
+            p[j] = p[j] * shrink - corrected_rate * m[j] / (sqrtf(v[j]) / root + epsilon);
         }
     }
 }
@@ -1366,8 +1462,9 @@ static void adamw_update(const Model *model, const Hyperparameters *h, double le
 typedef enum { SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_CONSTANT } Schedule;
 
 // The learning rate of update `step` = 0, 1, ..., steps - 1, relative to the highest: up from 0 in a line
-// during `warmup` updates, then down to `final`, as transformers' get_*_schedule_with_warmup. The first
-// update has rate 0 (if there is a warm-up): it only starts AdamW's averages.
+// during `warmup` updates, then down towards 0 in a line or a half cosine, but never below `final`; or
+// constant. The same as transformers' get_*_schedule_with_warmup, which have no `final`. With a warm-up, the
+// first update has rate 0: it only starts the moments.
 static double schedule_factor(Schedule schedule, long step, long warmup, long steps, double final) {
     if (step < warmup) return (double)step / (double)warmup;
     double progress = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1;
@@ -1418,7 +1515,7 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
     update.loss = loss / (double)update.targets;
     update.accuracy = (double)correct / (double)update.targets;
 
-    // Is every number still one? A model that has met infinity once does not recover.
+    // Stop if the loss or a gradient is infinite or not a number: a model does not recover from that.
     const Tensor *not_finite = NULL;
     const bool finite = isfinite(update.loss);
     update.norm = finite ? gradient_norm(model, &not_finite) : 0;
@@ -1435,6 +1532,8 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 // #####################################################################################################
 // PART II. Text
 // #####################################################################################################
+// Part I knows only token ids. Here text becomes ids and ids become text again, and a trained model writes.
+
 // =====================================================================================================
 // 9. Tokenizer
 // =====================================================================================================
@@ -2145,6 +2244,8 @@ static void sample_free(Sample *sample) {
 // #####################################################################################################
 // PART III. Files and data
 // #####################################################################################################
+// What comes from the disk is never trusted, and what goes there is never left half written.
+
 // =====================================================================================================
 // 11. Files
 // =====================================================================================================
@@ -3299,18 +3400,21 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
 // #####################################################################################################
 // PART IV. Running it
 // #####################################################################################################
-// Seconds on a clock that never goes back.
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+// A training step by itself is short. Around it stands what makes a run of hours: evaluation, progress, a
+// log, checkpoints, signals, and the command line that sets all of it.
 
 // =====================================================================================================
 // 14. Training
 // =====================================================================================================
 // The recipe: warm up, decay, evaluate now and then, keep the best, stop in order. Everything that must
 // survive an interruption is in a checkpoint; everything else is a pure function of the options and the step.
+
+// Seconds on a clock that never goes back.
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
@@ -3848,6 +3952,8 @@ static void take_words(Options *options, bool given[OPTION_COUNT], int count, ch
     for (int found; (found = getopt_long(count, words, letters, names, NULL)) != -1;) {
         const char *word = words[optind - 1];
         if (found == ':') die_usage("%s needs a value; --help says which", word);
+        if (found == '?' && optopt > 0 && strncmp(word, "--", 2) == 0 && strchr(word, '='))
+            die_usage("%s: this option takes no value", word);
         if (found == '?' && optopt > 0 && optopt < 256) // perhaps among others, as in -yZ
             die_usage("unknown option -%c; --help lists all", optopt);
         if (found == '?') die_usage("unknown option %s; --help lists all", word);
@@ -4273,10 +4379,12 @@ int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
 // #####################################################################################################
 // PART V. Speed
 // #####################################################################################################
+// Part I says what is computed, with no word of how it gets fast. That is here, and it is needed in few
+// places: products of matrices take nearly all the time, and of the rest only exp() is slow by itself.
+
 // =====================================================================================================
 // 16. How a product gets fast
 // =====================================================================================================
-// ---- the built-in matmul: how a product gets fast ----
 // C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
 // what the processor can do: every multiplication waits for memory. Four steps repair that.
 // 1. Registers. A tile of C (6 x 16 floats with AVX2) stays in the vector registers while k runs. One step of
@@ -4312,7 +4420,7 @@ typedef struct {
     const float *A, *B;
     size_t ldc, lda, ldb, M, N, K;
     bool transpose_a, transpose_b, accumulate;
-    size_t rows, columns, across; // of a block of C, and how many blocks lie side by side
+    size_t rows, columns, blocks_across; // of a block of C, and how many blocks lie side by side
 } Product;
 
 // C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
@@ -4377,8 +4485,8 @@ static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, s
 // One block of C, for all of K.
 static void matmul_block(const Product *p, size_t block) {
     static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
-    size_t row = block / p->across * p->rows, end = smaller(row + p->rows, p->M);
-    size_t column = block % p->across * p->columns, columns = smaller(p->columns, p->N - column);
+    size_t row = block / p->blocks_across * p->rows, end = smaller(row + p->rows, p->M);
+    size_t column = block % p->blocks_across * p->columns, columns = smaller(p->columns, p->N - column);
     bool in_place = !p->transpose_a && p->lda % 1024 != 0;
     size_t lda = in_place ? p->lda : A_LD;
     for (size_t k = 0, depth, pieces = (p->K + DEPTH - 1) / DEPTH; pieces > 0; k += depth, pieces--) {
@@ -4428,33 +4536,36 @@ static void few_rows_transposed(const Product *p, size_t column, size_t end) {
     }
 }
 
-// Columns column .. end - 1 of A · B: eight rows of B at a time, each times its elements of A.
+// Adds n <= 8 rows of B, from row k on, each times its elements of A, to columns column .. end - 1 of C. The
+// eight rows are read side by side, so that each vector of C is loaded and stored only once for all of them.
+static void few_rows_step(const Product *p, size_t k, size_t n, size_t column, size_t end) {
+    const size_t rows_ahead = 8 + 2048 / (end - column); // to prefetch
+    const float *B = p->B + k * p->ldb;
+    float a[FEW][8] = {0};
+    for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
+    size_t j = column;
+    for (; n == 8 && j + LANES <= end; j += LANES) {
+        Vector b[8];
+        for (size_t x = 0; x < 8; x++) {
+            b[x] = *(const Vector *)(B + x * p->ldb + j);
+            __builtin_prefetch(B + (x + rows_ahead) * p->ldb + j);
+        }
+        for (size_t i = 0; i < p->M; i++) {
+            Vector sum = *(Vector *)(p->C + i * p->ldc + j);
+            for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
+            *(Vector *)(p->C + i * p->ldc + j) = sum;
+        }
+    }
+    for (; j < end; j++) // what is left over: the last columns, or the last rows of B
+        for (size_t i = 0; i < p->M; i++)
+            for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
+}
+
+// Columns column .. end - 1 of A · B.
 static void few_rows_plain(const Product *p, size_t column, size_t end) {
-    const size_t ahead = 8 + 2048 / (end - column); // rows to prefetch
     for (size_t i = 0; !p->accumulate && i < p->M; i++)
         memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
-    for (size_t k = 0, n; k < p->K; k += n) {
-        const float *B = p->B + k * p->ldb;
-        float a[FEW][8] = {0};
-        n = smaller(8, p->K - k);
-        for (size_t i = 0; i < p->M; i++) memcpy(a[i], p->A + i * p->lda + k, n * sizeof(float));
-        size_t j = column;
-        for (; n == 8 && j + LANES <= end; j += LANES) {
-            Vector b[8];
-            for (size_t x = 0; x < 8; x++) {
-                b[x] = *(const Vector *)(B + x * p->ldb + j);
-                __builtin_prefetch(B + (x + ahead) * p->ldb + j);
-            }
-            for (size_t i = 0; i < p->M; i++) {
-                Vector sum = *(Vector *)(p->C + i * p->ldc + j);
-                for (size_t x = 0; x < 8; x++) sum += a[i][x] * b[x];
-                *(Vector *)(p->C + i * p->ldc + j) = sum;
-            }
-        }
-        for (; j < end; j++)
-            for (size_t i = 0; i < p->M; i++)
-                for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * B[x * p->ldb + j];
-    }
+    for (size_t k = 0; k < p->K; k += 8) few_rows_step(p, k, smaller(8, p->K - k), column, end);
 }
 
 static void matmul_few_rows(const Product *p, size_t block) {
@@ -4471,11 +4582,11 @@ static void matmul_builtin(Product p) {
     // A block's panels: none wider than packed_b can hold, as many blocks as threads or a multiple of them.
     size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
     size_t most = few ? panels : PACKED_B / (smaller(p.K, DEPTH) * TILE_COLUMNS + 16);
-    p.across = ((panels + most - 1) / most + threads - 1) / threads * threads;
-    p.columns = (panels + p.across - 1) / p.across * TILE_COLUMNS;
-    p.across = (p.N + p.columns - 1) / p.columns;
+    p.blocks_across = ((panels + most - 1) / most + threads - 1) / threads * threads;
+    p.columns = (panels + p.blocks_across - 1) / p.blocks_across * TILE_COLUMNS;
+    p.blocks_across = (p.N + p.columns - 1) / p.columns;
     p.rows = few || threads == 1 ? p.M : smaller(p.M, 10 * GROUP);
-    size_t blocks = p.across * ((p.M + p.rows - 1) / p.rows);
+    size_t blocks = p.blocks_across * ((p.M + p.rows - 1) / p.rows);
     void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
     if (threads == 1) // even an idle parallel region takes time
         for (size_t block = 0; block < blocks; block++) work(&p, block);
