@@ -36,7 +36,8 @@ function follow() {
   let low = -1, high = entries.length; // the last heading above the reading line; headings are in the page's order
   while (high - low > 1) {
     const middle = (low + high) >> 1;
-    if (entries[middle].heading.getBoundingClientRect().top < innerHeight * 0.3) low = middle; else high = middle;
+    if (entries[middle].heading.getBoundingClientRect().top < innerHeight * 0.3) low = middle;
+    else high = middle;
   }
   const entry = entries[Math.max(low, 0)];
   if (entry === current) return;
@@ -44,9 +45,11 @@ function follow() {
   current = entry;
   current.link.setAttribute("aria-current", "true");
   $$("li.open", contents).forEach(item => item.classList.remove("open"));
-  for (let item = current.link.closest("li"); item; item = item.parentElement.closest("li")) item.classList.add("open");
+  for (let item = current.link.closest("li"); item; item = item.parentElement.closest("li"))
+    item.classList.add("open");
   const box = current.link.getBoundingClientRect(), frame = contents.getBoundingClientRect();
-  if (box.top < frame.top + 20 || box.bottom > frame.bottom - 20) contents.scrollTop += box.top - frame.top - frame.height / 3;
+  if (box.top < frame.top + 20 || box.bottom > frame.bottom - 20)
+    contents.scrollTop += box.top - frame.top - frame.height / 3;
 }
 let waiting = false;
 addEventListener("scroll", () => {
@@ -75,18 +78,23 @@ addEventListener("beforeprint", () => $$("main details").forEach(details => { de
 const field = $("#ui-search input"), results = $("#ui-search ol");
 let places = null;
 function collect() {
-  const title = element => { const row = element.closest(".row"); let at = row; while (at && !/^H[234]$/.test(at.tagName)) at = at.previousElementSibling;
-                             return at ? at.textContent : ""; };
-  places = $$(".code b[id]").map(b => ({text: b.id, where: title(b), target: b.id, name: true}));
-  entries.forEach(entry => places.push({text: entry.link.textContent, where: "", target: entry.link.hash.slice(1), heading: true}));
-  $$(".words p, .words li, .words > pre, td, .right > pre:not(.code), .code > span").forEach(element => {
-    if (!element.closest(".uses")) places.push({text: element.textContent.trim(), where: title(element), element});
-  });
+  const titles = new Map(), spots = ".words p, .words li, .words > pre, td, .right > pre:not(.code), .code > span";
+  let title = "";
+  for (const child of $("main").children) {
+    if (/^H[234]$/.test(child.tagName)) title = child.textContent;
+    titles.set(child, title);
+  }
+  const where = element => titles.get(element.closest("main > *"));
+  places = $$(".code b[id]").map(b => ({text: b.id, where: where(b), target: b.id, name: true}));
+  for (const {link} of entries) places.push({text: link.textContent, where: "", target: link.hash.slice(1)});
+  for (const element of $$(spots))
+    if (!element.closest(".uses")) places.push({text: element.textContent.trim(), where: where(element), element});
 }
 function score(place, query) {
   const text = place.text.toLowerCase(), at = text.indexOf(query);
   if (at < 0) return Infinity;
-  return place.name ? (text === query ? 0 : at === 0 ? 1 : 2) : place.heading ? 3 : place.element.closest(".code") ? 5 : 4;
+  if (place.name) return text === query ? 0 : at === 0 ? 1 : 2;
+  return place.target ? 3 : place.element.closest(".code") ? 5 : 4;
 }
 function find() {
   const query = field.value.trim().toLowerCase();
@@ -94,11 +102,12 @@ function find() {
   results.hidden = query.length < 2;
   if (results.hidden) return;
   if (!places) collect();
-  const found = places.map(place => [score(place, query), place]).filter(([rank]) => rank < Infinity).sort((a, b) => a[0] - b[0]);
+  const found = places.map(place => [score(place, query), place]).filter(([rank]) => rank < Infinity);
+  found.sort((a, b) => a[0] - b[0]);
   for (const [, place] of found.slice(0, 40)) {
     const at = Math.max(0, place.text.toLowerCase().indexOf(query) - 30);
-    const link = make("a", {href: place.target ? "#" + place.target : "#"}, (at ? "…" : "") + place.text.slice(at, at + 90),
-                      make("small", {}, place.where));
+    const shown = (at ? "…" : "") + place.text.slice(at, at + 90);
+    const link = make("a", {href: "#" + (place.target || "")}, shown, make("small", {}, place.where));
     link.addEventListener("click", event => {
       results.hidden = true;
       if (!place.element) return;
@@ -140,208 +149,251 @@ addEventListener("click", event => { if (!event.target.closest("#ui-search")) re
 
 // ---- pictures ----
 // How wide they may be: all are equal, and asking each after drawing another would lay out the whole page again.
-const stage = $("figure .right");
-let stageWidth = stage.clientWidth;
-const room = () => stageWidth;
-// A picture has choices (rows of buttons), a drawing and a line that says what is pointed at. `draw` is called again when
-// a choice changes.
+const stage = $("figure .right"), redraws = [];
+let room = stage.clientWidth;
+addEventListener("resize", () => {
+  if (room === stage.clientWidth) return;
+  room = stage.clientWidth;
+  redraws.forEach(redraw => redraw());
+});
+
+// A picture has choices (rows of buttons: label, [[text, value], ...], which one at first), a drawing and a line that
+// says what is pointed at. draw(chosen, tell) returns the drawing; it is called again when a choice changes.
 function picture(name, choices, draw) {
   const figure = $(`[data-picture="${name}"]`), words = $(".words", figure), right = $(".right", figure);
   const chosen = {}, readout = make("p", {class: "readout", "aria-live": "polite"});
-  const redraw = () => right.replaceChildren(...draw(chosen, text => readout.replaceChildren(...[text].flat()), room()));
+  const tell = (...parts) => readout.replaceChildren(...parts);
+  const redraw = () => right.replaceChildren(...draw(chosen, tell));
   for (const [label, options, first = 0] of choices) {
     const row = make("div", {class: "choices", role: "group", "aria-label": label}, make("span", {}, label));
     chosen[label] = options[first][1];
-    options.forEach(([text, value], i) => row.append(make("button", {"aria-pressed": i === first, onclick: event => {
-      chosen[label] = value;
-      $$("button", row).forEach(button => button.setAttribute("aria-pressed", button === event.target));
-      redraw();
-    }}, text)));
+    options.forEach(([text, value], i) => {
+      const choose = event => {
+        chosen[label] = value;
+        $$("button", row).forEach(button => button.setAttribute("aria-pressed", button === event.target));
+        redraw();
+      };
+      row.append(make("button", {"aria-pressed": i === first, onclick: choose}, text));
+    });
     words.append(row);
   }
   words.append(readout);
   redraw();
   redraws.push(redraw);
 }
-const redraws = [];
-addEventListener("resize", () => {
-  if (stageWidth === stage.clientWidth) return;
-  stageWidth = stage.clientWidth;
-  redraws.forEach(redraw => redraw());
-});
-// An area that answers to mouse, finger and keyboard.
-function hit(shape, attributes, answer) {
-  const element = make(shape, {class: "hit", tabindex: 0, role: "img", ...attributes});
-  const tell = () => {
+
+const svg = (width, height, ...children) =>
+  make("svg:svg", {viewBox: `0 0 ${width} ${height}`, width}, ...children);
+const rect = (x, y, width, height, attributes) => make("svg:rect", {x, y, width, height, rx: 2, ...attributes});
+const line = (x1, x2, y, attributes = {class: "axis"}) => make("svg:line", {x1, x2, y1: y, y2: y, ...attributes});
+// Text that ends at x (anchor "end"), begins there, or is turned by an angle around its beginning.
+const text = (x, y, content, anchor = "start", angle = 0, css = "") =>
+  make("svg:text", {transform: `translate(${x} ${y}) rotate(${angle})`, "text-anchor": anchor, class: css}, content);
+const bold = content => make("b", {}, content);
+const round = (value, digits) => value.toPrecision(digits).replace(/\.?0+$/, "");
+const sum = values => values.reduce((a, b) => a + b, 0);
+const between = (low, x, high) => Math.max(low, Math.min(x, high));
+
+// Makes an element answer to mouse, finger and keyboard.
+function answering(element, answer) {
+  element.classList.add("hit");
+  element.setAttribute("tabindex", 0);
+  const choose = () => {
     $$(".chosen", element.parentElement).forEach(other => other.classList.remove("chosen"));
     element.classList.add("chosen");
     answer();
   };
-  ["pointerenter", "focus", "click"].forEach(event => element.addEventListener(event, tell));
+  ["pointerenter", "focus", "click"].forEach(event => element.addEventListener(event, choose));
   return element;
 }
-const bold = text => make("b", {}, text);
-const rows = numbers.rows;
-const round = (value, digits) => value.toPrecision(digits).replace(/\.?0+$/, "");
-const learned = numbers.learning.map((step, i) => [String(step.updates), i]);
+
+const rows = numbers.rows, learning = numbers.learning;
+const updates = learning.map((step, i) => [String(step.updates), i]);
 
 picture("rows", [], (chosen, tell) => {
-  const cells = {}, lengths = [];
-  rows.forEach((row, r) => { (lengths[row.sequence] ||= []).push(r); });
-  const longest = Math.max(...lengths.map(list => list.length));
+  const cells = rows.map(() => []), sequences = [];
+  rows.forEach((row, r) => { (sequences[row.sequence] ||= []).push(r); });
+  const longest = Math.max(...sequences.map(list => list.length));
   const token = r => {
-    const row = rows[r], element = hit("span", {class: ""}, () => {
-      Object.values(cells).flat().forEach(cell => cell.classList.remove("chosen"));
-      cells[r].forEach(cell => cell.classList.add("chosen"));
-      tell([bold(`row ${r}`), ` reads ${row.reads} at position ${row.position} of sequence ${row.sequence}, sees rows ${row.first} to ${r}, `,
-            row.says ? `and should say ${row.says}.` : "and is not scored."]);
-    });
-    element.textContent = row.reads;
-    (cells[r] ||= []).push(element);
-    return element;
+    const row = rows[r], cell = make("span", {}, row.reads);
+    cells[r].push(answering(cell, () => {
+      cells.flat().forEach(other => other.classList.remove("chosen"));
+      cells[r].forEach(same => same.classList.add("chosen"));
+      tell(bold(`row ${r}`), ` reads ${row.reads} at position ${row.position} of sequence ${row.sequence}, sees rows ` +
+           `${row.first} to ${r}, ` + (row.says ? `and should say ${row.says}.` : "and is not scored."));
+    }));
+    return cell;
   };
-  const pad = () => {
-    const element = hit("span", {class: "pad"}, () => tell([bold("PAD"), " has a row in every layer of a padded batch. Packed, it does not exist."]));
-    element.textContent = "PAD";
-    return element;
-  };
+  const pad = () => answering(make("span", {class: "pad"}, "PAD"), () =>
+    tell(bold("PAD"), " has a row in every layer of a padded batch. Packed, it does not exist."));
   const strip = make("div", {class: "strip"});
-  lengths.forEach((list, s) => strip.append(make("span", {}, `padded, sequence ${s}`), make("div", {class: "tokens"}, ...list.map(token),
-                                            ...Array.from({length: longest - list.length}, pad))));
+  sequences.forEach((list, s) => {
+    const filler = Array.from({length: longest - list.length}, pad);
+    strip.append(make("span", {}, `padded, sequence ${s}`),
+                 make("div", {class: "tokens"}, ...list.map(token), ...filler));
+  });
   const packed = rows.map((row, r) => token(r));
-  lengths.forEach(list => packed[list[0]].classList.add("first"));
+  sequences.forEach(list => packed[list[0]].classList.add("first"));
   strip.append(make("span", {}, `packed, rows 0 to ${rows.length - 1}`), make("div", {class: "tokens"}, ...packed));
-  tell(`${rows.length} rows packed, ${lengths.length * longest} padded: point at one.`);
+  tell(`${rows.length} rows packed, ${sequences.length * longest} padded: point at one.`);
   return [strip];
 });
 
-picture("attention", [["block", [["0", 0], ["1", 1]]], ["head", [["0", 0], ["1", 1]]], ["updates", learned, learned.length - 1]], (chosen, tell, room) => {
-  const probability = numbers.learning[chosen.updates].probability[chosen.block][chosen.head];
-  const left = 74, top = 62, n = rows.length, size = Math.max(14, Math.min(24, Math.floor((room - left - 4) / n)));
-  const svg = make("svg:svg", {viewBox: `0 0 ${left + n * size + 4} ${top + n * size + 4}`, width: left + n * size + 4});
+picture("attention", [["block", [["0", 0], ["1", 1]]], ["head", [["0", 0], ["1", 1]]],
+                      ["updates", updates, updates.length - 1]], (chosen, tell) => {
+  const probability = learning[chosen.updates].probability[chosen.block][chosen.head];
+  const left = 74, top = 62, n = rows.length, size = between(14, Math.floor((room - left - 4) / n), 24);
+  const shapes = [], areas = [];
   rows.forEach((row, r) => {
-    svg.append(make("svg:text", {x: left - 8, y: top + (r + 0.5) * size + 4, "text-anchor": "end"}, `${row.reads}  ${r}`),
-               make("svg:text", {x: 0, y: 0, transform: `translate(${left + (r + 0.5) * size + 4} ${top - 6}) rotate(-90)`}, row.reads));
-    for (let j = 0; j < n; j++) {
-      const seen = j >= row.first && j <= r, p = seen ? probability[r][j - row.first] : 0;
-      svg.append(make("svg:rect", {class: seen ? "cell" : "masked", x: left + j * size + 1, y: top + r * size + 1, width: size - 2, height: size - 2, rx: 2,
-                                   ...(seen ? {"fill-opacity": 0.06 + 0.94 * p ** 0.7} : {})}));
-    }
+    const middle = (r + 0.5) * size + 4, y = top + r * size;
+    shapes.push(text(left - 8, top + middle, `${row.reads}  ${r}`, "end"),
+                text(left + middle, top - 6, row.reads, "start", -90));
+    rows.forEach((asked, j) => {
+      const seen = j >= row.first && j <= r, shade = seen ? 0.06 + 0.94 * probability[r][j - row.first] ** 0.7 : 1;
+      shapes.push(rect(left + j * size + 1, y + 1, size - 2, size - 2,
+                       {class: seen ? "cell" : "masked", "fill-opacity": shade}));
+    });
+    areas.push(answering(rect(0, y, left + n * size, size, {"aria-label": `row ${r}`}), () => {
+      const seen = probability[r].map((p, j) => `${rows[row.first + j].reads} ${p.toFixed(3)}`);
+      tell(bold(`row ${r}`), `, ${row.reads}, sees ${seen.length} of ${n} rows: ${seen.join(", ")}. The other ` +
+           `${n - seen.length} are masked: later rows and other sequences.`);
+    }));
   });
-  rows.forEach((row, r) => svg.append(hit("svg:rect", {x: 0, y: top + r * size, width: left + n * size, height: size, "aria-label": `row ${r}`}, () => {
-    const seen = probability[r].map((p, j) => `${rows[row.first + j].reads} ${p.toFixed(3)}`).join(", ");
-    tell([bold(`row ${r}`), `, ${row.reads}, sees ${r - row.first + 1} of ${n} rows: ${seen}. The other ${n - 1 - r + row.first} are masked: later rows and other sequences.`]);
-  })));
   tell("Point at a row: the colour says how much of each earlier row's value it takes. Grey is masked.");
-  return [svg];
+  return [svg(left + n * size + 4, top + n * size + 4, ...shapes, ...areas)];
 });
 
-picture("loss", [["updates", learned, 0]], (chosen, tell, room) => {
-  const scored = rows.map((row, r) => r).filter(r => rows[r].target >= 0), loss = numbers.learning[chosen.updates].loss;
-  const left = 24, end = 62, width = Math.max(14, Math.min(34, (room - left - end) / scored.length)), height = 190, top = 12, most = Math.max(6, ...loss), y = value => top + height * (1 - value / most);
-  const svg = make("svg:svg", {viewBox: `0 0 ${left + scored.length * width + end} ${top + height + 48}`, width: left + scored.length * width + end});
-  const vocabulary = Math.log(270);
+picture("loss", [["updates", updates]], (chosen, tell) => {
+  const scored = rows.map((row, r) => r).filter(r => rows[r].target >= 0), loss = learning[chosen.updates].loss;
+  const left = 24, end = 62, top = 12, height = 190, width = between(14, (room - left - end) / scored.length, 34);
+  const right = left + scored.length * width, most = Math.max(6, ...loss), vocabulary = Math.log(270);
+  const y = value => top + height * (1 - value / most), shapes = [], areas = [];
   for (let value = 0; value <= most; value += 2)
-    svg.append(make("svg:line", {class: "axis", x1: left, x2: left + scored.length * width, y1: y(value), y2: y(value)}),
-               make("svg:text", {class: "soft", x: left - 8, y: y(value) + 4, "text-anchor": "end"}, value));
+    shapes.push(line(left, right, y(value)), text(left - 8, y(value) + 4, value, "end", 0, "soft"));
   scored.forEach((r, i) => {
     const x = left + i * width;
-    svg.append(make("svg:rect", {class: "cell", x: x + width / 8, width: width * 0.75, y: y(loss[i]), height: Math.max(1, y(0) - y(loss[i])), rx: 2}),
-               make("svg:text", {class: "soft", x: 0, y: 0, transform: `translate(${x + width / 2 + 4} ${y(0) + 8}) rotate(90)`}, rows[r].says));
+    shapes.push(rect(x + width / 8, y(loss[i]), width * 0.75, Math.max(1, y(0) - y(loss[i])), {class: "cell"}),
+                text(x + width / 2 - 4, y(0) + 8, rows[r].says, "start", 90, "soft"));
+    areas.push(answering(rect(x, top, width, height + 42, {"aria-label": `row ${r}`}), () =>
+      tell(bold(`row ${r}`), ` reads ${rows[r].reads}, should say ${rows[r].says}: loss ${loss[i].toFixed(4)}, ` +
+           `probability ${Math.exp(-loss[i]).toFixed(4)}.`)));
   });
-  svg.append(make("svg:line", {x1: left, x2: left + scored.length * width, y1: y(vocabulary), y2: y(vocabulary), stroke: "var(--derivation)", "stroke-dasharray": "4 3"}),
-             make("svg:text", {x: left + scored.length * width + 6, y: y(vocabulary) + 4}, "log(270)"));
-  scored.forEach((r, i) => svg.append(hit("svg:rect", {x: left + i * width, y: top, width, height: height + 50, "aria-label": `row ${r}`}, () =>
-    tell([bold(`row ${r}`), ` reads ${rows[r].reads}, should say ${rows[r].says}: loss ${loss[i].toFixed(4)}, probability ${Math.exp(-loss[i]).toFixed(4)}.`]))));
-  const mean = loss.reduce((a, b) => a + b, 0) / loss.length;
-  tell(`After ${numbers.learning[chosen.updates].updates} updates the mean is ${mean.toFixed(4)}. Point at a bar.`);
-  return [svg];
+  shapes.push(line(left, right, y(vocabulary), {stroke: "var(--derivation)", "stroke-dasharray": "4 3"}),
+              text(right + 6, y(vocabulary) + 4, "log(270)"));
+  const mean = (sum(loss) / loss.length).toFixed(4);
+  tell(`After ${learning[chosen.updates].updates} updates the mean is ${mean}. Point at a bar.`);
+  return [svg(right + end, top + height + 48, ...shapes, ...areas)];
 });
 
-picture("memory", [["batch", [["4 × 64", 64], ["4 × 1024", 1024]], 1], ["keeps", [["all", 0], ["inputs (--recompute)", 1]]]], (chosen, tell, room) => {
+picture("memory", [["batch", [["4 × 64", 64], ["4 × 1024", 1024]], 1],
+                   ["keeps", [["all", 0], ["inputs (--recompute)", 1]]]], (chosen, tell) => {
   const choice = numbers.memory.find(m => m.length === chosen.batch && m.recompute === chosen.keeps);
   const fixed = ["weights", "gradients", "first moments", "second moments"].map(name => [name, choice.parameters, 0]);
-  const all = [...fixed, ...choice.parts], most = Math.max(...numbers.memory.flatMap(m => [m.parameters, ...m.parts.map(part => part[1])]));
-  const total = all.reduce((sum, part) => sum + part[1], 0), height = 26, left = 130, width = Math.max(80, Math.min(480, room - left - 66));
-  const svg = make("svg:svg", {viewBox: `0 0 ${left + width + 66} ${all.length * height + 4}`, width: left + width + 66});
-  all.forEach(([name, bytes, kept], i) => {
-    const length = Math.max(1, width * bytes / most), y = i * height;
-    svg.append(make("svg:text", {x: left - 8, y: y + 17, "text-anchor": "end"}, name),
-               make("svg:rect", {x: left, y: y + 3, width: length, height: height - 6, rx: 2, class: "cell", "fill-opacity": kept ? 1 : 0.35}),
-               make("svg:text", {class: "soft", x: left + length + 6, y: y + 17}, `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`),
-               hit("svg:rect", {x: 0, y, width: left + width + 60, height, "aria-label": name}, () =>
-                 tell([bold(name), `: ${(bytes / 1e6).toFixed(1)} MB, ${(100 * bytes / total).toFixed(1)} % of ${(total / 1e9).toFixed(2)} GB; `,
-                       i < 4 ? "its size is the model's, whatever the batch." : kept ? "kept from forward to backward." : "used again by each block or chunk, not kept."])));
+  const parts = [...fixed, ...choice.parts], total = sum(parts.map(part => part[1]));
+  const most = Math.max(...numbers.memory.flatMap(m => [m.parameters, ...m.parts.map(part => part[1])]));
+  const height = 26, left = 130, width = between(80, room - left - 66, 480), shapes = [], areas = [];
+  parts.forEach(([name, bytes, kept], i) => {
+    const length = Math.max(1, width * bytes / most), y = i * height, megabytes = bytes / 1e6;
+    const kind = i < 4 ? "its size is the model's, whatever the batch." :
+      kept ? "kept from forward to backward." : "used again by each block or chunk, not kept.";
+    shapes.push(text(left - 8, y + 17, name, "end"),
+                rect(left, y + 3, length, height - 6, {class: "cell", "fill-opacity": kept ? 1 : 0.35}),
+                text(left + length + 6, y + 17, `${megabytes.toFixed(megabytes < 10 ? 1 : 0)} MB`, "start", 0, "soft"));
+    areas.push(answering(rect(0, y, left + width + 60, height, {"aria-label": name}), () =>
+      tell(bold(name), `: ${megabytes.toFixed(1)} MB, ${(100 * bytes / total).toFixed(1)} % of ` +
+           `${(total / 1e9).toFixed(2)} GB; ${kind}`)));
   });
-  const kept = choice.parts.filter(part => part[2]).reduce((sum, part) => sum + part[1], 0);
-  tell(`${(total / 1e9).toFixed(2)} GB in all, ${(kept / 1e9).toFixed(2)} GB of it kept for the backward pass (full colour). Point at a bar.`);
-  return [svg];
+  const kept = sum(choice.parts.filter(part => part[2]).map(part => part[1]));
+  tell(`${(total / 1e9).toFixed(2)} GB in all, ${(kept / 1e9).toFixed(2)} GB of it kept for the backward pass ` +
+       "(full colour). Point at a bar.");
+  return [svg(left + width + 66, parts.length * height + 4, ...shapes, ...areas)];
 });
 
-picture("schedule", [["schedule", ["linear", "cosine", "constant"].map(name => [name, name])], ["warm-up", [0, 20, 40, 60].map(n => [String(n), n]), 1],
-                     ["final-lr", [0, 0.1, 0.2].map(x => [String(x), x])]], (chosen, tell, room) => {
-  const {factor} = numbers.schedules.find(s => s.schedule === chosen.schedule && s.warmup === chosen["warm-up"] && s.final === chosen["final-lr"]);
-  const left = 30, top = 10, width = Math.max(200, Math.min(560, room - left - 20)), height = 200, x = step => left + width * step / (factor.length - 1), y = value => top + height * (1 - value);
-  const svg = make("svg:svg", {viewBox: `0 0 ${left + width + 20} ${top + height + 30}`, width: left + width + 20});
+const same = values => values.map(value => [String(value), value]);
+picture("schedule", [["schedule", same(["linear", "cosine", "constant"])], ["warm-up", same([0, 20, 40, 60]), 1],
+                     ["final-lr", same([0, 0.1, 0.2])]], (chosen, tell) => {
+  const {factor} = numbers.schedules.find(s => s.schedule === chosen.schedule && s.warmup === chosen["warm-up"] &&
+                                               s.final === chosen["final-lr"]);
+  const left = 30, top = 10, height = 200, width = between(200, room - left - 20, 560), last = factor.length - 1;
+  const x = step => left + width * step / last, y = value => top + height * (1 - value), shapes = [];
   for (const value of [0, 0.5, 1])
-    svg.append(make("svg:line", {class: "axis", x1: left, x2: left + width, y1: y(value), y2: y(value)}),
-               make("svg:text", {class: "soft", x: left - 6, y: y(value) + 4, "text-anchor": "end"}, value));
-  for (let step = 0; step < factor.length; step += 50)
-    svg.append(make("svg:text", {class: "soft", x: x(step), y: top + height + 18, "text-anchor": "middle"}, step));
-  svg.append(make("svg:path", {class: "curve", d: "M" + factor.map((value, step) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("L")}));
-  const dot = make("svg:circle", {class: "dot", r: 5, cx: x(0), cy: y(factor[0])});
-  const tellStep = step => {
-    dot.setAttribute("cx", x(step));
-    dot.setAttribute("cy", y(factor[step]));
-    tell([bold(`update ${step}`), ` of ${factor.length}: ${factor[step].toFixed(3)} of the highest rate; with --learning-rate 5e-5 that is ${round(5e-5 * factor[step], 3)}.`]);
-  };
+    shapes.push(line(left, left + width, y(value)), text(left - 6, y(value) + 4, value, "end", 0, "soft"));
+  for (let step = 0; step <= last; step += 50)
+    shapes.push(text(x(step), top + height + 18, step, "middle", 0, "soft"));
+  const points = factor.map((value, step) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`);
+  const dot = make("svg:circle", {class: "dot", r: 5});
+  const area = rect(left, 0, width, top + height + 20,
+                    {class: "hit", tabindex: 0, role: "slider", "aria-label": "update", "aria-valuemax": last});
   let at = 0;
-  const area = make("svg:rect", {class: "hit", x: left, y: 0, width, height: top + height + 20, tabindex: 0, role: "slider", "aria-label": "update", "aria-valuenow": 0});
+  const go = step => {
+    at = between(0, step, last);
+    dot.setAttribute("cx", x(at));
+    dot.setAttribute("cy", y(factor[at]));
+    area.setAttribute("aria-valuenow", at);
+    tell(bold(`update ${at}`), ` of ${last + 1}: ${factor[at].toFixed(3)} of the highest rate. When that is 5e-5, it ` +
+         `is ${round(5e-5 * factor[at], 3)}.`);
+  };
   area.addEventListener("pointermove", event => {
     const box = area.getBoundingClientRect();
-    tellStep(at = Math.max(0, Math.min(factor.length - 1, Math.round((event.clientX - box.left) / box.width * (factor.length - 1)))));
+    go(Math.round((event.clientX - box.left) / box.width * last));
   });
   area.addEventListener("keydown", event => {
     const move = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-    if (move) tellStep(at = Math.max(0, Math.min(factor.length - 1, at + move)));
+    if (move) { go(at + move); event.preventDefault(); }
   });
-  svg.append(dot, area);
-  tellStep(0);
-  return [svg];
+  go(0);
+  return [svg(left + width + 20, top + height + 30, ...shapes,
+              make("svg:path", {class: "curve", d: "M" + points.join("L")}), dot, area)];
 });
 
-picture("merges", [["piece", numbers.merges.map((piece, i) => [piece.piece.replaceAll(" ", "_"), i]), 8]], (chosen, tell) => {
-  const {steps, ids} = numbers.merges[chosen.piece], holder = make("div", {class: "tokens"}), line = make("div", {class: "choices"});
+const pieces = numbers.merges.map((piece, i) => [piece.piece.replaceAll(" ", "_"), i]);
+picture("merges", [["piece", pieces, pieces.length - 2]], (chosen, tell) => {
+  const {steps, ids} = numbers.merges[chosen.piece], tokens = steps.map(step => step.slice(1));  // first comes the rank
+  const joined = at => tokens[at].findIndex((token, i) => token !== tokens[at - 1][i]);  // which token this step made
+  const holder = make("div", {class: "tokens"});
   let at = 0;
-  const joined = step => steps[step].slice(1).findIndex((token, i) => token !== steps[step - 1][i + 1]); // the token that step made
-  const show = move => {
-    at = Math.max(0, Math.min(steps.length - 1, at + move));
-    const tokens = steps[at].slice(1), made = at > 0 ? joined(at) : -1, next = at + 1 < steps.length ? joined(at + 1) : -2;
-    holder.replaceChildren(...tokens.map((token, i) => make("span", {class: i === made ? "new" : i === next || i === next + 1 ? "next" : ""}, token)));
-    back.disabled = at === 0;
-    forth.disabled = at === steps.length - 1;
-    const pair = steps[Math.max(0, at - 1)].slice(1);
-    tell(at === 0 && steps.length === 1 ? `A single byte, id ${ids[0]}: there is nothing to merge.`
-       : at === 0 ? `${tokens.length} bytes, a token each. The pair with the lowest rank (violet) is joined first.`
-       : [`Merge of rank ${steps[at][0]}: ${pair[made]} + ${pair[made + 1]} → `, bold(tokens[made]),
-          at === steps.length - 1 ? `. No pair is in the vocabulary any more: id${ids.length > 1 ? "s" : ""} ${ids.join(", ")}.` : "."]);
+  const back = make("button", {onclick: () => go(at - 1)}, "← back");
+  const forth = make("button", {onclick: () => go(at + 1), class: "forth"}, "next merge →");
+  const go = step => {
+    at = between(0, step, steps.length - 1);
+    const first = at === 0, final = at === steps.length - 1;
+    const made = first ? -1 : joined(at), next = final ? -2 : joined(at + 1);
+    holder.replaceChildren(...tokens[at].map((token, i) =>
+      make("span", {class: i === made ? "new" : i === next || i === next + 1 ? "next" : ""}, token)));
+    back.disabled = first;
+    forth.disabled = final;
+    if (first && final) return tell(`A single byte, id ${ids[0]}: there is nothing to merge.`);
+    if (first) return tell(`${tokens[0].length} bytes, a token each. The violet pair has the lowest rank: it goes first.`);
+    const [left, right] = tokens[at - 1].slice(made);
+    const end = `. No pair is in the vocabulary any more: id${ids.length > 1 ? "s" : ""} ${ids.join(", ")}.`;
+    tell(`Merge of rank ${steps[at][0]}: ${left} + ${right} → `, bold(tokens[at][made]), final ? end : ".");
   };
-  const back = make("button", {onclick: () => show(-1)}, "← back"), forth = make("button", {onclick: () => show(1), class: "forth"}, "next merge →");
-  line.append(back, forth);
-  show(0);
-  return [holder, line];
+  go(0);
+  return [holder, make("div", {class: "choices"}, back, forth)];
 });
 
-// The bars in tables of measurements: a row under the pointer is compared with the first one.
-$$(".article table").filter(table => $(".bar", table)).forEach(table => {
-  const heads = $$("th", table).map(cell => cell.textContent), lines = $$("tbody tr", table), value = cell => parseFloat(cell.textContent.replace(/,/g, ""));
+// In tables of measurements, numbers get bars: on one scale for the table, or one for each column where they differ too
+// much. The row under the pointer is compared with the first one.
+const value = cell => /^[\d,.]+$/.test(cell.textContent) ? parseFloat(cell.textContent.replace(/,/g, "")) : NaN;
+$$(".article table").forEach(table => {
+  const heads = $$("th", table).map(cell => cell.textContent), lines = $$("tbody tr", table);
+  const top = heads.map((head, i) => i > 0 ? Math.max(...lines.map(line => value(line.cells[i]))) : NaN);
+  const scales = top.filter(Number.isFinite), most = Math.max(...scales), one = most < 10 * Math.min(...scales);
+  if (!scales.length) return;
   const readout = make("p", {class: "readout"}, "Point at a row.");
   table.after(readout);
-  lines.forEach(line => ["pointerenter", "click"].forEach(event => line.addEventListener(event, () => {
-    const compared = [...line.cells].map((cell, i) => cell.classList.contains("bar") && i > 0 &&
-      `${heads[i]} ${cell.textContent}, ${round(value(cell) / value(lines[0].cells[i]), 3)} times the first row's`).filter(Boolean);
-    readout.replaceChildren(bold(line.cells[0].textContent), ": " + compared.join("; ") + ".");
-  })));
+  for (const line of lines) {
+    [...line.cells].forEach((cell, i) => {
+      if (!Number.isFinite(top[i])) return;
+      cell.classList.add("bar");
+      cell.style.setProperty("--share", `${100 * value(cell) / (one ? most : top[i])}%`);
+    });
+    const compare = () => readout.replaceChildren(bold(line.cells[0].textContent), ": " + $$(".bar", line).map(cell => {
+      const times = round(value(cell) / value(lines[0].cells[cell.cellIndex]), 3);
+      return `${heads[cell.cellIndex]} ${cell.textContent}, ${times} times the first row's`;
+    }).join("; ") + ".");
+    ["pointerenter", "click"].forEach(event => line.addEventListener(event, compare));
+  }
 });
 
 // Pictures drawn in letters keep their columns and scroll; formulas may wrap.

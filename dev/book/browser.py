@@ -20,14 +20,17 @@ def find_chromium():
 class Browser:
     def __init__(self, program):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        to_it, ours, theirs, from_it = *os.pipe(), *os.pipe()
-        # Chromium reads commands from 3 and writes answers to 4, each ended by a zero byte.
-        self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{to_it} 4>&{from_it}', "-", program, "--headless=new", "--remote-debugging-pipe", "--no-sandbox",
-             "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={self.folder.name}", "about:blank"],
-            pass_fds=(to_it, from_it), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        os.close(to_it), os.close(from_it)
-        self.commands, self.answers, self.rest, self.count, self.events = ours, theirs, b"", 0, []
+        commands, self.commands = os.pipe()
+        self.answers, answers = os.pipe()
+        options = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                   "--disable-dev-shm-usage", f"--user-data-dir={self.folder.name}", "about:blank"]
+        # It reads commands from 3 and writes answers to 4, each ended by a zero byte.
+        shell = ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "-"]
+        self.process = subprocess.Popen([*shell, program, *options], pass_fds=(commands, answers),
+                                        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        os.close(commands)
+        os.close(answers)
+        self.rest, self.count, self.events = b"", 0, []
         self.session = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -36,7 +39,9 @@ class Browser:
 
     def call(self, method, **params):
         self.count += 1
-        message = {"id": self.count, "method": method, "params": params, **({"sessionId": self.session} if self.session else {})}
+        message = {"id": self.count, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
             answer = self.receive()
@@ -56,12 +61,17 @@ class Browser:
         return json.loads(message)
 
     def open(self, path, width=1440, height=900, dark=False):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.resize(width, height)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events = []
         self.call("Page.navigate", url=Path(path).resolve().as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self.receive())
+
+    def resize(self, width, height):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)
 
     def run(self, expression):
         """The value of an expression in the page; a promise is waited for."""
@@ -73,12 +83,14 @@ class Browser:
     def errors(self):
         """What the console has shown of errors and warnings since the page was opened."""
         self.run("1")
-        return [e["params"] for e in self.events if e.get("method") == "Runtime.exceptionThrown"
-                or (e.get("method") == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning", "assert"))
-                or (e.get("method") == "Log.entryAdded" and e["params"]["entry"]["level"] in ("error", "warning"))]
+        def is_error(method, params):
+            level = params.get("type") if method == "Runtime.consoleAPICalled" else \
+                params["entry"]["level"] if method == "Log.entryAdded" else ""
+            return method == "Runtime.exceptionThrown" or level in ("error", "warning", "assert")
+        return [str(e["params"])[:300] for e in self.events if is_error(e.get("method"), e.get("params"))]
 
     def settle(self):
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 60))))")
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 30))))")
 
     def screenshot(self, path):
         Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
@@ -91,8 +103,8 @@ class Browser:
 
 def main():
     page, folder = sys.argv[1], Path(sys.argv[2])
-    places = sys.argv[3:] or ["book", "section-4", "section-5-layernorm", "attention_backward_tile", "picture-attention", "picture-memory",
-                              "section-16", "questions"]
+    places = sys.argv[3:] or ["book", "section-4", "section-5-layernorm", "attention_backward_tile",
+                              "picture-attention", "picture-memory", "section-16", "questions"]
     folder.mkdir(parents=True, exist_ok=True)
     browser = Browser(find_chromium())
     for width, height, dark in ((1440, 900, False), (1440, 900, True), (390, 844, False), (390, 844, True)):
