@@ -247,7 +247,7 @@ def test_pictures(browser):
     masked = browser.run("document.querySelectorAll('#picture-attention .masked').length")
     seen = sum(r - row["first"] + 1 for r, row in enumerate(rows))
     expect("pictures: attention shows the mask", masked == len(rows) ** 2 - seen, masked)
-    drawing = "document.querySelector('#picture-attention svg').outerHTML"
+    drawing = "[...document.querySelectorAll('#picture-attention .cell')].map(e => e.getAttribute('fill-opacity')).join()"
     before = browser.run(drawing)
     click(browser, "#picture-attention .choices:nth-of-type(2) button", 1)
     expect("pictures: another head looks elsewhere", before != browser.run(drawing))
