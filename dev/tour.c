@@ -54,7 +54,7 @@ static void print_values(const char *what, const float *values, int count) {
 // The ids of one piece of text. The caller frees ids.data.
 static Ids encode_piece(const Tokenizer *t, const char *piece, size_t size) {
     Ids ids = {0};
-    tokenizer_encode((Tokenizer *)t, &ids, piece, size, false);
+    tokenizer_encode((Tokenizer *)t, &ids, piece, size);
     return ids;
 }
 
@@ -78,8 +78,11 @@ static void show_text(const Tokenizer *t, const Dataset *data) {
         }
         const Example *example = &data->examples[s];
         fprintf(out, "example %d:", s);
-        for (int i = 0; i < example->size; i++) fprintf(out, " %d", dataset_token(data, example, i));
-        fprintf(out, "   (the first %d not scored)\n", example->prompt);
+        for (int i = 0; i < example->size; i++) {
+            int token = dataset_token(data, example, i);
+            fprintf(out, " %d", token < 0 ? ~token : token);
+        }
+        fprintf(out, "   (the first %d not scored)\n", example->size - example->targets);
     }
 }
 
