@@ -363,7 +363,7 @@ picture("merges", [["piece", pieces, pieces.length - 2]], (chosen, tell) => {
     back.disabled = first;
     forth.disabled = final;
     if (first && final) return tell(`A single byte, id ${ids[0]}: there is nothing to merge.`);
-    if (first) return tell(`${tokens[0].length} bytes, a token each. The violet pair has the lowest rank and goes first.`);
+    if (first) return tell(`${tokens[0].length} bytes, a token each. The violet pair has the lowest rank.`);
     const [left, right] = tokens[at - 1].slice(made);
     const end = `. No pair is in the vocabulary any more: id${ids.length > 1 ? "s" : ""} ${ids.join(", ")}.`;
     tell(`Merge of rank ${steps[at][0]}: ${left} + ${right} → `, bold(tokens[at][made]), final ? end : ".");

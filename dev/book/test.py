@@ -154,6 +154,8 @@ FAILS = [
      "the tour prints no block columns"),
 ]
 SHOWS = [
+    ("a link to a line", "README.md", r"## Limits", "## Change something\n\n[this](train_gpt2.c#L1-L9)\n\n## Limits",
+     f'<a href="#L{source[:source.index("#ifndef _GNU_SOURCE")].count(chr(10)) + 1}">this'),
     ("a formula of a derivation", "dev/derivations.md", r"db_n = \\sum_r", r"db_n = \\prod_r", "&#x0220F;"),
     ("a formula above a function", "train_gpt2.c", r"rstd · \(g - average\(g\)", "rstd · (g + average(g)",
      "(g + average(g)"),
@@ -247,7 +249,8 @@ def test_pictures(browser):
     masked = browser.run("document.querySelectorAll('#picture-attention .masked').length")
     seen = sum(r - row["first"] + 1 for r, row in enumerate(rows))
     expect("pictures: attention shows the mask", masked == len(rows) ** 2 - seen, masked)
-    drawing = "[...document.querySelectorAll('#picture-attention .cell')].map(e => e.getAttribute('fill-opacity')).join()"
+    drawing = ("[...document.querySelectorAll('#picture-attention .cell')]"
+               ".map(e => e.getAttribute('fill-opacity')).join()")
     before = browser.run(drawing)
     click(browser, "#picture-attention .choices:nth-of-type(2) button", 1)
     expect("pictures: another head looks elsewhere", before != browser.run(drawing))

@@ -92,6 +92,10 @@ class Text:
     def target(self, href):
         """Where on the page a link of this text leads; "#" when it leads to another file."""
         path, _, anchor = href.partition("#")
+        if re.fullmatch(r"L\d+(-L\d+)?", anchor):  # a line of the source: the first of code from there on
+            line = int(re.findall(r"\d+", anchor)[0])
+            rest = self.source.lines[line - 1:]
+            anchor = f"L{line + next((i for i, text in enumerate(rest) if text and not text.startswith('//')), 0)}"
         return href if re.match(r"https?:", href) else "#" + (anchor or INSIDE.get(path.split("/")[-1], ""))
 
     def link_open(self, tokens, i, options, env):
