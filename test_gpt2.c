@@ -8,8 +8,46 @@
 // Reference values come from PyTorch or from arithmetic in double precision, never from our own output.
 
 #define TRAIN_GPT2_NO_MAIN
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// Each call of the program that changes files, or brings them to the disk, can be made the last thing that the
+// process does (FAULT=kill:N, the N-th call) or fail (FAULT=error:N): see test_faults.
+static bool fault(void) {
+    static long calls = 0, at = -1;
+    static bool kills = false;
+    if (at < 0) {
+        const char *wanted = getenv("FAULT");
+        at = wanted ? atol(strchr(wanted, ':') + 1) : 0;
+        kills = wanted && wanted[0] == 'k';
+    }
+    if (++calls != at) return false;
+    if (kills) raise(SIGKILL);
+    errno = EIO;
+    return true;
+}
+#define rename(from, to) (fault() ? -1 : rename(from, to))
+#define unlink(path) (fault() ? -1 : unlink(path))
+#define rmdir(path) (fault() ? -1 : rmdir(path))
+#define mkdir(path, mode) (fault() ? -1 : mkdir(path, mode))
+#define fsync(descriptor) (fault() ? -1 : fsync(descriptor))
+#define ftruncate(descriptor, size) (fault() ? -1 : ftruncate(descriptor, size))
+#define opendir(path) (fault() ? NULL : opendir(path))
+#define fflush(file) ((file) != stdout && fault() ? EOF : fflush(file))
+
 #include "train_gpt2.c"
 #include <poll.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
 #include <sys/wait.h>
 
 // What take_update() wants, out of options.
@@ -40,17 +78,27 @@ static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *for
     va_end(arguments);
 }
 
-// Runs f in a child process with its standard error captured; returns its exit status, or 128 + signal.
+static const char *child_text = "", *child_path = ""; // what a child process is to read
+
+// Runs f in a new process of this program with its standard error captured; returns its exit status, or 128 + signal.
+// f finds child_text and child_path as they are here, and nothing else: it is no forked copy of this process, for
+// that would have none of its threads, and some OpenMP runtimes then wait for them for ever.
 static int run_child(void (*f)(void), Text *stderr_text) {
     int ends[2], status;
+    char place[32];
     fflush(stdout);
     if (pipe(ends) != 0) die("pipe: %s", strerror(errno));
+    snprintf(place, sizeof place, "%td", (char *)f - (char *)run_child); // wherever the program is loaded
     pid_t child = fork();
     if (child == 0) {
         dup2(ends[1], 2);
         close(ends[0]);
-        f();
-        _exit(0);
+        close(ends[1]);
+        setenv("CHILD_TEXT", child_text, 1);
+        setenv("CHILD_PATH", child_path, 1);
+        setenv("OMP_NUM_THREADS", "1", 1);
+        execl(self_path, self_path, "--child", place, (char *)NULL);
+        _exit(127);
     }
     close(ends[1]);
     FILE *file = fdopen(ends[0], "r");
@@ -883,13 +931,11 @@ static void test_tokenizer_files(void) {
     free(copy);
 }
 
-static char damaged_path[4200];
-
-static void load_damaged(void) { tokenizer_free(tokenizer_load(damaged_path)); }
+static void load_damaged(void) { tokenizer_free(tokenizer_load(child_path)); }
 
 static void decode_damaged(void) {
     Text text = {0};
-    Tokenizer *t = tokenizer_load(damaged_path);
+    Tokenizer *t = tokenizer_load(child_path);
     tokenizer_decode(t, &text, t->vocab_size);
 }
 
@@ -940,13 +986,12 @@ static void test_damaged_tokenizers(void) {
         write_file(vocabulary_path, bad.data, bad.size);
         if (damaged_tokenizers[i].merges)
             write_file(merges_path, damaged_tokenizers[i].merges, strlen(damaged_tokenizers[i].merges));
-        snprintf(damaged_path, sizeof damaged_path, "%s",
-                 change                         ? folder
-                 : damaged_tokenizers[i].merges ? merges_path
-                                                : "/nowhere/vocab.bpe");
+        child_path = change                         ? folder
+                     : damaged_tokenizers[i].merges ? merges_path
+                                                    : "/nowhere/vocab.bpe";
         int status = run_child(load_damaged, &said);
         check(status == 1, "case %zu ends with status %d", i, status);
-        check(strstr(said.data, damaged_tokenizers[i].expected) && strstr(said.data, damaged_path),
+        check(strstr(said.data, damaged_tokenizers[i].expected) && strstr(said.data, child_path),
               "case %zu says: %s", i, said.data);
         check(said.size > 0 && strchr(said.data, '\n') == said.data + said.size - 1,
               "case %zu does not say one line", i);
@@ -954,7 +999,7 @@ static void test_damaged_tokenizers(void) {
         free(said.data);
     }
     write_file(merges_path, "a b\n", 4);
-    snprintf(damaged_path, sizeof damaged_path, "%s", merges_path);
+    child_path = merges_path;
     Text said = {0};
     check(run_child(decode_damaged, &said) == 1, "a wrong id is decoded");
     check(strstr(said.data, "258 is not in the vocabulary: expected 0 to 257"), "a wrong id: %s", said.data);
@@ -982,61 +1027,69 @@ static void test_long_runs(void) {
     tokenizer_free(t);
 }
 
+// Commands of the program in tokenizer.c, one after the other: exit status, and part of what is printed.
+static const struct {
+    const char *command; // in the temporary folder; $T is the program
+    int status;
+    const char *expected;
+} tokenizer_commands[] = {
+    {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
+     "a.txt",
+     0, "261 tokens"},
+    {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
+    {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
+    {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same", 0,
+     "same"},
+    {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
+     "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
+    {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
+     "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
+    {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
+     "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
+    {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
+     "b.txt",
+     0, "\n2 documents\n"}, // inside a line it separates nothing
+    {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
+     "20240520           1           9\n   260   257   258   198\n"},
+    {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
+     "'",
+     0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
+    {"$T info --tokenizer v", 0,
+     "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\n"
+     "longest_token 260 <|endoftext|>\n"},
+    {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+    {"printf 'low<|endoftext|>' | $T encode --plain --tokenizer v | wc -l | tr -d ' '", 0, "14\n"},
+    // "1", then " 1" to " 3000", and the space at the end, each but the first twice
+    {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
+     " 3002 distinct pieces;"},
+    {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
+    {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
+    {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
+    {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
+    {"$T decode --length 3", 2, "--length does not apply to decode"},
+    {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
+    {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
+    {"$T", 2, "expected a command"},
+};
+
 // The command-line program, which `make` builds beside this one.
 static void test_tokenizer_program(void) {
     const char *slash = strrchr(self_path, '/');
     char *program = xprintf("%.*s/tokenizer", slash ? (int)(slash - self_path) : 1, slash ? self_path : ".");
-    static const struct {
-        const char *command; // in the temporary folder; $T is the program
-        int status;
-        const char *expected;
-    } cases[] = {
-        {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
-         "a.txt",
-         0, "261 tokens"},
-        {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
-        {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
-        {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same",
-         0, "same"},
-        {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
-         "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
-        {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
-         "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
-        {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
-         "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
-        {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
-         "b.txt",
-         0, "\n2 documents\n"}, // inside a line it separates nothing
-        {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
-         "20240520           1           9\n   260   257   258   198\n"},
-        {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
-         "'",
-         0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
-        {"$T info --tokenizer v", 0,
-         "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\nlongest_token 260 <|endoftext|>\n"},
-        {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
-        // "1", then " 1" to " 3000", and the space at the end, each but the first twice
-        {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
-         " 3002 distinct pieces;"},
-        {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
-        {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
-        {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
-        {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
-        {"$T decode --length 3", 2, "--length does not apply to decode"},
-        {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
-        {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
-        {"$T", 2, "expected a command"},
-    };
     check(file_exists(program), "%s is not built; make builds it", program);
-    for (size_t i = 0; i < sizeof cases / sizeof *cases && file_exists(program); i++) {
+    for (size_t i = 0; i < sizeof tokenizer_commands / sizeof *tokenizer_commands && file_exists(program);
+         i++) {
         char *full = realpath(program, NULL);
-        char *command = xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, cases[i].command);
+        char *command =
+            xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, tokenizer_commands[i].command);
         FILE *pipe = popen(command, "r");
         Text out = {0};
         read_stream(&out, pipe, command);
         int status = pclose(pipe);
-        check(WEXITSTATUS(status) == cases[i].status, "%s: status %d", cases[i].command, WEXITSTATUS(status));
-        check(strstr(out.data, cases[i].expected), "%s: %s", cases[i].command, out.data);
+        check(WEXITSTATUS(status) == tokenizer_commands[i].status, "%s: status %d",
+              tokenizer_commands[i].command, WEXITSTATUS(status));
+        check(strstr(out.data, tokenizer_commands[i].expected), "%s: %s", tokenizer_commands[i].command,
+              out.data);
         free(out.data);
         free(command);
         free(full);
@@ -1966,8 +2019,6 @@ static void test_adamw(void) {
 }
 
 static void update_that_overflows(void) {
-    omp_set_num_threads(1); // after a fork OpenMP must not start threads
-    matmul_kind = MATMUL_BUILTIN;
     // Channel 1 dominates, normalised it is 8. The logits are 1.5e38 · 1e-38 · 8 with both signs: a loss of
     // 24; but the gradient of ln_f.weight is 3e38 · 8: infinite.
     Model *model = tiny_model(tiny_config(23, 40, 1, 2, 64, 8, false), 2, NULL);
@@ -2303,7 +2354,8 @@ static void test_sampling(void) {
     Candidate candidates[V];
     for (int set = 0; set < 5; set++) {
         float logits[V];
-        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one half.
+        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one
+        // half.
         for (int v = 0; v < V; v++) {
             logits[v] = set < 2    ? 2 * random_normal((uint64_t)set, v)
                         : set == 2 ? (float)(v * 7 % 4)
@@ -2323,7 +2375,8 @@ static void test_sampling(void) {
                       "logits %d, case %zu: token %d drawn %d times, not %.1f", set, n, v, drawn[v],
                       N * wanted[v]);
             }
-            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2 && set != 4) || cases[n].top_p < 1e-6)
+            bool ties = set == 2 || set == 4;
+            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && !ties) || cases[n].top_p < 1e-6)
                 check(drawn[best] == N, "logits %d, case %zu is not greedy", set, n);
         }
     }
@@ -2492,7 +2545,7 @@ static bool one_error_line(const Text *text, const char *fragment) {
            strncmp(text->data, "train_gpt2: ", 12) == 0 && strstr(text->data, fragment);
 }
 
-// Runs f in a child and checks that it ends with status 1 and one line that has `fragment`. No OpenMP in f!
+// Runs f in a child and checks that it ends with status 1 and one line that has `fragment`.
 static void expect_death(void (*f)(void), const char *fragment, const char *what) {
     Text printed = {0};
     int status = run_child(f, &printed);
@@ -2590,12 +2643,9 @@ static void make_inputs(void) {
 
 // ---- JSON ----
 
-static const char *child_text, *child_path; // what a child process is to read
-
 static void child_json(void) { json_free(json_parse(child_text, strlen(child_text), "here")); }
 static void child_safetensors(void) { safetensors_open(child_path); }
 static void child_model(void) {
-    alarm(20); // what must not happen, a parallel region, would hang in a child
     model_free(model_load(child_path));
 }
 static void child_config(void) { config_read(child_path); }
@@ -2931,8 +2981,8 @@ static void test_other_clothes(void) {
 
 // ---- a folder's own words ----
 
-// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token already,
-// the one of byte 0xe9.
+// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token
+// already, the one of byte 0xe9.
 #define FLAGS(l, r, w, n)                                                                                    \
     "\"lstrip\": " #l ", \"rstrip\": " #r ", \"single_word\": " #w ", \"normalized\": " #n "}"
 static const struct {
@@ -3093,8 +3143,8 @@ static void test_other_rules(void) {
     free(good.data);
 }
 
-// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three merges,
-// <pad> <s> </s>, no <|endoftext|>.
+// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three
+// merges, <pad> <s> </s>, no <|endoftext|>.
 static void make_own_folder(const char *name, int rows, int token, const char *generation_config) {
     const char *folder = in_tests(name);
     write_text("tiny.bpe", "o w\nl ow\nĠ low");
@@ -3125,8 +3175,8 @@ static void make_own_folder(const char *name, int rows, int token, const char *g
     free(vocabulary.data);
 }
 
-// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is what was
-// read, but for the weights.
+// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is
+// what was read, but for the weights.
 static void test_own_words(void) {
     static const char *const files[] = {
         "vocab.json",        "merges.txt",       "generation_config.json", "tokenizer_config.json",
@@ -3175,8 +3225,8 @@ static void test_own_words(void) {
     free(printed.data);
 }
 
-// A head beside wte that differs from it is used although config.json says that they are tied, as transformers 5.23
-// does; and one that stands alone is wte.
+// A head beside wte that differs from it is used although config.json says that they are tied, as
+// transformers 5.23 does; and one that stands alone is wte.
 static void test_stored_heads(void) {
     for (int only = 0; only < 2; only++) {
         Model *model = small_model(false);
@@ -3227,12 +3277,9 @@ static void save_changed(StoredTensor change, const char *name) {
     model_free(model);
 }
 
-static Model *undamaged; // what child_same_model compares with
-
-// Status 0: loaded, and the same to the bit; 3: loaded, but something else.
+// Status 0: loaded, and the same as small_model(true) to the bit; 3: loaded, but something else.
 static void child_same_model(void) {
-    alarm(20);
-    if (!same_values(model_load(child_path), undamaged)) _exit(3);
+    if (!same_values(model_load(child_path), small_model(true))) _exit(3);
 }
 
 // A weights file that ends too early.
@@ -3261,8 +3308,9 @@ static void test_cut_weights(void) {
 // the end it may be something else that is right; then the model is the same.
 static void test_wrong_header(void) {
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
-    undamaged = small_model(true);
+    Model *undamaged = small_model(true);
     model_save(undamaged, NULL, &(KeptFiles){0}, folder);
+    model_free(undamaged);
     child_path = folder;
     Text good = read_file(weights), printed = {0};
     uint64_t header;
@@ -3287,7 +3335,6 @@ static void test_wrong_header(void) {
     check(refused > 250 && harmless > 5, "%d headers were refused, %d loaded", refused, harmless);
     free(printed.data);
     free(good.data);
-    model_free(undamaged);
 }
 
 static void test_wrong_tensors(void) {
@@ -3386,8 +3433,8 @@ static Dataset *load_quietly(const char *name, int seq_len) {
     return data;
 }
 
-// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between examples,
-// and compares. A byte's id is what GPT-2 gives it.
+// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between
+// examples, and compares. A byte's id is what GPT-2 gives it.
 static void expect_examples(const Dataset *data, const char *expected, const char *what) {
     Text got = {0};
     text_append(&got, "", 0);
@@ -3551,8 +3598,8 @@ static void test_jsonl_data(void) {
 }
 
 static void child_data(void) {
-    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
-    dataset_load(in_tests(child_path), tokenizer, 16, tokenizer->vocab_size);
+    Tokenizer *tokenizer = tokenizer_load(child_text);
+    dataset_load(child_path, tokenizer, 16, tokenizer->vocab_size);
 }
 
 // What is no JSONL or no UTF-8 is refused with what to do instead.
@@ -3589,8 +3636,10 @@ static void test_refused_data(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         put_file(in_tests(cases[i].name), cases[i].text,
                  cases[i].size ? cases[i].size : strlen(cases[i].text));
-        child_path = cases[i].name;
+        char *path = xstrdup(in_tests(cases[i].name)), *merges = xstrdup(in_tests("merges.txt"));
+        child_path = path, child_text = merges;
         expect_death(child_data, cases[i].said, cases[i].text);
+        free(path), free(merges);
     }
     write_text("part[1].txt", "ab"); // the name as it stands, though a glob finds the other
     write_text("part1.txt", "xyz");
@@ -3714,11 +3763,18 @@ static const struct {
     {2, "unknown option -Z", "-Z"},
     {2, "unknown option -Z;", "-Z5"},
     {2, "unknown option -Z;", "-yZ"},
-    {2, "--quiet=1: this option takes no value", "--quiet=1"},
-    {2, "--resume=1: this option takes no value", "--resume=1"},
+    {2, "--quiet takes no value", "--quiet=1"},
+    {2, "--resume takes no value", "--resume=1"},
     {2, "'text.txt' is not an option", "text.txt"},
     {2, "--steps needs a value", "--steps"},
-    {2, "-x needs a value", "-x"},
+    {2, "--steps needs a value", "-x"},
+    {2, "--steps needs a value", "-yx"},
+    {2, "unknown option --;", "--"},
+    {2, "'-' is not an option", "-"},
+    {2, "--train is given twice", "--train a.txt --steps 3 -i b.txt"},
+    {2, "--val is given twice", "--val=a.txt --val=a.txt"},
+    {2, "--stop is given twice", "--generate 1 --stop a --stop b"},
+    {2, "--epsilon 0: a number from 1e-30", "--epsilon 0"},
     {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
     {2, "--steps 0:", "--steps 0"},
     {2, "--steps ten:", "--steps ten"},
@@ -3762,13 +3818,17 @@ static const struct {
      "--init $D/model --eval --val $D/val.txt --seq-len 17"},
     {2, "regular expression '('", "$TINY --train $D/text.txt --freeze '('"},
     {2, "regular expression 'a['", "$TINY --train $D/text.txt --no-decay 'a['"},
+    {2, "--freeze 'lnf' matches no tensor; near it are",
+     "$TINY --train $D/text.txt --freeze wte --freeze lnf"},
+    {2, "near it are transformer.h.*.attn.c_attn.weight, transformer.h.*.attn.c_attn.bias.",
+     "$TINY --train $D/text.txt --no-decay atn.c_attn"},
     {2, "--freeze leaves nothing to train", "$TINY --train $D/text.txt --freeze ."},
     {2, "--warmup-steps 5x: steps, or a share", "$TINY --train $D/text.txt --warmup-steps 5x"},
     {2, "--epochs 0: less than one update", "$TINY --train $D/text.txt --epochs 0"},
     {1, "too few", "$TINY --train $D/d.txt"},
     {2, "for a random start, not for a model folder", "--init $D/model --n-layer 2 --train $D/text.txt"},
     {1, "n_embd 16 is not a multiple of n_head 3", "$TINY --n-head 3 --train $D/text.txt"},
-    {1, "merges.txt: folder cannot be made", "$TINY --train $D/text.txt --out $D/merges.txt"},
+    {1, "merges.txt: cannot be read: Not a directory", "$TINY --train $D/text.txt --out $D/merges.txt"},
 };
 
 static void test_wrong_input(void) {
@@ -4018,9 +4078,11 @@ static void test_stream(void) {
 
 // 60 of 100 steps are left, each takes 2 seconds: two minutes.
 static void test_time_left(void) {
-    const Run run = {.step = 40, .steps = 100, .steps_per_epoch = 16};
+    Options options;
+    options_from_text(&options, "--steps 100");
+    Run run = {.options = &options, .step = 40, .steps_per_epoch = 16};
     int kept = begin_capture();
-    show_update(&run, &(Update){.loss = 1.25, .norm = 3, .learning_rate = 1e-4}, 99, 2, false);
+    show_update(&run, &(Update){.loss = 1.25, .norm = 3, .learning_rate = 1e-4, .rows = 198}, 2);
     Text printed = end_capture(kept);
     const char *wanted =
         "step 40/100  loss 1.2500  0:02:00 left  epoch 2.50  lr 1.00e-04  norm 3.000  99 tok/s\n";
@@ -4200,21 +4262,22 @@ static void test_without_tokenizer(void) {
 }
 
 // Loss, accuracy and exact match against what the logits of each example alone give: nine examples, of which
-// every third says what the model would, the next ones end otherwise, and the others are random. With
-// --val-batches 3 only the first six count.
+// every third says what the model would, the next ones are random from their first scored row on, and the
+// others end otherwise. With --val-batches 3 only the first six count.
 static void test_evaluate(void) {
-    enum { V = 11, COUNT_OF_EXAMPLES = 9, PROMPT = 3, SIZE = 9 };
+    enum { V = 11, COUNT_OF_EXAMPLES = 9, SIZE = 9 };
     Model *model = tiny_model(tiny_config(V, 40, 2, 2, 8, 32, true), 12, NULL);
     Source source = {0};
     Example examples[COUNT_OF_EXAMPLES];
     for (int e = 0; e < COUNT_OF_EXAMPLES; e++) {
         Ids prompt = {0}, greedy = {0};
-        for (int i = 0; i < PROMPT; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
-        generate_slowly(model, &prompt, SIZE - PROMPT, &greedy);
-        examples[e] = (Example){0, source.ids.size, SIZE, SIZE - PROMPT};
-        for (int i = 0; i < PROMPT; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
-        for (int i = 0; i < SIZE - PROMPT; i++) {
-            bool other = e % 3 == 2 || (e % 3 == 1 && i == SIZE - PROMPT - 1);
+        const int P = e % 2 ? 1 : 3; // tokens of the prompt
+        for (int i = 0; i < P; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
+        generate_slowly(model, &prompt, SIZE - P, &greedy);
+        examples[e] = (Example){0, source.ids.size, SIZE, SIZE - P};
+        for (int i = 0; i < P; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
+        for (int i = 0; i < SIZE - P; i++) {
+            bool other = e % 3 == 1 || (e % 3 == 2 && i == SIZE - P - 1);
             int shift = other ? 1 + (int)(random_bits((uint64_t)e, 50 + (uint64_t)i) % (V - 1)) : 0;
             ids_push(&source.ids, (greedy.data[i] + shift) % V);
         }
@@ -4232,13 +4295,14 @@ static void test_evaluate(void) {
         dataset_batch(&data, NULL, e, 1, &batch);
         float *logits = logits_of(model, &batch);
         double *exactly = doubles(logits, (size_t)batch.rows * V);
-        for (int r = PROMPT - 1; r < SIZE - 1; r++, targets++) {
-            right += is_highest(logits + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
-            loss +=
-                oracle_cross_entropy(exactly + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
+        for (int r = 0; r < batch.rows; r++) {
+            if (batch.target[r] < 0) continue;
+            targets++;
+            right += is_highest(logits + r * V, batch.target[r], V);
+            loss += oracle_cross_entropy(exactly + r * V, batch.target[r], V);
         }
         correct += right;
-        exact += right == SIZE - PROMPT;
+        exact += right == (size_t)examples[e].targets;
         free(logits), free(exactly);
         if (e != 5 && e != 8) continue;
         options.val_batches = e == 5 ? 3 : 0;
@@ -4432,6 +4496,35 @@ static void expect_stops(const Text *all, const char *seed) {
     check(stops >= 5, "--stop ended %d of 11 texts", stops);
 }
 
+// Without a prompt text begins behind the end of a text, as a document does; behind another token this model
+// goes on otherwise.
+static void test_no_prompt(void) {
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = tiny_model(tiny_config(tokenizer->vocab_size, 30, 2, 2, 8, 32, true), 3, NULL);
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("lively"));
+    Text printed;
+    expect_run(0, &printed,
+               "--init $D/lively --tokenizer $D/merges.txt --generate 20 --temperature 0 --matmul builtin");
+    for (int other = 0; other < 2; other++) {
+        Ids prompt = {0};
+        Sample sample = {0};
+        ids_push(&prompt, other ? 0 : tokenizer->end_of_text);
+        int kept = begin_capture();
+        generate(model, tokenizer, &prompt, 20, 1, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+        free(end_capture(kept).data);
+        bool same = printed.size == sample.text.size + 1 &&
+                    memcmp(printed.data, sample.text.data, sample.text.size) == 0;
+        check(same == !other, "without a prompt: %s; behind %d: %s", printed.data, prompt.data[0],
+              sample.text.data);
+        free(prompt.data);
+        sample_free(&sample);
+    }
+    free(printed.data);
+    tokenizer_free(tokenizer);
+    model_free(model);
+}
+
 static void test_generate(void) {
     static const char *const variants[] = {"--seed 1",
                                            "--seed 1",
@@ -4457,25 +4550,6 @@ static void test_generate(void) {
         check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
     expect_stops(&texts[0], variants[0]);
     for (int i = 0; i < 7; i++) free(texts[i].data);
-    // Without a prompt text begins behind <|endoftext|>, as a document does.
-    Model *model = model_load(in_tests("run"));
-    Tokenizer *tokenizer = tokenizer_load(in_tests("run"));
-    Sample sample = {0};
-    Ids prompt = {0}, ends = {0};
-    ids_push(&prompt, tokenizer->end_of_text);
-    ids_push(&ends, tokenizer->end_of_text);
-    expect_run(0, &printed, "--init $D/run --generate 20 --temperature 0 --matmul builtin");
-    int kept = begin_capture();
-    generate(model, tokenizer, &prompt, 20, 1, &ends, &(Sampling){0, 0, 1, 1, NULL}, &sample);
-    free(ends.data);
-    free(end_capture(kept).data);
-    check(sample.text.size > 5 && printed.size == sample.text.size + 1 &&
-              memcmp(printed.data, sample.text.data, sample.text.size) == 0,
-          "without a prompt: %s, not %s", printed.data, sample.text.data);
-    free(printed.data), free(prompt.data);
-    sample_free(&sample);
-    tokenizer_free(tokenizer);
-    model_free(model);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
     check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
           printed.data);
@@ -4549,6 +4623,7 @@ static void stop_run(const char *out, int signal_number) {
         pid_t child = start_trainer(0, words);
         wait_for_lines(out, 5, child);
         kill(child, signal_number);
+        if (signal_number == SIGHUP) kill(child, signal_number); // shells and the system both send it
         status = wait_for(child);
     }
     Text printed = read_file(in_tests("printed"));
@@ -4574,9 +4649,9 @@ static void test_resume(void) {
     static const struct {
         const char *out;
         int signal;
-    } stops[] = {{"terminated", SIGTERM}, {"interrupted", SIGINT}};
+    } stops[] = {{"terminated", SIGTERM}, {"interrupted", SIGINT}, {"hung-up", SIGHUP}};
     make_whole_run();
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         stop_run(stops[i].out, stops[i].signal);
         // With --resume leftovers are swept away.
         make_folder(in_tests("leftover"));
@@ -4672,7 +4747,7 @@ static void test_best_and_patience(void) {
             last = lines[i].loss;
         }
     check(count == 56 && rising == 6, "%zu of 6 losses rise", rising);
-    long *steps = list_checkpoints(in_tests("keep"), &found, false);
+    long *steps = list_checkpoints(in_tests("keep"), &found);
     check(found == 2 && steps[0] == 10 && steps[1] == 50, "the best and the last stay: %zu", found);
     free(steps);
     check(same_files("keep/model.safetensors", "keep/checkpoint-000010/model.safetensors"),
@@ -4750,7 +4825,7 @@ static void test_diverging(void) {
         "--learning-rate 1e3 --weight-decay 1e3 --schedule constant --quiet --out $D/diverges");
     check(one_error_line(&error, " is not finite"), "not finite: %s", error.data);
     free(error.data);
-    long *steps = list_checkpoints(in_tests("diverges"), &found, false);
+    long *steps = list_checkpoints(in_tests("diverges"), &found);
     for (size_t i = 0; i < found; i++) {
         char *path = xstrdup(checkpoint_path(in_tests("diverges"), steps[i]));
         Model *saved = model_load(path);
@@ -4779,8 +4854,509 @@ static void test_diverging(void) {
     expect_refusal(1, ": step 1: the gradient of transformer.",
                    "--init $D/steep --train $D/a.txt --val-fraction 0 --steps 2 --quiet --matmul builtin "
                    "--out $D/steps");
-    free(list_checkpoints(in_tests("steps"), &found, false));
+    free(list_checkpoints(in_tests("steps"), &found));
     check(found == 0, "saved in spite of a gradient that is not finite");
+}
+
+// ---- whole runs: what is around the heart ----
+
+// Runs `'test_gpt2' --trainer ARGUMENTS`, in words of a shell that may redirect its streams, for at most 60
+// seconds. Its exit status; what it left in $D/said is returned.
+static int __attribute__((format(printf, 2, 3))) run_shell(Text *said, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    char *words = NULL;
+    if (vasprintf(&words, format, arguments) < 0) die("out of memory");
+    va_end(arguments);
+    setenv("T", self_path, 1);
+    put_file(in_tests("said"), "", 0);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(60);
+        execl("/bin/sh", "sh", "-c", words, (char *)NULL);
+        _exit(127);
+    }
+    int status = wait_for(child);
+    free(words);
+    *said = read_file(in_tests("said"));
+    return status;
+}
+
+// Two runs in one --out: the second is refused with the first's process id, in whatever state the first is; when
+// it was killed the next one goes on at once.
+static void test_lock(void) {
+    make_inputs();
+    const char *words =
+        "$TINY --train $D/text.txt --val-fraction 0 --save-every 3 --quiet --out $D/locked --steps";
+    char *first = xprintf("%s 100000", words), *second = xprintf("%s 300", words);
+    pid_t child = start_trainer(0, first);
+    wait_for_lines("locked", 9, child);
+    char *refusal = xprintf("/locked: process %d is training there", (int)child);
+    char *resumed = xprintf("%s 300 --resume", words);
+    expect_refusal(1, refusal, second);
+    expect_refusal(1, refusal, resumed);
+    expect_refusal(1, refusal, "$TINY --train $D/text.txt --overfit --steps 3 --out $D/locked");
+    kill(child, SIGKILL);
+    wait_for(child);
+    Text log = read_file(in_tests("locked/log.csv"));
+    char *more = xprintf("%s %zu --resume", words, count_of(log.data, "\n") + 3);
+    expect_run(0, NULL, more);
+    free(log.data), free(more), free(refusal), free(resumed), free(first), free(second);
+    // Started together, in a folder that is not there: one trains, the other leaves it alone.
+    words = "$TINY --train $D/text.txt --val-fraction 0 --steps 40 --save-every 9 --quiet --out $D/together";
+    expect_run(0, NULL,
+               "$TINY --train $D/text.txt --val-fraction 0 --steps 40 --save-every 9 --quiet --out $D/alone");
+    for (int i = 0; i < 4; i++) {
+        remove_folder(in_tests("together"));
+        pid_t first = start_trainer(0, words), second = start_trainer(0, words);
+        int a = wait_for(first), b = wait_for(second);
+        check((a == 0 && b > 0) || (b == 0 && a > 0), "two runs in one folder ended with %d and %d", a, b);
+        check(same_files("together/model.safetensors", "alone/model.safetensors"),
+              "two runs became a third one");
+        LogLine lines[500];
+        check(read_log("together", lines, NULL) == 40, "two runs in one log");
+    }
+}
+
+// A number that tells apart which names a folder has.
+static uint64_t names_in(const char *path) {
+    uint64_t sum = 0;
+    DIR *folder = opendir(path);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        uint64_t name = 0;
+        for (const char *c = entry->d_name; *c; c++) name = mix_bits(name ^ (unsigned char)*c);
+        sum += mix_bits(name);
+    }
+    if (folder) closedir(folder);
+    return sum;
+}
+
+// What --out is after a fault, besides the model that was there before and the one that the run makes.
+typedef enum { OLD_MODEL, NEW_MODEL, NO_MODEL, MIXED_MODEL } Outcome;
+
+static Outcome outcome(const char *out) {
+    static const char *const names[] = {"config.json", "model.safetensors", "vocab.json", "merges.txt"};
+    int old = 0, new = 0;
+    for (int i = 0; i < 4; i++) {
+        uint64_t found = fingerprint(path_of("%s/%s", in_tests(out), names[i]));
+        old += found == fingerprint(path_of("%s/%s", in_tests("old"), names[i]));
+        new += found == fingerprint(path_of("%s/%s", in_tests("sound"), names[i]));
+    }
+    bool loads = file_exists(path_of("%s/config.json", in_tests(out)));
+    return !loads ? NO_MODEL : new == 4 ? NEW_MODEL : old == 4 ? OLD_MODEL : MIXED_MODEL;
+}
+
+// Trains in $D/OUT, which holds an older model of another vocabulary; FAULT is "" or as in fault(). Returns the
+// program's status.
+static int run_with_fault(const char *out, const char *fault_at, bool resume, Text *said) {
+    const char *begin = "rm -rf $O; mkdir $O; cp $D/old/*.* $O; rm $O/log.csv; touch $O/tokenizer.json;";
+    return run_shell(
+        said,
+        "O=$D/%s; %s %s $T --trainer $TINY --train $D/short.txt --val-fraction 0.2 --steps 6 --val-every 2 "
+        "--keep 1 --dropout 0.1 --quiet --out $O %s >$D/said 2>&1",
+        out, resume ? "" : begin, fault_at, resume ? "--resume" : "");
+}
+
+// A run that is killed at one of its calls that change files, or in which that call fails: --out is the old model, the
+// new one, or none at all; and --resume ends as the run that nothing happened to, without leftovers.
+static void test_faults(void) {
+    make_inputs();
+    Text said, whole = {0};
+    LogLine lines[500];
+    write_text("other.txt", "#version: 0.2\na t\nb i\nbi r\n");
+    expect_run(0, NULL,
+               "$TINY --tokenizer $D/other.txt --train $D/short.txt --val-fraction 0 --steps 1 --quiet --out "
+               "$D/old");
+    int status = run_with_fault("sound", "", false, &said), calls = 1, ends[2] = {0}, outcomes[4] = {0};
+    check(status == 0, "the sound run: %s", said.data);
+    check(!file_exists(in_tests("sound/tokenizer.json")), "a tokenizer of an older model stays");
+    free(said.data);
+    read_log("sound", lines, &whole);
+    for (int step = 256; step > 0;
+         calls += status == 128 + SIGKILL ? step : 0, step /= 2) { // how many there are
+        status = run_with_fault("hit", path_of("FAULT=kill:%d", calls + step), false, &said);
+        free(said.data);
+    }
+    const uint64_t stream = (uint64_t)(1e9 * now()); // other ones at each run; half of them near the end
+    for (int i = 0; i < 20; i++) {
+        long n = 1 + (long)(random_bits(stream, i) % (uint64_t)calls);
+        if (i % 4 > 1) n = calls - n % 24;
+        bool kills = i % 2;
+        char *fault_at = xprintf("FAULT=%s:%ld", kills ? "kill" : "error", n);
+        status = run_with_fault("hit", fault_at, false, &said);
+        check(kills ? status == 128 + SIGKILL
+                    : status == 0 || (status == 1 && count_of(said.data, "train_gpt2: ") == 1),
+              "%s of %d: status %d, %s", fault_at, calls, status, said.data);
+        free(said.data);
+        ends[kills] += status != 0;
+        outcomes[outcome("hit")]++;
+        status = run_with_fault("hit", "", true, &said);
+        check(status == 0 && outcome("hit") == NEW_MODEL, "%s, resumed: %s", fault_at, said.data);
+        Text parts = {0};
+        read_log("hit", lines, &parts);
+        check(whole.size == parts.size && memcmp(whole.data, parts.data, whole.size) == 0,
+              "%s, resumed: another log", fault_at);
+        check(names_in(in_tests("hit")) == names_in(in_tests("sound")), "%s, resumed: leftovers", fault_at);
+        free(said.data), free(parts.data), free(fault_at);
+    }
+    check(calls > 60 && calls < 511 && ends[0] > 4 && ends[1] == 10, "%d calls, %d errors, %d kills", calls,
+          ends[0], ends[1]);
+    check(outcomes[MIXED_MODEL] == 0 && outcomes[NO_MODEL] > 0, "%d mixtures of two models, %d times none",
+          outcomes[MIXED_MODEL], outcomes[NO_MODEL]);
+    free(whole.data);
+}
+
+// A log that cannot be written ends the run. An evaluation that a signal cut short is made up for once, not at
+// each --resume.
+static void test_log(void) {
+    make_inputs();
+    int status = wait_for(
+        start_trainer(2500, "$TINY --train $D/text.txt --val-fraction 0 --steps 300 --save-every 299 "
+                            "--quiet --out $D/full-log"));
+    Text printed = read_file(in_tests("printed"));
+    check(status == 1 && one_error_line(&printed, "/full-log/log.csv: could not be written: "),
+          "a log on a full disk: status %d, %s", status, printed.data);
+    free(printed.data);
+
+    Text text = {0}, whole = {0}, again = {0};
+    for (int i = 0; i < 60; i++) text_append(&text, "the cat saw the hat.\nthe bird met a dog.\n", 41);
+    put_file(in_tests("long.txt"), text.data, text.size);
+    free(text.data);
+    LogLine lines[500];
+    const char *words =
+        "$TINY --train $D/short.txt --val $D/long.txt --steps 3 --val-every 3 --batch-size 1 --quiet "
+        "--out $D/cut-short";
+    for (int attempt = 0; attempt < 5 && status != 128 + SIGTERM; attempt++) {
+        remove_folder(in_tests("cut-short"));
+        pid_t child = start_trainer(0, words);
+        wait_for_lines("cut-short", 5, child); // header, evaluation, three updates
+        kill(child, SIGTERM);
+        status = wait_for(child);
+    }
+    check(status == 128 + SIGTERM && read_log("cut-short", lines, NULL) == 4,
+          "not stopped in the last evaluation");
+    expect_run(0, NULL, "--resume --quiet --out $D/cut-short");
+    check(read_log("cut-short", lines, &whole) == 5 && lines[4].val, "the evaluation was not made up for");
+    expect_run(0, NULL, "--resume --quiet --out $D/cut-short");
+    size_t count = read_log("cut-short", lines, &again);
+    check(count == 5 && strcmp(whole.data, again.data) == 0, "it was made up for again: %s", again.data);
+    free(whole.data), free(again.data);
+}
+
+static const char ODD[] =
+    "$TINY --train $D/text.txt --val-fraction 0 --steps 4 --save-every 2 --keep 1 --quiet "
+    "--out $D/odd";
+
+// --out that cannot be read is not an empty one; of a checkpoint that is a symbolic link only the link is deleted.
+static void test_odd_folders(void) {
+    make_inputs();
+    Text said;
+    expect_run(0, NULL, ODD);
+    check(symlink("loop", in_tests("loop")) == 0, "symlink");
+    expect_refusal(1, "/loop", "$TINY --train $D/text.txt --out $D/loop --resume --quiet");
+#ifdef __linux__ // root reads everything, but for a root that gave up this right
+    chmod(in_tests("odd"), 0333);
+    uint64_t log = fingerprint(in_tests("odd/log.csv"));
+    pid_t child = fork();
+    if (child == 0) {
+        prctl(PR_CAPBSET_DROP, 1, 0, 0, 0); // CAP_DAC_OVERRIDE
+        prctl(PR_CAPBSET_DROP, 2, 0, 0, 0); // CAP_DAC_READ_SEARCH
+        execl("/bin/sh", "sh", "-c", path_of("exec '%s' --trainer %s --resume >$D/said 2>&1", self_path, ODD),
+              (char *)NULL);
+        _exit(127);
+    }
+    int status = wait_for(child);
+    chmod(in_tests("odd"), 0755);
+    said = read_file(in_tests("said"));
+    check(status == 1 && one_error_line(&said, "/odd: cannot be read: Permission denied") &&
+              fingerprint(in_tests("odd/log.csv")) == log,
+          "--out that cannot be read: status %d, %s", status, said.data);
+    free(said.data);
+#endif
+
+    run_shell(&said,
+              "cp -r $D/odd/checkpoint-000004 $D/elsewhere; ln -s $D/elsewhere $D/odd/checkpoint-000001");
+    free(said.data);
+    uint64_t elsewhere = fingerprint(in_tests("elsewhere"));
+    expect_run(0, NULL, "--resume --steps 6 --quiet --out $D/odd");
+    check(fingerprint(in_tests("elsewhere")) == elsewhere, "files behind a link were deleted");
+    check(!file_exists(in_tests("odd/checkpoint-000001")) && !file_exists(in_tests("odd/checkpoint-000004")),
+          "the link is still there");
+}
+
+// A run that is finished says so; with other options it is refused, and changes nothing.
+static void test_finished(void) {
+    make_inputs();
+    Text printed;
+    remove_folder(in_tests("odd"));
+    expect_run(0, NULL, ODD);
+    expect_run(0, NULL, "--resume --steps 6 --quiet --out $D/odd");
+    expect_run(0, &printed, "--resume --quiet --out $D/odd");
+    check(strstr(printed.data, "/odd: finished already, 6 of 6 updates") != NULL, "finished: %s",
+          printed.data);
+    free(printed.data);
+    static const struct {
+        const char *error, *words;
+    } others[] = {
+        {"is finished (6 of 6 updates), so that --learning-rate 0.02 (was 0.01) would change nothing. To "
+         "start anew",
+         "--learning-rate 2e-2"},
+        {"so that --train ", "--train $D/val.txt"},
+        {"--val-fraction 0.5 (was 0), --steps 3 (was 6) would change nothing",
+         "--steps 3 --val-fraction 0.5"},
+        {"a run cannot change how it began: --init $D/model (was d4)", "--init $D/model"},
+        {"a run cannot change how it began: --n-layer 2 (was 1)", "--steps 9 --n-layer 2"},
+    };
+    uint64_t before = fingerprint(in_tests("odd"));
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        char *line = xprintf("--resume --quiet --out $D/odd %s", others[i].words);
+        const char *place = strstr(others[i].error, "$D");
+        char *error = place ? xprintf("%.*s%s%s", (int)(place - others[i].error), others[i].error,
+                                      temporary_folder(), place + 2)
+                            : xstrdup(others[i].error);
+        expect_refusal(2, error, line);
+        free(line), free(error);
+    }
+    check(fingerprint(in_tests("odd")) == before, "a refused run changed its folder");
+    expect_run(0, &printed, "--resume --steps 7 --learning-rate 2e-2 --out $D/odd");
+    check(strstr(printed.data,
+                 "changed since that checkpoint: --steps 7 (was 6), --learning-rate 0.02 (was 0.01)\n") !=
+              NULL,
+          "changes are not said: %s", printed.data);
+    free(printed.data);
+}
+
+// Numbers out of trainer_state.json are what they can be.
+static void test_damaged_state(void) {
+    make_inputs();
+    remove_folder(in_tests("odd"));
+    expect_run(0, NULL, ODD);
+    const char *state = "odd/checkpoint-000004/trainer_state.json";
+    Text good = read_file(in_tests(state));
+    static const char *const numbers[][2] = {
+        {"step", "2e52"},  {"best_step", "-1"},  {"stale", "1e300"},         {"evaluated_step", "5"},
+        {"seconds", "-5"}, {"best_step", "0.5"}, {"evaluated_step", "null"}, {"seconds", "1e999"}};
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        const char *at = strstr(good.data, path_of("\"%s\": ", numbers[i][0])) + strlen(numbers[i][0]) + 4;
+        char *bad =
+            xprintf("%.*s%s%s", (int)(at - good.data), good.data, numbers[i][1], at + strcspn(at, ",\n"));
+        write_text(state, bad);
+        expect_refusal(1, "trainer_state.json: ", "--resume --steps 9 --quiet --out $D/odd");
+        free(bad);
+    }
+    free(good.data);
+}
+
+// Output that goes nowhere: a closed stream's number is given to no file, a full device is an error, and a reader
+// that goes away ends training as SIGTERM does: saved.
+static void test_output(void) {
+    make_inputs();
+    Text said;
+    LogLine lines[500];
+    const char *run = "$TINY --train $D/text.txt --val $D/val.txt --steps 6 --out $D";
+    int status = run_shell(&said, "$T --trainer %s/closed <&- >&- 2>&-", run);
+    check(status == 0, "closed streams: status %d", status);
+    free(said.data);
+    check(read_log("closed", lines, NULL) == 6 + 7, "a log with other lines in it");
+    if (file_exists("/dev/full")) {
+        static const char *const ways[] = {"--init $D/closed --eval --val $D/val.txt",
+                                           "--init $D/closed --generate 3", "--help"};
+        for (int i = 0; i < 3; i++) {
+            status = run_shell(&said, "$T --trainer %s >/dev/full 2>$D/said", ways[i]);
+            check(status == 1 && one_error_line(&said, "standard output: not all could be written"),
+                  "%s into a full device: status %d, %s", ways[i], status, said.data);
+            free(said.data);
+        }
+        status = run_shell(&said, "$T --trainer %s/into-full >/dev/full 2>$D/said", run);
+        check(status == 1 && file_exists(in_tests("into-full/model.safetensors")),
+              "training into a full device");
+        free(said.data);
+    }
+    run_shell(&said,
+              "($T --trainer %s/head --steps 100000 --val-every 50; echo $? >$D/said) | head -n 9 >/dev/null",
+              run);
+    check(atoi(said.data) == 128 + SIGPIPE, "a reader that went away: status %s", said.data);
+    free(said.data);
+    size_t count = read_log("head", lines, NULL);
+    check(
+        count > 0 && count < 400 &&
+            file_exists(in_tests(path_of("head/checkpoint-%06ld/trainer_state.json", lines[count - 1].step))),
+        "%zu lines in the log, and what they speak of is not saved", count);
+}
+
+// A model file that is cut off while it is mapped ends the program with its name; one that is written over is
+// noticed before anything is saved; one that is replaced does no harm.
+static void test_changed_files(void) {
+    make_inputs();
+    static const struct {
+        const char *change, *error;
+    } changes[] = {
+        {": >$D/mine/model.safetensors", "/mine/model.safetensors: can no longer be read: it was cut off"},
+        {"printf x | dd of=$D/mine/model.safetensors bs=1 seek=9000 conv=notrunc 2>/dev/null",
+         "/mine/model.safetensors: was changed while it was in use"},
+        {"rm $D/mine/model.safetensors; cp $D/model/config.json $D/mine/model.safetensors", NULL}};
+    Text said;
+    for (int i = 0; i < 3; i++) {
+        run_shell(&said, "rm -rf $D/mine $D/changed; cp -r $D/model $D/mine");
+        free(said.data);
+        pid_t child = start_trainer(
+            0, "--init $D/mine --train $D/text.txt --val $D/val.txt --steps 100000 --val-every 40 "
+               "--freeze 'wte|wpe' --matmul builtin --quiet --out $D/changed");
+        wait_for_lines("changed", 8, child);
+        run_shell(&said, "%s", changes[i].change);
+        free(said.data);
+        if (!changes[i].error) {
+            wait_for_lines("changed", 200, child);
+            kill(child, SIGTERM);
+        }
+        int status = wait_for(child);
+        Text printed = read_file(in_tests("printed"));
+        const char *error = strstr(printed.data, "train_gpt2: ");
+        bool named = changes[i].error && error && strstr(error, changes[i].error);
+        check(changes[i].error ? status == 1 && named : status == 128 + SIGTERM, "%s: status %d, %s",
+              changes[i].change, status, printed.data);
+        free(printed.data);
+    }
+}
+
+// Numbers that are not finite are an error wherever they come up. All logits alike are no hit.
+static void test_not_finite(void) {
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = model_load(in_tests("model"));
+    for (int i = 0; i < 3; i++) {
+        float *ln_f = model_tensor(model, LN_F_WEIGHT, 0)->value;
+        ln_f[3] = i == 0 ? NAN : i == 1 ? INFINITY : 0;
+        if (i == 2)
+            for (int t = 0; t < model->tensor_count; t++)
+                memset(model->tensors[t].value, 0, model->tensors[t].size * sizeof(float));
+        model_save(model, tokenizer, &(KeptFiles){0}, in_tests(i == 2 ? "zeros" : "nan"));
+        if (i == 2) break;
+        expect_refusal(1, "val.txt: the loss is not finite, nor are all values of transformer.ln_f.weight",
+                       "--init $D/nan --eval --val $D/val.txt --matmul builtin");
+        expect_refusal(1, "logits are not finite", "--init $D/nan --generate 3 --prompt '' --matmul builtin");
+        expect_refusal(1, "logits are not finite",
+                       "--init $D/nan --generate 3 --prompt '' --temperature 0 --samples 2 --matmul builtin");
+        expect_refusal(
+            1, "the loss is not finite",
+            "--init $D/nan --train $D/text.txt --val $D/val.txt --steps 2 --quiet --out $D/nan-run "
+            "--matmul builtin");
+        check(!file_exists(in_tests("nan-run/model.safetensors")), "a model of NaN was saved");
+        remove_folder(in_tests("nan-run"));
+    }
+    model_free(model);
+    tokenizer_free(tokenizer);
+    Text printed;
+    expect_run(0, &printed, "--init $D/zeros --eval --val $D/val.txt --matmul builtin");
+    check(strstr(printed.data, "accuracy 0.000 %") != NULL, "all logits alike: %s", printed.data);
+    free(printed.data);
+    expect_run(1, &printed,
+               "--init $D/zeros --train $D/text.txt --overfit --steps 1 --learning-rate 0 --val-fraction 0 "
+               "--quiet --matmul builtin --out $D/zeros-run");
+    free(printed.data);
+    // The last update makes a weight so that no loss has seen: the last position's, which no sequence reaches.
+    tokenizer = tokenizer_load(in_tests("merges.txt"));
+    model = model_load(in_tests("model"));
+    model_tensor(model, WPE, 0)->value[15 * 16] = 1e35f;
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("steep-end"));
+    model_free(model);
+    tokenizer_free(tokenizer);
+    expect_refusal(
+        1, "step 1: transformer.wpe.weight is not finite",
+        "--init $D/steep-end --train $D/text.txt --val-fraction 0 --steps 1 --warmup-steps 0 --seq-len 8 "
+        "--weight-decay 1e3 --learning-rate 1e3 --quiet --out $D/last-step --matmul builtin");
+    check(!file_exists(in_tests("last-step/model.safetensors")), "infinite weights were saved");
+}
+
+// Which matmul is taken follows from the machine and the BLAS, the same each time.
+static void test_matmul_choice(void) {
+    make_inputs();
+    const Option *schedule = find_option("schedule", 8, 0), *matmul_option = find_option("matmul", 6, 0);
+    check(strcmp(choice_word(schedule, SCHEDULE_LINEAR), "linear") == 0 &&
+              strcmp(choice_word(schedule, SCHEDULE_COSINE), "cosine") == 0 &&
+              strcmp(choice_word(schedule, SCHEDULE_CONSTANT), "constant") == 0 &&
+              strcmp(choice_word(matmul_option, AUTO_CHOICE), "auto") == 0 &&
+              strcmp(choice_word(matmul_option, OPENBLAS_CHOICE), "openblas") == 0 &&
+              strcmp(choice_word(matmul_option, BUILTIN_CHOICE), "builtin") == 0,
+          "the words of a choice do not stand in the order of its numbers");
+#ifdef USE_OPENBLAS
+    static const struct {
+        const char *core;
+        int parallel, threads,
+            lanes; // lanes: with built-in vectors of more than these the built-in one is better
+    } choices[] = {{"SkylakeX", 2, 4, 16}, {"Cooperlake", 2, 4, 16}, {"SapphireRapids", 2, 4, 16},
+                   {"Zen", 2, 4, 8},       {"Haswell", 2, 4, 8},     {"Nehalem", 2, 4, 4},
+                   {"Prescott", 2, 4, 4},  {"armv8", 2, 4, 4},       {"SkylakeX", 0, 4, 0},
+                   {"SkylakeX", 1, 4, 0},  {"SkylakeX", 0, 1, 16}};
+    for (size_t i = 0; i < sizeof choices / sizeof *choices; i++)
+        check(builtin_is_better(choices[i].core, choices[i].parallel, choices[i].threads) ==
+                  (LANES > choices[i].lanes),
+              "the choice for %s", choices[i].core);
+#endif
+    // Eight equal commands at once, more threads than cores: one model.
+    pid_t children[8];
+    for (int i = 0; i < 8; i++)
+        children[i] = start_trainer(
+            0,
+            path_of("--threads 2 --tokenizer $D/merges.txt --n-layer 1 --n-embd 64 --n-positions 64 "
+                    "--batch-size 4 "
+                    "--train $D/text.txt --val-fraction 0 --steps 3 --save-every 9 --quiet --out $D/equal-%d",
+                    i));
+    for (int i = 0; i < 8; i++) {
+        check(wait_for(children[i]) == 0, "one of eight runs at once");
+        check(same_files("equal-0/model.safetensors", path_of("equal-%d/model.safetensors", i)),
+              "equal commands gave different models");
+    }
+}
+
+// Fewer threads than asked for, and little memory: no waiting for ever.
+static void test_scarce_machine(void) {
+    make_inputs();
+    Text said;
+    const char *limits[] = {"OMP_THREAD_LIMIT=1", "OMP_MAX_ACTIVE_LEVELS=0"};
+    for (int i = 0; i < 2; i++) {
+        int status =
+            run_shell(&said,
+                      "%s OMP_NUM_THREADS=2 $T --trainer --tokenizer $D/merges.txt --n-layer 1 --n-embd 64 "
+                      "--train $D/text.txt --val-fraction 0 --steps 1 --out $D/limited-%d >$D/said 2>&1",
+                      limits[i], i);
+        check(status == 0, "%s: status %d, %s", limits[i], status, said.data);
+        free(said.data);
+    }
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+    int status = run_shell(&said, "ulimit -v 100000; $T --trainer --help >$D/said 2>&1");
+#ifdef USE_OPENBLAS
+    check(status == 1 && one_error_line(&said, "address space: raise the limit"), "ulimit -v: status %d, %s",
+          status, said.data);
+#else
+    check(status == 0, "ulimit -v: status %d, %s", status, said.data);
+#endif
+    free(said.data);
+#endif
+}
+
+static void test_denormals(void) {
+    make_inputs();
+#if defined(__SSE__) || defined(__aarch64__)
+    Text said;
+    // Logits that are denormal weights times huge ones: with denormals taken for 0 they are all 0, the loss log V.
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, false});
+    model_initialise(model, 5);
+    for (int c = 0; c < 16; c++) model_tensor(model, LN_F_WEIGHT, 0)->value[c] = 1e-39f;
+    for (size_t i = 0; i < model_tensor(model, LM_HEAD, 0)->size; i++)
+        model_tensor(model, LM_HEAD, 0)->value[i] *= 1e38f;
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("denormal"));
+    double loss = 0, wanted = log(tokenizer->vocab_size);
+    model_free(model);
+    tokenizer_free(tokenizer);
+    expect_run(0, &said, "--init $D/denormal --eval --val $D/val.txt --threads 2");
+    const char *at = strstr(said.data, "loss ");
+    check(at && sscanf(at, "loss %lf", &loss) == 1 && fabs(loss - wanted) < 1e-5, "denormals: %s, not %f",
+          said.data, wanted);
+    free(said.data);
+#endif
 }
 
 // ---- documents ----
@@ -4989,6 +5565,7 @@ static const struct {
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
     {"progress: the time that is left", test_time_left},
     {"generation: text as it streams", test_stream},
+    {"generation: without a prompt", test_no_prompt},
 #if defined(__linux__) && defined(_OPENMP)
     {"threads: each has a core of its own, if there are as many", test_pin_threads},
 #endif
@@ -5003,6 +5580,18 @@ static const struct {
     {"checkpoints: the best stays and is the result; --patience", test_best_and_patience},
     {"checkpoints: a full disk leaves the older one whole", test_full_disk},
     {"checkpoints: nothing that is not finite is saved", test_diverging},
+    {"one run at a time: a lock on --out that any death releases", test_lock},
+    {"faults: killed at a call that changes files, or that fails", test_faults},
+    {"log.csv: a full disk, a signal in the last evaluation", test_log},
+    {"--out: unreadable, a link in it", test_odd_folders},
+    {"--out: a finished run, and other options", test_finished},
+    {"--out: damaged trainer_state.json", test_damaged_state},
+    {"output: closed, full, a reader that goes away", test_output},
+    {"mapped files: cut off, written over, replaced", test_changed_files},
+    {"not finite: an error in --eval, --generate and training", test_not_finite},
+    {"the machine: --matmul auto takes the same each time", test_matmul_choice},
+    {"the machine: fewer threads, little memory", test_scarce_machine},
+    {"the machine: denormals count as 0", test_denormals},
     {"documents: the functions and tests that they name exist", test_documents},
     {"documents: the model stands early, functions are short", test_layout},
     {"documents: links point at what they name", test_links},
@@ -5011,6 +5600,12 @@ static const struct {
 int main(int argc, char **argv) {
     snprintf(self_path, sizeof self_path, "%s", argv[0]);
     if (argc > 1 && strcmp(argv[1], "--trainer") == 0) return train_gpt2_main(argc - 1, argv + 1);
+    if (argc > 2 && strcmp(argv[1], "--child") == 0) {
+        child_text = getenv("CHILD_TEXT");
+        child_path = getenv("CHILD_PATH");
+        ((void (*)(void))((char *)run_child + atol(argv[2])))();
+        return 0;
+    }
     if (argc > 1 && strcmp(argv[1], "--reference") == 0) {
         const char *dump = argc > 3 && strcmp(argv[argc - 2], "--dump") == 0 ? argv[argc - 1] : NULL;
         int folders = argc - 2 - (dump ? 2 : 0), failed = 0;

@@ -12,6 +12,7 @@
 #define TRAIN_GPT2_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "train_gpt2.c"
+#include <getopt.h>
 
 typedef struct {
     const char *command, *tokenizer, *pad, *out;
@@ -820,6 +821,7 @@ int main(int count, char **arguments) {
     enum { COMMANDS = sizeof commands / sizeof *commands };
 
     program_name = "tokenizer";
+    keep_standard_streams();
     if (count < 2)
         die_usage("expected a command: encode, decode, count, shard, train or info; --help tells more");
     Settings settings = {.command = arguments[1]};

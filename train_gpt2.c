@@ -50,7 +50,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <glob.h>
 #include <limits.h>
 #include <math.h>
@@ -338,6 +337,8 @@ typedef struct {
     size_t size;
 } Mapping;
 
+static void unmap_file(Mapping *mapping);
+
 typedef struct {
     Config config;
     int tensor_count;
@@ -394,10 +395,6 @@ static Model *model_new(Config config) {
         }
     }
     return model;
-}
-
-static void unmap_file(Mapping *mapping) {
-    if (mapping->data) munmap(mapping->data, mapping->size);
 }
 
 static void model_free(Model *model) {
@@ -2324,8 +2321,12 @@ static float kth_largest(const float *x, int n, int k) {
 static int sample_token(const float *logits, int V, const Sampling *sampling, float draw,
                         Candidate *candidates) {
     int best = 0, count = 0, kept = 0;
-    for (int v = 1; v < V; v++)
+    bool finite = true;
+    for (int v = 0; v < V; v++) {
+        finite = finite && !isnan(logits[v]);
         if (logits[v] > logits[best]) best = v;
+    }
+    if (!finite || !isfinite(logits[best])) die("the model's logits are not finite: its weights are damaged");
     if (sampling->temperature == 0) return best;
     bool cut = sampling->top_k > 0 && sampling->top_k < V;
     float lowest = cut ? kth_largest(logits, V, sampling->top_k) : -INFINITY;
@@ -2517,6 +2518,64 @@ static Text read_file(const char *path) {
     return text;
 }
 
+// Other programs can change a file while it is mapped here. So each mapping is remembered: when a page of it can
+// no longer be read (SIGBUS) the file is named, and check_mapped_files() sees what was written over in place.
+static struct MappedFile {
+    char *path, *data;
+    size_t size;
+    struct stat status; // when it was mapped
+} * mapped_files;
+static size_t mapped_count, mapped_capacity;
+
+#ifdef __APPLE__
+#define st_mtim st_mtimespec
+#endif
+
+// The handler of SIGBUS. It only calls what a signal handler may.
+static void lost_page(int signal_number, siginfo_t *info, void *context) {
+    const char *address = info->si_addr;
+    (void)context;
+    for (size_t i = mapped_count; i > 0; i--) { // the newest first: addresses are used again
+        const struct MappedFile *file = &mapped_files[i - 1];
+        if (address < file->data || address >= file->data + file->size) continue;
+        const char *const parts[] = {
+            progress_line_open ? "\n" : "", program_name, ": ", file->path,
+            ": can no longer be read: it was cut off while it was in use, or its disk "
+            "fails. The last checkpoint stays\n"};
+        for (int part = 0; part < 5; part++)
+            if (write(2, parts[part], strlen(parts[part])) < 0) break;
+        _exit(1);
+    }
+    signal(signal_number, SIG_DFL); // no file of ours: this ends the program as if there were no handler
+}
+
+// Ends the program when a mapped file has been written to since. One that was deleted or replaced by another of
+// its name is no harm: the mapping keeps the old one.
+static void check_mapped_files(void) {
+    struct stat now;
+    for (struct MappedFile *file = mapped_files; file < mapped_files + mapped_count; file++) {
+        const struct stat *then = &file->status;
+        if (file->data && stat(file->path, &now) == 0 && now.st_ino == then->st_ino &&
+            now.st_dev == then->st_dev &&
+            (now.st_size != then->st_size || now.st_mtim.tv_sec != then->st_mtim.tv_sec ||
+             now.st_mtim.tv_nsec != then->st_mtim.tv_nsec))
+            die("%s: was changed while it was in use, so nothing that was computed since can be trusted or "
+                "saved. Put new files in place by renaming them",
+                file->path);
+    }
+}
+
+// A mapping that is given up, or whose bytes have been copied, need no longer stay as it is.
+static void forget_mapping(const Mapping *mapping) {
+    for (size_t i = 0; i < mapped_count; i++)
+        if (mapped_files[i].data == mapping->data) mapped_files[i].data = NULL;
+}
+
+static void unmap_file(Mapping *mapping) {
+    forget_mapping(mapping);
+    if (mapping->data) munmap(mapping->data, mapping->size);
+}
+
 static Mapping map_file(const char *path) {
     int descriptor = open(path, O_RDONLY);
     struct stat status;
@@ -2528,7 +2587,41 @@ static Mapping map_file(const char *path) {
     mapping.data = mmap(NULL, mapping.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
     if (mapping.data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(descriptor);
+    mapped_files = grow(mapped_files, mapped_count + 1, &mapped_capacity, sizeof *mapped_files);
+    mapped_files[mapped_count++] = (struct MappedFile){xstrdup(path), mapping.data, mapping.size, status};
+    sigaction(SIGBUS, &(struct sigaction){.sa_sigaction = lost_page, .sa_flags = SA_SIGINFO}, NULL);
     return mapping;
+}
+
+// Brings what was written to the disk itself, where a power cut cannot reach it. A folder of a file system that
+// has no such thing for folders (EINVAL) is as good as it gets.
+static bool sync_to_disk(int descriptor) {
+#ifdef F_FULLFSYNC // macOS: its fsync() stops at the disk's own memory
+    if (fcntl(descriptor, F_FULLFSYNC) == 0) return true;
+#endif
+    return fsync(descriptor) == 0 || errno == EINVAL;
+}
+
+// Makes the names in a folder last: what was created, renamed or deleted there.
+static void sync_folder(const char *path) {
+    int descriptor = open(path, O_RDONLY);
+    if (descriptor < 0 || !sync_to_disk(descriptor))
+        die("%s: this folder could not be brought to the disk: %s", path, strerror(errno));
+    close(descriptor);
+}
+
+// The folder that a path lies in. Free it.
+static char *folder_of(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return !slash ? xstrdup(".") : xprintf("%.*s", slash > path ? (int)(slash - path) : 1, path);
+}
+
+// Gives a file or folder another name, for good.
+static void rename_for_good(const char *from, const char *to) {
+    char *folder = folder_of(to);
+    if (rename(from, to) != 0) die("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
+    sync_folder(folder);
+    free(folder);
 }
 
 // Files are written under a temporary name, and get their own only when all bytes are on the disk: under a
@@ -2540,9 +2633,9 @@ static FILE *create_file(const char *path) {
 }
 
 static void finish_file(FILE *file, const char *path) {
-    bool failed = ferror(file) || fflush(file) != 0 || fsync(fileno(file)) != 0;
-    if (fclose(file) != 0 || failed || rename(path_of("%s.tmp", path), path) != 0)
+    if (ferror(file) || fflush(file) != 0 || !sync_to_disk(fileno(file)) || fclose(file) != 0)
         die("%s: could not be written whole: %s", path, strerror(errno));
+    rename_for_good(path_of("%s.tmp", path), path);
 }
 
 static void write_file(const char *path, const void *bytes, size_t size) {
@@ -2553,36 +2646,26 @@ static void write_file(const char *path, const void *bytes, size_t size) {
 
 // Makes a folder and those above it.
 static void make_folder(const char *path) {
-    char *above = xstrdup(path), *slash = strrchr(above, '/');
-    if (slash && slash > above) {
-        *slash = 0;
-        make_folder(above);
-    }
-    free(above);
-    if (!is_folder(path) && mkdir(path, 0777) < 0)
+    if (is_folder(path)) return;
+    char *above = folder_of(path);
+    make_folder(above);
+    if (mkdir(path, 0777) < 0 && !is_folder(path))
         die("%s: folder cannot be made: %s", path, strerror(errno));
+    sync_folder(above);
+    free(above);
 }
 
-// Deletes a folder with what is in it; one that is not there is no error.
+// Deletes a folder with what is in it, but of a symbolic link only the link; what is not there is no error.
 static void remove_folder(const char *path) {
+    if (unlink(path) == 0 || errno == ENOENT) return;
     DIR *folder = opendir(path);
     for (struct dirent *entry; folder && (entry = readdir(folder));) {
         char *inside = xprintf("%s/%s", path, entry->d_name);
-        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0 && unlink(inside) != 0)
-            remove_folder(inside);
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) remove_folder(inside);
         free(inside);
     }
     if (folder) closedir(folder);
-    rmdir(path);
-}
-
-// Makes the renames and deletions in a folder last through a power cut.
-static void sync_folder(const char *path) {
-    int descriptor = open(path, O_RDONLY);
-    if (descriptor >= 0) {
-        fsync(descriptor);
-        close(descriptor);
-    }
+    if (rmdir(path) != 0 && errno != ENOENT) warn("%s: cannot be deleted: %s", path, strerror(errno));
 }
 
 // ---- JSON (RFC 8259) ----
@@ -3282,7 +3365,8 @@ static void safetensors_close(SafeTensors *file, bool keep_mapping) {
     json_free(file->header);
     free(file->path);
     free(file->tensors);
-    if (!keep_mapping) unmap_file(&file->mapping);
+    if (keep_mapping) return;
+    unmap_file(&file->mapping);
 }
 
 // Hugging Face's names come with or without this prefix.
@@ -3684,26 +3768,73 @@ static const char *checkpoint_path(const char *out, long step) {
     return path_of("%s/checkpoint-%06ld", out, step);
 }
 
-// The steps of all whole checkpoints in a folder, ascending; *count tells how many. Deletes what is left of
-// those whose writing was cut off, if `clean`.
-static long *list_checkpoints(const char *out, size_t *count, bool clean) {
+// The steps of all whole checkpoints in a folder, ascending; *count tells how many. A folder that is not there has
+// none; one that cannot be read ends the program.
+static long *list_checkpoints(const char *out, size_t *count) {
     long *steps = NULL;
     size_t capacity = *count = 0;
     DIR *folder = opendir(out);
-    for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        if (strncmp(entry->d_name, "checkpoint-", 11) != 0) continue;
-        const char *path = path_of("%s/%s", out, entry->d_name);
-        if (clean && ends_with(path, ".tmp")) remove_folder(path);
-        long step = strtol(entry->d_name + 11, NULL, 10);
-        if (step < 0 || strcmp(path, checkpoint_path(out, step)) != 0)
+    if (!folder && errno != ENOENT) die("%s: cannot be read: %s", out, strerror(errno));
+    errno = 0;
+    for (struct dirent *entry; folder && (entry = readdir(folder)); errno = 0) {
+        const char *name = entry->d_name;
+        long step = strncmp(name, "checkpoint-", 11) == 0 ? strtol(name + 11, NULL, 10) : -1;
+        if (step < 0 || strcmp(path_of("%s/%s", out, name), checkpoint_path(out, step)) != 0)
             continue; // "checkpoint-7" and "checkpoint-000007.tmp" are not ours, or not whole
         steps = grow(steps, *count + 1, &capacity, sizeof *steps);
         size_t i = (*count)++;
         for (; i > 0 && steps[i - 1] > step; i--) steps[i] = steps[i - 1];
         steps[i] = step;
     }
+    if (errno) die("%s: cannot be read: %s", out, strerror(errno));
     if (folder) closedir(folder);
     return steps;
+}
+
+// Deletes what an interrupted run left in OUT under temporary names.
+static void remove_leftovers(const char *out) {
+    DIR *folder = opendir(out);
+    if (!folder) die("%s: cannot be read: %s", out, strerror(errno));
+    for (struct dirent *entry; (entry = readdir(folder));)
+        if ((strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp")) ||
+            strcmp(entry->d_name, "model.tmp") == 0)
+            remove_folder(path_of("%s/%s", out, entry->d_name));
+    closedir(folder);
+}
+
+// Deletes a checkpoint. It loses its name first: whatever happens meanwhile, there is never half of one.
+static void remove_checkpoint(const char *out, long step) {
+    char *path = xstrdup(checkpoint_path(out, step)), *temporary = xprintf("%s.tmp", path);
+    remove_folder(temporary);
+    rename_for_good(path, temporary);
+    remove_folder(temporary);
+    free(path);
+    free(temporary);
+}
+
+// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is
+// no model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
+static void publish_model(const char *folder) {
+    // Files that transformers would read in place of the new ones, if an earlier model left them here.
+    static const char *const optional[] = {"vocab.json",         "merges.txt",
+                                           "tokenizer.json",     "tokenizer_config.json",
+                                           "added_tokens.json",  "special_tokens_map.json",
+                                           "chat_template.jinja"};
+    char *from = xprintf("%s/model.tmp", folder);
+    if (unlink(path_of("%s/config.json", folder)) != 0 && errno != ENOENT)
+        die("%s/config.json: cannot be deleted: %s", folder, strerror(errno));
+    sync_folder(folder);
+    for (size_t i = 0; i < sizeof optional / sizeof *optional; i++)
+        if (!file_exists(path_of("%s/%s", from, optional[i]))) unlink(path_of("%s/%s", folder, optional[i]));
+    DIR *files = opendir(from);
+    if (!files) die("%s: cannot be read: %s", from, strerror(errno));
+    for (struct dirent *entry; (entry = readdir(files));)
+        if (entry->d_name[0] != '.' && strcmp(entry->d_name, "config.json") != 0)
+            rename_for_good(path_of("%s/%s", from, entry->d_name), path_of("%s/%s", folder, entry->d_name));
+    closedir(files);
+    rename_for_good(path_of("%s/config.json", from), path_of("%s/config.json", folder));
+    remove_folder(from);
+    free(from);
 }
 
 // =====================================================================================================
@@ -4123,8 +4254,16 @@ typedef struct {
     Ids ends;             // a text ends at each of these ids
     Dataset *train, *val; // val may be NULL
     Activations activations;
-    long steps, warmup, steps_per_epoch, val_every, save_every;
+    long warmup, steps_per_epoch;
     double started; // on the clock of now(), less the time that was spent before a resume
+    FILE *log;      // OUT/log.csv
+    Batch *batches; // (--accumulate) of the update that is taken
+    size_t *order;  // of the examples in epoch order_epoch; NULL: in none yet
+    long order_epoch;
+    double shown, seconds_per_step; // when the progress line was last written, and what it goes by
+    double accuracy;                // of the last update
+    long saved_step;                // the step of the newest checkpoint
+    bool unsaved;                   // something happened that it does not know of
     // What a checkpoint remembers:
     long step;             // updates done
     double best_loss;      // INFINITY before the first evaluation
@@ -4142,6 +4281,37 @@ typedef struct {
 static volatile sig_atomic_t stop_signal = 0;
 
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
+
+// From here on a signal asks the training loop to finish its step and save, instead of ending the program. A
+// second ^C (SIGINT) or SIGTERM ends it at once. A closed terminal or ssh connection (SIGHUP), and a reader of our
+// output that went away (SIGPIPE), may say so more than once. What the user had ignored, as nohup does, stays so.
+static void catch_signals(void) {
+    static const struct {
+        int number, flags;
+    } caught[] = {{SIGINT, SA_RESETHAND}, {SIGTERM, SA_RESETHAND}, {SIGHUP, 0}, {SIGPIPE, 0}};
+    for (int i = 0; i < 4; i++) {
+        struct sigaction before, action = {.sa_handler = remember_signal, .sa_flags = caught[i].flags};
+        bool ignored = sigaction(caught[i].number, NULL, &before) == 0 && before.sa_handler == SIG_IGN;
+        if (!ignored || caught[i].number == SIGPIPE) sigaction(caught[i].number, &action, NULL);
+    }
+}
+
+// Returns a tensor that has a weight or moment which is not a finite number, or NULL. (0 · x is 0 for all finite
+// x, else NaN: so this is one fast sum.)
+static const Tensor *find_not_finite(const Model *model) {
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        const float *const arrays[] = {tensor->value, tensor->exp_avg, tensor->exp_avg_sq};
+        for (int a = 0; a < 3 && arrays[a]; a++) {
+            const float *x = arrays[a];
+            float sum = 0;
+#pragma omp parallel for simd reduction(+ : sum)
+            for (size_t j = 0; j < tensor->size; j++) sum += 0 * x[j];
+            if (sum != 0) return tensor;
+        }
+    }
+    return NULL;
+}
 
 // Mean loss, accuracy and exact match over run->val, or its first --val-batches batches.
 static Evaluation evaluate(Run *run) {
@@ -4170,6 +4340,12 @@ static Evaluation evaluate(Run *run) {
         }
     }
     batch_free(&batch);
+    check_mapped_files();
+    if (!isfinite(loss)) {
+        const Tensor *tensor = find_not_finite(run->model);
+        die("%s: the loss is not finite%s%s", run->val->path, tensor ? ", nor are all values of " : "",
+            tensor ? tensor->name : "");
+    }
     double targets = result.targets ? (double)result.targets : 1;
     result.loss = loss / targets;
     result.accuracy = (double)hits / targets;
@@ -4207,39 +4383,75 @@ static void end_progress(void) {
 static double rate_of(const Run *run, long step) {
     const Options *o = run->options;
     return o->learning_rate *
-           schedule_factor((Schedule)o->schedule, step, run->warmup, run->steps, o->final_lr);
+           schedule_factor((Schedule)o->schedule, step, run->warmup, o->steps, o->final_lr);
 }
 
 static double epoch_of(const Run *run, long step) { return (double)step / (double)run->steps_per_epoch; }
 
-// Opens OUT/log.csv to append to it. A resumed run first takes off what comes after its checkpoint.
-static FILE *open_log(const Run *run) {
-    const char *path = path_of("%s/log.csv", run->options->out);
-    Text old = run->step > 0 && file_exists(path) ? read_file(path) : (Text){0};
-    const char *at = old.data, *line;
-    size_t length, kept = 0; // bytes of whole lines up to this step; atol() of the header is 0
-    while (old.size > 0 && next_line(&at, old.data + old.size, &line, &length) && at[-1] == '\n' &&
-           atol(line) <= run->step)
-        kept = (size_t)(at - old.data);
-    free(old.data);
-    FILE *file = fopen(path, "ab");
-    if (!file || ftruncate(fileno(file), (off_t)kept) != 0)
-        die("%s: cannot be written: %s", path, strerror(errno));
-    if (kept == 0)
-        fputs("step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n", file);
-    return file;
+// ---- log.csv ----
+
+// Opens OUT/log.csv and takes OUT for this process alone, by a lock on that file: two runs that write checkpoints
+// with the same names would destroy each other's work. The system releases the lock when the process ends, in
+// whatever way. When another process has it, this one ends with a line that names it. Without the file returns
+// NULL, or makes it if `create`.
+static FILE *lock_log(const char *out, bool create) {
+    const char *path = path_of("%s/log.csv", out);
+    int descriptor = open(path, O_RDWR | O_APPEND | (create ? O_CREAT : 0), 0666);
+    if (descriptor < 0 && (errno == ENOENT || errno == ENOTDIR) && !create) return NULL;
+    FILE *log = descriptor < 0 ? NULL : fdopen(descriptor, "a+");
+    if (!log) die("%s: cannot be opened: %s", path, strerror(errno));
+    const struct flock wanted = {.l_type = F_WRLCK, .l_whence = SEEK_SET}; // the whole file
+    while (fcntl(descriptor, F_SETLK, &wanted) != 0) {
+        if (errno != EACCES && errno != EAGAIN) { // some network file systems have no locks
+            warn("%s: cannot be locked (%s): see to it that no other run uses this --out", path,
+                 strerror(errno));
+            break;
+        }
+        struct flock holder = wanted;
+        if (fcntl(descriptor, F_GETLK, &holder) == 0 && holder.l_type == F_UNLCK)
+            continue; // it ended just now
+        die("%s: process %ld is training there; wait for its end, or choose another --out", out,
+            (long)holder.l_pid);
+    }
+    return log;
 }
 
-// Saves everything that is needed to go on, and deletes checkpoints that are neither new nor the best.
-static void save_checkpoint(const Run *run) {
-    const char *out = run->options->out;
-    char *temporary = xprintf("%s.tmp", checkpoint_path(out, run->step)), *state = NULL;
-    size_t size, count;
-    remove_folder(temporary);
-    model_save(run->model, run->tokenizer, &run->kept, temporary);
-    model_write_tensors(run->model, path_of("%s/optimizer.safetensors", temporary), true);
+// Appends to log.csv. Each line goes to the system at once, so that a process that is killed loses none.
+static void __attribute__((format(printf, 2, 3))) write_log(const Run *run, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    if (vfprintf(run->log, format, arguments) < 0 || fflush(run->log) != 0)
+        die("%s/log.csv: could not be written: %s", run->options->out, strerror(errno));
+    va_end(arguments);
+}
+
+// Takes off the lines of an earlier run, or when resumed what its checkpoint does not know of.
+static void begin_log(const Run *run) {
+    Text old = {0};
+    rewind(run->log);
+    if (run->step > 0) read_stream(&old, run->log, "log.csv");
+    const char *at = old.data, *line;
+    size_t length, kept = 0; // bytes of the lines that stay: whole ones, in order; atol() of the header is 0
+    while (old.size > 0 && next_line(&at, old.data + old.size, &line, &length) && at[-1] == '\n') {
+        bool evaluation = memmem(line, length, ",val,", 5) != NULL;
+        if (atol(line) > (evaluation ? run->evaluated_step : run->step)) break;
+        kept = (size_t)(at - old.data);
+    }
+    free(old.data);
+    if (ftruncate(fileno(run->log), (off_t)kept) != 0 || fseek(run->log, 0, SEEK_END) != 0)
+        die("%s/log.csv: cannot be shortened: %s", run->options->out, strerror(errno));
+    if (kept == 0)
+        write_log(run, "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n");
+}
+
+// ---- saving ----
+
+// Writes what training needs to go on, beside weights and moments.
+static void save_trainer_state(const Run *run, const char *folder) {
+    char *state = NULL, best[32] = "null"; // JSON has no infinity
+    size_t size;
     FILE *file = open_memstream(&state, &size);
-    char best[32] = "null"; // JSON has no infinity
+    if (!file) die("out of memory for %s/trainer_state.json", folder);
     if (isfinite(run->best_loss)) snprintf(best, sizeof best, "%.17g", run->best_loss);
     fprintf(file,
             "{\n  \"step\": %ld,\n  \"epoch\": %.9g,\n  \"best_step\": %ld,\n  \"best_loss\": %s,\n"
@@ -4252,19 +4464,50 @@ static void save_checkpoint(const Run *run) {
         json_write_string(file, option, strlen(option));
     }
     fprintf(file, "]\n}\n");
-    fclose(file);
-    save_text(temporary, "trainer_state.json", state);
-    sync_folder(temporary);
-    remove_folder(checkpoint_path(out, run->step));
-    if (rename(temporary, checkpoint_path(out, run->step)) != 0)
-        die("%s: cannot be renamed: %s", temporary, strerror(errno));
-    sync_folder(out);
-    free(temporary);
+    if (fclose(file) != 0) die("out of memory for %s/trainer_state.json", folder);
+    save_text(folder, "trainer_state.json", state);
+}
 
-    long *steps = list_checkpoints(out, &count, false);
+// Saves everything that is needed to go on, and deletes checkpoints that are neither new nor the best. The order
+// of what reaches the disk is: the log, the new checkpoint, its name, and only then are older ones deleted.
+static void save_checkpoint(Run *run) {
+    const char *out = run->options->out;
+    const Tensor *bad = find_not_finite(run->model);
+    if (bad)
+        die("step %ld: %s is not finite, so it is not saved; the last good checkpoint stays. A smaller "
+            "--learning-rate may help",
+            run->step, bad->name);
+    check_mapped_files();
+    if (!sync_to_disk(fileno(run->log)))
+        die("%s/log.csv: could not be brought to the disk: %s", out, strerror(errno));
+    char *path = xstrdup(checkpoint_path(out, run->step)), *temporary = xprintf("%s.tmp", path);
+    if (run->step == run->saved_step) { // only an evaluation has been made up for since
+        save_trainer_state(run, path);
+    } else {
+        remove_folder(temporary);
+        model_save(run->model, run->tokenizer, &run->kept, temporary);
+        model_write_tensors(run->model, path_of("%s/optimizer.safetensors", temporary), true);
+        save_trainer_state(run, temporary);
+        rename_for_good(temporary, path);
+    }
+    free(path);
+    free(temporary);
+    run->saved_step = run->step;
+    run->unsaved = false;
+
+    size_t count;
+    long *steps = list_checkpoints(out, &count);
     for (size_t i = 0; i + (size_t)run->options->keep < count; i++)
-        if (steps[i] != run->best_step) remove_folder(checkpoint_path(out, steps[i]));
+        if (steps[i] != run->best_step) remove_checkpoint(out, steps[i]);
     free(steps);
+}
+
+// A whole number out of trainer_state.json, from `least` to `most`.
+static long state_number(const Json *json, const char *key, long least, long most, const char *path) {
+    double value = json_number(json, key, NAN, path);
+    if (!(value >= (double)least && value <= (double)most) || value != floor(value))
+        die("%s: %s must be a whole number from %ld to %ld", path, key, least, most);
+    return (long)value;
 }
 
 // Goes on from the checkpoint `folder` of update `step`, whose weights the model already has.
@@ -4272,15 +4515,38 @@ static void load_trainer_state(Run *run, const char *folder, long step) {
     const char *path = path_of("%s/trainer_state.json", folder);
     model_load_moments(run->model, path_of("%s/optimizer.safetensors", folder));
     Json *json = json_read_file(path);
-    run->step = (long)json_number(json, "step", -1, path);
-    if (run->step != step) die("%s: step %ld expected", path, step);
-    run->best_step = (long)json_number(json, "best_step", 0, path);
-    run->stale = (long)json_number(json, "stale", 0, path);
-    run->evaluated_step = (long)json_number(json, "evaluated_step", -1, path);
+    run->step = run->saved_step = state_number(json, "step", step, step, path);
+    run->best_step = state_number(json, "best_step", 0, step, path);
+    run->stale = state_number(json, "stale", 0, step, path);
+    run->evaluated_step = state_number(json, "evaluated_step", -1, step, path);
     run->best_loss = json_number(json, "best_loss", INFINITY, path);
-    run->started -= json_number(json, "seconds", 0, path);
+    double seconds = json_number(json, "seconds", 0, path);
+    if (!(seconds >= 0 && seconds < 1e12)) die("%s: seconds must be from 0 to 1e12", path);
+    run->started -= seconds;
     json_free(json);
 }
+
+// OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
+static void save_result(const Run *run) {
+    const char *out = run->options->out;
+    char text[32];
+    bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
+    Model *model = other ? model_load(checkpoint_path(out, run->best_step)) : run->model;
+    const Tensor *bad = find_not_finite(model);
+    if (bad) die("%s is not finite: the model is not saved", bad->name);
+    check_mapped_files();
+    char *temporary = xprintf("%s/model.tmp", out);
+    remove_folder(temporary);
+    model_save(model, run->tokenizer, &run->kept, temporary);
+    publish_model(out);
+    if (other) model_free(model);
+    free(temporary);
+    printf("model saved in %s", out);
+    if (judged) printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
+    printf(" after %s\n", clock_time(now() - run->started, text));
+}
+
+// ---- what the loop does ----
 
 // Shows what the model writes at the start of a text.
 static void print_sample(const Run *run) {
@@ -4298,22 +4564,22 @@ static void print_sample(const Run *run) {
     sample_free(&output);
 }
 
-// Evaluates, reports, and judges: is this the best model so far? One that a signal cut short counts for
+// Evaluates, reports, and judges: is this the best model so far? An evaluation that a signal cut short counts for
 // nothing, and is made up for after --resume.
-static bool evaluate_and_judge(Run *run, FILE *log) {
+static bool evaluate_and_judge(Run *run) {
     Evaluation e = evaluate(run);
     if (stop_signal) return false;
     end_progress();
-    printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->steps, e.loss,
-           exp(e.loss), 100 * e.accuracy);
+    printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->options->steps,
+           e.loss, exp(e.loss), 100 * e.accuracy);
     if (run->val->prompts) printf("  exact match %.2f %% of %zu", 100 * e.exact, e.examples);
     printf("\n");
     fflush(stdout);
-    fprintf(log, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
-            e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
-    fflush(log); // before a checkpoint that knows of it
+    write_log(run, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
+              e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
     run->evaluated_step = run->step;
     if (run->step == 0) return false;
+    run->unsaved = true;
     bool better = e.loss < run->best_loss;
     run->stale = better ? 0 : run->stale + 1;
     if (better) {
@@ -4323,63 +4589,78 @@ static bool evaluate_and_judge(Run *run, FILE *log) {
     return better;
 }
 
-// Packs the examples of update `step` into at most --accumulate micro-batches; returns how many. *order and
-// *order_epoch remember the order of the examples of the current epoch.
-static long next_batches(const Run *run, Batch *batches, size_t **order, long *order_epoch) {
+// Packs the examples of the next update into run->batches, at most --accumulate of them; returns how many.
+static long next_batches(Run *run) {
     const size_t B = (size_t)run->options->batch_size, group = (size_t)run->options->accumulate * B;
     long step = run->options->overfit ? 0 : run->step, epoch = step / run->steps_per_epoch;
-    if (epoch != *order_epoch) {
-        free(*order);
-        *order = dataset_order(run->train, (uint64_t)run->options->seed, epoch);
-        *order_epoch = epoch;
+    if (!run->order || epoch != run->order_epoch) {
+        free(run->order);
+        run->order = dataset_order(run->train, (uint64_t)run->options->seed, epoch);
+        run->order_epoch = epoch;
     }
     size_t begin = (size_t)(step % run->steps_per_epoch) * group,
            end = smaller(begin + group, run->train->count);
     long count = 0;
     for (; begin < end; begin += B)
-        dataset_batch(run->train, *order, begin, smaller(B, end - begin), &batches[count++]);
+        dataset_batch(run->train, run->order, begin, smaller(B, end - begin), &run->batches[count++]);
     return count;
 }
 
-// OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
-static void save_result(const Run *run) {
-    const char *out = run->options->out;
-    char text[32];
-    bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
-    Model *model = other ? model_load(checkpoint_path(out, run->best_step)) : run->model;
-    model_save(model, run->tokenizer, &run->kept, out);
-    if (other) model_free(model);
-    printf("model saved in %s", out);
-    if (judged) printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
-    printf(" after %s\n", clock_time(now() - run->started, text));
-}
-
-// The line that follows an update; what matters most stands first, since a narrow window cuts it.
-static void show_update(const Run *run, const Update *update, double tokens_per_second,
-                        double seconds_per_step, bool on_terminal) {
+// Shows an update on the progress line, or about forty lines of a run in a pipe. What matters most stands first,
+// since a narrow window cuts the line.
+static void show_update(Run *run, const Update *update, double seconds) {
+    const long steps = run->options->steps, every = steps / 40 > 0 ? steps / 40 : 1;
+    const bool on_terminal = isatty(1);
+    run->seconds_per_step =
+        run->seconds_per_step == 0 ? seconds : 0.9 * run->seconds_per_step + 0.1 * seconds;
+    bool due = on_terminal ? now() - run->shown > 0.2 : run->step % every == 0;
+    if (run->options->quiet || !(due || run->step == steps)) return;
+    run->shown = now();
     char line[256], left[32];
-    clock_time(seconds_per_step * (double)(run->steps - run->step), left);
+    clock_time(run->seconds_per_step * (double)(steps - run->step), left);
     snprintf(line, sizeof line,
-             "step %ld/%ld  loss %.4f  %s left  epoch %.2f  lr %.2e  norm %.3f  %.0f tok/s", run->step,
-             run->steps, update->loss, left, epoch_of(run, run->step), update->learning_rate, update->norm,
-             tokens_per_second);
+             "step %ld/%ld  loss %.4f  %s left  epoch %.2f  lr %.2e  norm %.3f  %.0f tok/s", run->step, steps,
+             update->loss, left, epoch_of(run, run->step), update->learning_rate, update->norm,
+             (double)update->rows / seconds);
     show_progress(line, on_terminal);
 }
 
+// Takes the next update: forward and backward over its examples, then AdamW. Logs and shows it.
+static void train_one_step(Run *run, const Hyperparameters *h) {
+    double begin = now();
+    long count = next_batches(run);
+    Update update = take_update(run->model, &run->activations, run->batches, count, h, run->step,
+                                rate_of(run, run->step));
+    run->step++;
+    run->unsaved = true;
+    if (update.targets == 0) {
+        warn("step %ld: no token of this batch is scored, skipped", run->step);
+        return;
+    }
+    double seconds = now() - begin;
+    run->accuracy = update.accuracy;
+    write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
+              update.loss, update.accuracy, update.learning_rate, update.norm, (double)update.rows / seconds,
+              now() - run->started);
+    show_update(run, &update, seconds);
+}
+
 // Says how training ended, and saves its result if there is one. Returns the program's exit status.
-static int finish_training(const Run *run, double last_accuracy) {
+static int finish_training(const Run *run) {
     const Options *options = run->options;
+    end_progress();
     if (stop_signal) {
-        printf("stopped at step %ld of %ld", run->step, run->steps);
-        printf(options->overfit ? "\n" : ", saved in %s; --resume goes on from there\n", options->out);
+        bool saved = run->step > 0 && !options->overfit;
+        printf("stopped at step %ld of %ld", run->step, options->steps);
+        printf(saved ? ", saved in %s; --resume goes on from there\n" : "\n", options->out);
         return 128 + stop_signal;
     }
     if (!options->overfit) {
         save_result(run);
         return 0;
     }
-    bool passed = last_accuracy == 1;
-    printf("overfit one batch: training accuracy %.2f %%, %s\n", 100 * last_accuracy,
+    bool passed = run->accuracy == 1;
+    printf("overfit one batch: training accuracy %.2f %%, %s\n", 100 * run->accuracy,
            passed ? "passed"
                   : "NOT passed: 100 % expected; more --steps or a higher --learning-rate may help");
     return passed ? 0 : 1;
@@ -4396,67 +4677,36 @@ static Hyperparameters hyperparameters_of(const Options *o) {
                              .keep = o->recompute ? KEEP_INPUTS : KEEP_ALL};
 }
 
-// Trains from run->step to run->steps, or until a signal or --patience ends it, and saves the final model in
-// OUT. With --overfit nothing is saved. Returns the program's exit status.
-static int train(Run *run) {
-    const Options *options = run->options;
-    const Hyperparameters h = hyperparameters_of(options);
-    const bool on_terminal = isatty(1);
-    const long plain_every = run->steps / 40 > 0 ? run->steps / 40 : 1; // about 40 lines in a pipe
-    // The first SIGINT or SIGTERM asks the loop to finish its step and save; a second one ends it at once.
-    const struct sigaction action = {.sa_handler = remember_signal, .sa_flags = SA_RESETHAND};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    FILE *log = open_log(run);
-    Batch *batches = xcalloc((size_t)options->accumulate, sizeof *batches);
-    size_t *order = NULL;
-    long order_epoch = -1, saved_step = run->step;
-    double shown = 0, seconds_per_step = 0;
-    Update update = {0};
-    for (;;) {
-        const bool last = run->step >= run->steps;
-        bool save = last || run->step % run->save_every == 0;
-        if (run->val && (last || run->step % run->val_every == 0) && run->evaluated_step != run->step)
-            save = evaluate_and_judge(run, log) || save;
-        const bool hopeless = options->patience > 0 && run->stale >= options->patience; // also when resumed
-        if (hopeless) {
-            end_progress();
-            printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
-        }
-        if (run->step > 0 && options->sample_every > 0 && run->step % options->sample_every == 0 &&
-            !stop_signal)
-            print_sample(run);
-        const bool ending = last || hopeless || stop_signal;
-        if ((save || ending) && run->step != saved_step && !options->overfit) {
-            save_checkpoint(run);
-            saved_step = run->step;
-        }
-        if (ending) break;
+static bool is_due(long step, long every) { return every > 0 && step % every == 0; }
 
-        double step_started = now();
-        long count = next_batches(run, batches, &order, &order_epoch);
-        update = take_update(run->model, &run->activations, batches, count, &h, run->step,
-                             rate_of(run, run->step));
-        run->step++;
-        if (update.targets == 0) {
-            warn("step %ld: no token of this batch is scored, skipped", run->step);
-            continue;
-        }
-        double seconds = now() - step_started, tokens_per_second = (double)update.rows / seconds;
-        seconds_per_step = seconds_per_step == 0 ? seconds : 0.9 * seconds_per_step + 0.1 * seconds;
-        fprintf(log, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
-                update.loss, update.accuracy, update.learning_rate, update.norm, tokens_per_second,
-                now() - run->started);
-        fflush(log);
-        bool due = on_terminal ? now() - shown > 0.2 : run->step % plain_every == 0;
-        if (!options->quiet && (due || run->step == run->steps)) {
-            shown = now();
-            show_update(run, &update, tokens_per_second, seconds_per_step, on_terminal);
-        }
+// No --patience left for another try? Then a resumed run ends at once, too.
+static bool is_hopeless(const Run *run) {
+    return run->options->patience > 0 && run->stale >= run->options->patience;
+}
+
+// The training loop, from run->step to --steps, or until a signal or --patience ends it. Now and then it
+// evaluates, shows a sample and saves; else each turn is one update. Returns the program's exit status.
+static int train(Run *run) {
+    const Options *o = run->options;
+    const Hyperparameters h = hyperparameters_of(o);
+    catch_signals();
+    begin_log(run);
+    run->batches = xcalloc((size_t)o->accumulate, sizeof *run->batches);
+    for (;; train_one_step(run, &h)) {
+        const bool last = run->step >= o->steps;
+        bool save = is_due(run->step, o->save_every) || run->step == run->saved_step;
+        if (run->val && (last || is_due(run->step, o->val_every)) && run->evaluated_step != run->step)
+            save = evaluate_and_judge(run) || save;
+        const bool ending = last || is_hopeless(run) || stop_signal;
+        if (run->step > 0 && is_due(run->step, o->sample_every) && !stop_signal) print_sample(run);
+        if (run->unsaved && (save || ending) && !o->overfit) save_checkpoint(run);
+        if (ending) break;
     }
-    end_progress();
-    fclose(log);
-    return finish_training(run, update.accuracy);
+    if (is_hopeless(run)) {
+        end_progress();
+        printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
+    }
+    return finish_training(run);
 }
 
 // =====================================================================================================
@@ -4466,7 +4716,9 @@ static int train(Run *run) {
 // checkpoint remembers.
 
 typedef enum { FLAG, COUNT, REAL, WORD, CHOICE, LIST } OptionKind;
-enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8 }; // where an option applies
+// Where an option applies; NOT_SAVED: a checkpoint does not remember it; START: it only counts when a run begins;
+// ONCE: given twice it is refused, since the user may believe that both count.
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8, START = 16, ONCE = 32 };
 
 typedef struct {
     const char *name;
@@ -4484,66 +4736,67 @@ typedef struct {
 #define FIELD(name) offsetof(Options, name)
 static const Option option_table[] = {
     {.help = "Model and files"},
-    {"init", 'e', WORD, FIELD(init), "d4", 0, 0, ANY, "WHAT", "model folder, or a size to start at random: d4 d6 d12 d24 d36 d48"},
-    {"n-layer", 0, COUNT, FIELD(n_layer), "0", 1, 1000, TRAIN, "N", "override the size of a random start"},
-    {"n-head", 0, COUNT, FIELD(n_head), "0", 1, 1 << 16, TRAIN, "N", "the same"},
-    {"n-embd", 0, COUNT, FIELD(n_embd), "0", 1, 1 << 16, TRAIN, "N", "the same"},
-    {"n-positions", 0, COUNT, FIELD(n_positions), "0", 1, 1 << 20, TRAIN, "N", "the same; 1024 else"},
-    {"tokenizer", 0, WORD, FIELD(tokenizer), "", 0, 0, ANY, "WHAT", "folder with vocab.json + merges.txt, or a merges file; the model folder's else"},
+    {"init", 'e', WORD, FIELD(init), "d4", 0, 0, ANY | START, "WHAT", "model folder, or a size to start at random: d4 d6 d12 d24 d36 d48"},
+    {"n-layer", 0, COUNT, FIELD(n_layer), "0", 1, 1000, TRAIN | START, "N", "layers of a random start (default: from the size)"},
+    {"n-head", 0, COUNT, FIELD(n_head), "0", 1, 1 << 16, TRAIN | START, "N", "its attention heads (default: one for each 64 channels)"},
+    {"n-embd", 0, COUNT, FIELD(n_embd), "0", 1, 1 << 16, TRAIN | START, "N", "its channels (default: from the size)"},
+    {"n-positions", 0, COUNT, FIELD(n_positions), "0", 1, 1 << 20, TRAIN | START, "N", "its longest text in tokens (default: 1024)"},
+    {"tokenizer", 0, WORD, FIELD(tokenizer), "", 0, 0, ANY | START, "WHAT", "folder with vocab.json + merges.txt, or a merges file (default: the model folder's)"},
     {"plain", 0, FLAG, FIELD(plain), "", 0, 0, ANY, NULL, "added tokens in text, <|endoftext|> among them, are ordinary text"},
-    {"train", 'i', WORD, FIELD(train), "", 0, 0, TRAIN, "PATH", ".txt, .jsonl or llm.c .bin; a quoted glob takes several"},
-    {"val", 'j', WORD, FIELD(val), "", 0, 0, TRAIN | EVAL, "PATH", "the same, to evaluate on"},
+    {"train", 'i', WORD, FIELD(train), "", 0, 0, TRAIN | ONCE, "PATH", ".txt, .jsonl or llm.c .bin; a quoted glob takes several"},
+    {"val", 'j', WORD, FIELD(val), "", 0, 0, TRAIN | EVAL | ONCE, "PATH", "the same, to evaluate on"},
     {"val-fraction", 0, REAL, FIELD(val_fraction), "0.05", 0, 0.9, TRAIN, "X", "without --val, this part of --train is split off its end"},
     {"out", 'o', WORD, FIELD(out), "out", 0, 0, TRAIN | NOT_SAVED, "DIR", "checkpoints, log.csv and the final model"},
     {"resume", 'y', FLAG, FIELD(resume), "", 0, 0, TRAIN | NOT_SAVED, NULL, "go on from the newest checkpoint in --out, if there is one"},
     {.help = "Length of the run"},
-    {"batch-size", 'b', COUNT, FIELD(batch_size), "4", 1, 1 << 20, TRAIN | EVAL, "N", "examples per micro-batch"},
-    {"seq-len", 't', COUNT, FIELD(seq_len), "0", 1, 1 << 20, TRAIN | EVAL, "N", "longest sequence; the smaller of 1024 and n_positions else"},
-    {"accumulate", 0, COUNT, FIELD(accumulate), "1", 1, 1 << 20, TRAIN, "N", "micro-batches per update"},
+    {"batch-size", 'b', COUNT, FIELD(batch_size), "4", 1, 1 << 20, TRAIN | EVAL, "N", "examples in a micro-batch"},
+    {"seq-len", 't', COUNT, FIELD(seq_len), "0", 1, 1 << 20, TRAIN | EVAL, "N", "longest sequence (default: the model's positions, at most 1024)"},
+    {"accumulate", 0, COUNT, FIELD(accumulate), "1", 1, 1 << 20, TRAIN, "N", "micro-batches in an update"},
     {"epochs", 0, REAL, FIELD(epochs), "3", 0, 1e6, TRAIN, "X", "how often the data is gone through"},
-    {"steps", 'x', COUNT, FIELD(steps), "0", 1, 1e9, TRAIN, "N", "updates, in place of --epochs"},
+    {"steps", 'x', COUNT, FIELD(steps), "0", 1, 1e9, TRAIN, "N", "how many updates (default: from --epochs)"},
     {.help = "Optimizer and schedule"},
-    {"learning-rate", 'l', REAL, FIELD(learning_rate), "5e-5", 0, 1e3, TRAIN, "X", "the highest"},
-    {"warmup-steps", 'u', WORD, FIELD(warmup_steps), "", 0, 0, TRAIN, "W", "steps, 10% or 1ep; 1ep when fine-tuning for longer, 10% else"},
+    {"learning-rate", 'l', REAL, FIELD(learning_rate), "5e-5", 0, 1e3, TRAIN, "X", "the highest rate, after warm-up"},
+    {"warmup-steps", 'u', WORD, FIELD(warmup_steps), "", 0, 0, TRAIN, "W", "steps, 10% or 1ep (default: 1ep when fine-tuning for longer, else 10%)"},
     {"schedule", 'k', CHOICE, FIELD(schedule), "linear", 0, 0, TRAIN, "linear|cosine|constant", "how the rate falls after warm-up"},
     {"final-lr", 'q', REAL, FIELD(final_lr), "0", 0, 1, TRAIN, "F", "the rate never falls below this part of the highest"},
-    {"weight-decay", 'c', REAL, FIELD(weight_decay), "0.01", 0, 1e3, TRAIN, "X", "AdamW's, on what --no-decay leaves"},
-    {"no-decay", 0, LIST, FIELD(no_decay), "bias|ln_.+weight|ln_.+bias", 0, 0, TRAIN, "REGEX", "tensors without decay; may repeat, the first replaces the defaults"},
-    {"freeze", 0, LIST, FIELD(freeze), "none", 0, 0, TRAIN, "REGEX", "tensors that stay as they are; may repeat"},
-    {"beta1", 0, REAL, FIELD(beta1), "0.9", 0, 0.999999, TRAIN, "X", "AdamW's averages of the gradient"},
-    {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and of its square"},
-    {"epsilon", 0, REAL, FIELD(epsilon), "1e-8", 0, 1, TRAIN, "X", "AdamW's"},
-    {"max-grad-norm", 0, REAL, FIELD(max_grad_norm), "1", 0, 1e30, TRAIN, "X", "clip gradients to this norm; 0: never"},
-    {"dropout", 0, REAL, FIELD(dropout), "0", 0, 0.99, TRAIN, "X", "probability, at the places GPT-2 has it"},
+    {"weight-decay", 'c', REAL, FIELD(weight_decay), "0.01", 0, 1e3, TRAIN, "X", "AdamW's, on all tensors but those of --no-decay"},
+    {"no-decay", 0, LIST, FIELD(no_decay), "bias|ln_.+weight|ln_.+bias", 0, 0, TRAIN, "REGEX", "tensors that do not decay; may be given several times, then in place of these"},
+    {"freeze", 0, LIST, FIELD(freeze), "none", 0, 0, TRAIN, "REGEX", "tensors that stay as they are; may be given several times"},
+    {"beta1", 0, REAL, FIELD(beta1), "0.9", 0, 0.999999, TRAIN, "X", "how slowly AdamW's average of the gradient changes"},
+    {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and that of its square"},
+    {"epsilon", 0, REAL, FIELD(epsilon), "1e-8", 1e-30, 1, TRAIN, "X", "what AdamW adds to the root it divides by"},
+    {"max-grad-norm", 0, REAL, FIELD(max_grad_norm), "1", 0, 1e30, TRAIN, "X", "gradients with a larger norm are scaled down to it; 0: never"},
+    {"dropout", 0, REAL, FIELD(dropout), "0", 0, 0.99, TRAIN, "X", "probability, at the places where GPT-2 has it"},
     {"overfit", 0, FLAG, FIELD(overfit), "", 0, 0, TRAIN, NULL, "train on the first batch only; must reach 100 % accuracy"},
     {.help = "Evaluation, samples, checkpoints"},
-    {"val-every", 'v', COUNT, FIELD(val_every), "0", 1, 1e9, TRAIN, "N", "steps between evaluations; 20 a run else"},
-    {"val-batches", 'm', COUNT, FIELD(val_batches), "0", 1, 1e9, TRAIN | EVAL, "N", "batches of an evaluation; all else"},
-    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample every N steps"},
+    {"val-every", 'v', COUNT, FIELD(val_every), "0", 1, 1e9, TRAIN, "N", "evaluate every N steps (default: 20 times a run)"},
+    {"val-batches", 'm', COUNT, FIELD(val_batches), "0", 1, 1e9, TRAIN | EVAL, "N", "on so many batches (default: all)"},
+    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample every N steps (default: never)"},
     {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN, "N", "its length"},
-    {"save-every", 'n', COUNT, FIELD(save_every), "0", 1, 1e9, TRAIN, "N", "steps between checkpoints; at each evaluation else"},
-    {"keep", 0, COUNT, FIELD(keep), "2", 1, 1e6, TRAIN, "N", "how many checkpoints stay, the best one besides"},
-    {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss"},
+    {"save-every", 'n', COUNT, FIELD(save_every), "0", 1, 1e9, TRAIN, "N", "save a checkpoint every N steps (default: at each evaluation)"},
+    {"keep", 0, COUNT, FIELD(keep), "2", 1, 1e6, TRAIN, "N", "how many checkpoints stay, and the best one besides"},
+    {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss (default: never)"},
     {.help = "Instead of training"},
     {"eval", 0, FLAG, FIELD(eval), "", 0, 0, EVAL | NOT_SAVED, NULL, "loss, perplexity, accuracy and exact match of --val"},
     {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
-    {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED, "TEXT", "- reads standard input"},
-    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | NOT_SAVED, "X", "0: always the most likely token"},
-    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw from the K most likely tokens only"},
-    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "or from the likeliest that reach probability P"},
+    {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "how the text begins; - reads standard input"},
+    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
+    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
+    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
-    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | NOT_SAVED, "TEXT", "a sample ends before this text"},
+    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
-    {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "all cores, or OMP_NUM_THREADS, else"},
+    {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "default: OMP_NUM_THREADS, or one for each core"},
     {"seed", 0, COUNT, FIELD(seed), "1337", 0, 1e15, TRAIN | GENERATE, "N", "of initial values, shuffling, dropout and samples"},
     {"recompute", 0, FLAG, FIELD(recompute), "", 0, 0, TRAIN, NULL, "keep less for the backward pass: less memory, more time"},
-    {"matmul", 0, CHOICE, FIELD(matmul), "auto", 0, 0, ANY, "auto|openblas|builtin", "auto times both and takes the faster"},
+    {"matmul", 0, CHOICE, FIELD(matmul), "auto", 0, 0, ANY, "auto|openblas|builtin", "auto: OpenBLAS, unless it cannot use this processor or its threads"},
     {"quiet", 0, FLAG, FIELD(quiet), "", 0, 0, ANY | NOT_SAVED, NULL, "no banner and no progress line"},
 };
 // clang-format on
 enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
+// Numbers of a CHOICE's words, as Schedule has them for --schedule; a test compares both with the table.
 enum { AUTO_CHOICE, OPENBLAS_CHOICE, BUILTIN_CHOICE }; // of --matmul
 
 static void add_pattern(Patterns *patterns, const char *item) {
@@ -4595,64 +4848,101 @@ static void set_defaults(Options *options) {
         if (option->name && option->kind != FLAG) set_option(options, option, option->initial, false);
 }
 
+// The value of an option, as text that set_option() takes (but for a LIST, whose items stand side by side).
+static char *option_text(const Options *options, const Option *option) {
+    const char *field = (const char *)options + option->field;
+    const Patterns *list = (const Patterns *)field;
+    if (option->kind == FLAG) return xstrdup(*(const bool *)field ? "yes" : "no");
+    if (option->kind == COUNT) return xprintf("%ld", *(const long *)field);
+    if (option->kind == WORD) return xstrdup(*(const char *const *)field);
+    if (option->kind == CHOICE) return choice_word(option, *(const long *)field);
+    char *text = option->kind == REAL ? NULL : xstrdup(list->size ? list->items[0] : "none");
+    for (int digits = 1; option->kind == REAL; digits++) { // the fewest that give the same number
+        text = xprintf("%.*g", digits, *(const double *)field);
+        if (digits == 17 || strtod(text, NULL) == *(const double *)field) break;
+        free(text);
+    }
+    for (size_t i = 1; option->kind == LIST && i < list->size; i++)
+        text = xprintf("%s %s", text, list->items[i]);
+    return text;
+}
+
 // What a checkpoint remembers: "--name=value" for each option that has another value than its default.
 static Patterns options_to_save(const Options *options) {
     Patterns saved = {0};
+    Options defaults;
+    set_defaults(&defaults);
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
-        const char *field = (const char *)options + option->field, *initial = option->initial;
         if (!option->name || option->modes & NOT_SAVED) continue;
-        if (option->kind == FLAG && *(const bool *)field) add_pattern(&saved, xprintf("--%s", option->name));
-        if (option->kind == COUNT && *(const long *)field != atol(initial))
-            add_pattern(&saved, xprintf("--%s=%ld", option->name, *(const long *)field));
-        if (option->kind == REAL && *(const double *)field != atof(initial))
-            add_pattern(&saved, xprintf("--%s=%.17g", option->name, *(const double *)field));
-        const char *word = option->kind == WORD     ? *(const char *const *)field
-                           : option->kind == CHOICE ? choice_word(option, *(const long *)field)
-                                                    : initial;
-        if (strcmp(word, initial) != 0) add_pattern(&saved, xprintf("--%s=%s", option->name, word));
-        const Patterns *list = (const Patterns *)field;
-        if (option->kind == LIST && list->size == 0) add_pattern(&saved, xprintf("--%s=none", option->name));
+        const char *text = option_text(options, option);
+        const Patterns *list = (const Patterns *)((const char *)options + option->field);
+        if (strcmp(text, option_text(&defaults, option)) == 0) continue;
+        if (option->kind == FLAG)
+            add_pattern(&saved, xprintf("--%s", option->name));
+        else if (option->kind != LIST || list->size == 0)
+            add_pattern(&saved, xprintf("--%s=%s", option->name, text));
         for (size_t i = 0; option->kind == LIST && i < list->size; i++)
             add_pattern(&saved, xprintf("--%s=%s", option->name, list->items[i]));
     }
     return saved;
 }
 
-// Sets the options that words[1], ... give. A LIST's first word replaces what was there before.
+// What differs from the options `before` of those that a checkpoint remembers and that have one of `modes`:
+// "--steps 9 (was 5), --train b.txt (was a.txt)"; NULL when nothing does.
+static char *changed_options(const Options *options, const Options *before, int modes) {
+    char *changes = NULL;
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        if (!option->name || option->modes & NOT_SAVED || !(option->modes & modes)) continue;
+        const char *text = option_text(options, option), *old = option_text(before, option);
+        if (strcmp(text, old) != 0)
+            changes = xprintf("%s%s--%s %s (was %s)", changes ? changes : "", changes ? ", " : "",
+                              option->name, *text ? text : "''", *old ? old : "''");
+    }
+    return changes;
+}
+
+// The option of this name (its first `length` bytes) or letter, or NULL.
+static const Option *find_option(const char *name, size_t length, char letter) {
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++)
+        if (option->name && (name ? strncmp(option->name, name, length) == 0 && !option->name[length]
+                                  : option->letter && option->letter == letter))
+            return option;
+    return NULL;
+}
+
+// Sets the options that words[1], ... give: --name value, --name=value, -n value, -nvalue; letters of FLAGs may
+// stand together, as in -yx5. A LIST's first word replaces what was there before.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words) {
-    struct option names[OPTION_COUNT + 1] = {{0}};
-    char letters[3 * OPTION_COUNT + 2] = ":";
     bool taken[OPTION_COUNT] = {false};
-    for (int i = 0, n = 0; i < OPTION_COUNT; i++) {
-        const Option *option = &option_table[i];
-        if (option->name)
-            names[n++] = (struct option){option->name, option->kind != FLAG, NULL,
-                                         option->letter ? option->letter : 256 + i};
-        if (option->letter)
-            sprintf(letters + strlen(letters), option->kind == FLAG ? "%c" : "%c:", option->letter);
+    for (int i = 1; i < count; i++) {
+        const char *word = words[i], *rest = word + 1; // rest: what is still to be read of a word of letters
+        if (word[0] != '-' || !word[1])
+            die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+        bool is_long = word[1] == '-';
+        do {
+            const char *name = is_long ? word + 2 : NULL;
+            size_t length = is_long ? strcspn(name, "=") : 1;
+            const Option *option = find_option(name, length, *rest);
+            if (!option && is_long) die_usage("unknown option %s; --help lists all", word);
+            if (!option) die_usage("unknown option -%c; --help lists all", *rest);
+            const char *value = !is_long ? rest + 1 : name[length] ? name + length + 1 : "";
+            bool has_value = is_long ? name[length] != 0 : *value != 0;
+            rest = option->kind == FLAG && !is_long ? rest + 1 : "";
+            if (option->kind == FLAG && is_long && has_value) die_usage("--%s takes no value", option->name);
+            if (option->kind != FLAG && !has_value) {
+                if (++i == count) die_usage("--%s needs a value; --help says which", option->name);
+                value = words[i];
+            }
+            size_t index = (size_t)(option - option_table);
+            if (taken[index] && option->modes & ONCE)
+                die_usage("--%s is given twice, and only one can be taken%s", option->name,
+                          option->kind == WORD && option->modes & TRAIN
+                              ? "; a quoted glob names several files"
+                              : "");
+            set_option(options, option, value, taken[index]);
+            taken[index] = given[index] = true;
+        } while (*rest);
     }
-    opterr = 0;
-    optind = 0; // start anew
-#ifdef __APPLE__
-    optind = optreset = 1;
-#endif
-    for (int found; (found = getopt_long(count, words, letters, names, NULL)) != -1;) {
-        const char *word = words[optind - 1];
-        if (found == ':') die_usage("%s needs a value; --help says which", word);
-        if (found == '?' && optopt > 0 && strncmp(word, "--", 2) == 0 && strchr(word, '='))
-            die_usage("%s: this option takes no value", word);
-        if (found == '?' && optopt > 0 && optopt < 256) // perhaps among others, as in -yZ
-            die_usage("unknown option -%c; --help lists all", optopt);
-        if (found == '?') die_usage("unknown option %s; --help lists all", word);
-        int i = found - 256;
-        for (i = i < 0 ? 0 : i; found < 256 && option_table[i].letter != found; i++)
-            ;
-        set_option(options, &option_table[i], optarg ? optarg : "yes", taken[i]);
-        taken[i] = given[i] = true;
-    }
-    if (optind < count)
-        die_usage("'%s' is not an option; files are named by --train, --val, --init and --out",
-                  words[optind]);
 }
 
 // Reads the command line, on top of the options that the checkpoint `state` (or NULL) remembers: what is said
@@ -4693,12 +4983,12 @@ static void print_help(void) {
                  option->letter ? option->letter : ' ', option->letter ? ',' : ' ', option->name,
                  option->argument ? option->argument : "");
         printf("%-34s %s", left, option->help);
-        bool shown =
-            option->initial[0] && strcmp(option->initial, "0") != 0 && strcmp(option->initial, "none") != 0;
-        printf(shown ? " [%s]\n" : "\n", option->initial);
+        bool shown = option->initial[0] && !strstr(option->help, "default") &&
+                     (strcmp(option->initial, "0") != 0 || option->least == 0);
+        printf(shown ? " (default: %s)\n" : "\n", option->initial);
     }
-    printf("\nExit status: 0 done, 1 a run failed, 2 the command line is wrong, 130 or 143 stopped by a "
-           "signal and saved.\n");
+    printf("\nExit status: 0 done, 1 a run failed, 2 the command line is wrong; above 128: stopped by signal "
+           "number status - 128, and saved.\n");
 }
 
 static bool patterns_match(const Patterns *patterns, const char *name) {
@@ -4717,6 +5007,39 @@ static bool patterns_match(const Patterns *patterns, const char *name) {
     return false;
 }
 
+// How alike two names are: the length of the longest piece that both have.
+static size_t likeness(const char *a, const char *b) {
+    size_t best = 0;
+    for (const char *x = a; *x; x++)
+        for (const char *y = b; *y; y++) {
+            size_t n = 0;
+            while (x[n] && x[n] == y[n]) n++;
+            best = n > best ? n : best;
+        }
+    return best;
+}
+
+// Ends the program when a pattern of --NAME matches no tensor at all: it must be a slip. Lists the names that are
+// most like it.
+static void need_matches(const Model *model, const char *name, const Patterns *patterns) {
+    for (size_t p = 0; p < patterns->size; p++) {
+        const Patterns one = {&patterns->items[p], 1, 1};
+        size_t best = 0, listed = 0;
+        int i = 0;
+        while (i < model->tensor_count && !patterns_match(&one, model->tensors[i].name)) i++;
+        if (i < model->tensor_count) continue;
+        char *near = xstrdup("");
+        for (int kind = 0; kind < TENSOR_KINDS; kind++) {
+            size_t alike = likeness(tensor_table[kind].name, one.items[0]);
+            best = alike > best ? alike : best;
+        }
+        for (int kind = 0; kind < TENSOR_KINDS && listed < 4; kind++)
+            if (likeness(tensor_table[kind].name, one.items[0]) == best)
+                near = xprintf("%s%s %s", near, listed++ ? "," : "", tensor_table[kind].name);
+        die_usage("--%s '%s' matches no tensor; near it are%s. --plan lists all", name, one.items[0], near);
+    }
+}
+
 // How many parameters there are: all, or only those that are trained.
 static size_t count_parameters(const Model *model, bool only_trainable) {
     size_t count = 0;
@@ -4729,6 +5052,31 @@ static size_t count_parameters(const Model *model, bool only_trainable) {
 
 static void choose_matmul(Options *options); // Part V
 static const char *matmul_name(void);
+
+// Sets the number of threads: --threads, or what OpenMP makes of environment and cores. A parallel region may get
+// fewer than were asked for (OMP_THREAD_LIMIT); OpenBLAS would wait for the missing ones for ever. So it is seen
+// here how many a region really gets.
+static void set_threads(long wanted) {
+    int got = 0;
+    if (wanted) omp_set_num_threads((int)wanted);
+#pragma omp parallel reduction(+ : got)
+    got++;
+    omp_set_num_threads(got);
+    if (got < wanted)
+        warn("--threads %ld: only %d can be had (OMP_THREAD_LIMIT, or built without OpenMP)", wanted, got);
+}
+
+// Numbers below 1e-38 (denormals) cost some processors a hundred cycles each, and weights or moments that shrink
+// towards 0 are full of them. From here on they count as 0 in the calling thread.
+static void flush_denormals(void) {
+#if defined(__SSE__)
+    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040); // FTZ and DAZ: results, and operands
+#elif defined(__aarch64__)
+    uint64_t control;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+    __asm__ volatile("msr fpcr, %0" : : "r"(control | 1u << 24)); // FZ: both
+#endif
+}
 
 // Gives each thread a core of its own when there are as many threads as cores. Left alone, the
 // system puts two of them on one core as soon as another program runs, and each waits out the
@@ -4843,6 +5191,8 @@ static Run start_run(Options *options, const char *checkpoint) {
         die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
     if (!options->seq_len) options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
     if (options->train[0]) {
+        need_matches(run.model, "freeze", &options->freeze);
+        need_matches(run.model, "no-decay", &options->no_decay);
         model_set_training(run.model, &options->freeze, &options->no_decay);
         if (count_parameters(run.model, true) == 0) die_usage("--freeze leaves nothing to train");
         run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
@@ -4852,6 +5202,11 @@ static Run start_run(Options *options, const char *checkpoint) {
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
+    // Not before weights of 16 bits are read: they become what they mean by way of denormals. Some OpenMP runtimes
+    // hand the calling thread's mode on to the others, some do not.
+    flush_denormals();
+#pragma omp parallel
+    flush_denormals();
     return run;
 }
 
@@ -4906,63 +5261,82 @@ static void print_example(const Run *run) {
     free(text.data);
 }
 
-static void print_plan(const Run *run) {
-    const Model *model = run->model;
-    const Options *options = run->options;
-    size_t decayed = 0, trainable = count_parameters(model, true), all = count_parameters(model, false);
-    size_t frozen = all - trainable, products = 0, skipped = 0, rows, targets;
-    size_t memory = run->activations.memory_size;
+static void print_tensors(const Model *model) {
+    size_t decayed = 0, trained = count_parameters(model, true), all = count_parameters(model, false);
     printf("%-40s %-16s %12s  %-6s %s\n", "tensor", "shape", "parameters", "decay", "frozen");
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *t = &model->tensors[i];
-        bool decays = t->decay && !t->frozen, in_block = kind_is_per_layer(t->kind);
+        bool decays = t->decay && !t->frozen;
         char shape[48];
         snprintf(shape, sizeof shape, t->dims == 2 ? "[%zu, %zu]" : "[%zu]", t->shape[0], t->shape[1]);
         printf("%-40s %-16s %12zu  %-6s %s\n", t->name, shape, t->size, decays ? "yes" : "-",
                t->frozen ? "yes" : "-");
         decayed += decays ? t->size : 0;
-        if (t->dims == 2 && (in_block || t == model_head(model))) { // y = xW, dx = dyWᵀ, dW = xᵀdy
-            products += 3 * t->size;
-            skipped +=
-                (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest_trained ? t->size : 0);
-        }
     }
-    printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trainable, decayed, frozen);
+    printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trained, decayed, all - trained);
+}
+
+// Which part of the products with weights is not computed since something is frozen. A matrix takes part in three:
+// y = xW, dx = dy Wᵀ, dW = xᵀ dy. The last one goes when it is frozen, dx when nothing below is trained.
+static double skipped_work(const Model *model) {
+    size_t products = 0, skipped = 0;
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        bool in_block = kind_is_per_layer(t->kind);
+        if (t->dims != 2 || !(in_block || t == model_head(model))) continue;
+        products += 3 * t->size;
+        skipped += (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest_trained ? t->size : 0);
+    }
+    return (double)skipped / (double)products;
+}
+
+static void print_memory(const Run *run) {
+    const Model *model = run->model;
+    size_t trained = count_parameters(model, true), all = count_parameters(model, false);
+    size_t frozen = all - trained, activations = run->activations.memory_size;
     printf("\nmemory, MB\n  weights %.1f%s\n", megabytes(all),
            model->value_file.data ? " (mapped from the file; copied where trained)" : "");
-    printf("  gradients %.1f\n  AdamW's moments %.1f\n", megabytes(trainable), megabytes(2 * trainable));
-    printf("  activations %.1f (%d rows)\n  in all %.1f\n", megabytes(memory), run->activations.rows,
-           megabytes(all + 3 * trainable + memory));
+    printf("  gradients %.1f\n  AdamW's moments %.1f\n", megabytes(trained), megabytes(2 * trained));
+    printf("  activations %.1f (%d rows)\n  in all %.1f\n", megabytes(activations), run->activations.rows,
+           megabytes(all + 3 * trained + activations));
+    if (frozen == 0) return;
+    Model unfrozen = *model;
+    unfrozen.lowest_trained = -1;
+    Activations full = {0};
+    full.memory_size =
+        activations_lay_out(&full, &unfrozen, run->activations.rows, run->activations.keep, NULL);
+    printf("freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, and %.0f %% of the "
+           "products with weights\n",
+           megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - activations),
+           100 * skipped_work(model));
+}
+
+static void print_plan(const Run *run) {
+    const Options *options = run->options;
+    size_t rows, targets;
+    print_tensors(run->model);
+    print_memory(run);
     dataset_size(run->train, &rows, &targets);
-    if (frozen > 0) {
-        Model unfrozen = *model;
-        unfrozen.lowest_trained = -1;
-        Activations full = {0};
-        full.memory_size =
-            activations_lay_out(&full, &unfrozen, run->activations.rows, run->activations.keep, NULL);
-        printf("freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, ",
-               megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - memory));
-        printf("and %.0f %% of the products with weights\n", 100 * (double)skipped / (double)products);
-    }
     printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
     if (run->val) {
         dataset_size(run->val, &rows, &targets);
         printf("validation: %zu examples, %zu tokens, %zu of them scored\n", run->val->count, rows, targets);
     }
     printf("%ld updates of %ld x %ld examples, %ld an epoch; evaluation every %ld, checkpoint every %ld\n",
-           run->steps, options->accumulate, options->batch_size, run->steps_per_epoch, run->val_every,
-           run->save_every);
+           options->steps, options->accumulate, options->batch_size, run->steps_per_epoch, options->val_every,
+           options->save_every);
     printf("learning rate:");
-    for (int i = 0; i <= 10; i++) printf(" %.3g", rate_of(run, (run->steps - 1) * i / 10));
+    for (int i = 0; i <= 10; i++) printf(" %.3g", rate_of(run, (options->steps - 1) * i / 10));
     printf("  (warm-up %ld updates)\n", run->warmup);
     if (!run->tokenizer) return;
     print_example(run);
-    if (run->tokenizer->vocab_size < model->config.vocab_size / 10 * 9)
+    const int vocab_size = run->model->config.vocab_size;
+    if (run->tokenizer->vocab_size < vocab_size / 10 * 9)
         printf("\nThe tokenizer has %d tokens, the model's vocabulary %d: is it the model's own?\n",
-               run->tokenizer->vocab_size, model->config.vocab_size);
+               run->tokenizer->vocab_size, vocab_size);
 }
 
-static void end_run(Run *run) {
+static int end_run(Run *run, int status) {
     activations_free(&run->activations);
     dataset_free(run->val);
     dataset_free(run->train);
@@ -4970,10 +5344,11 @@ static void end_run(Run *run) {
     if (run->tokenizer) tokenizer_free(run->tokenizer);
     free_kept(&run->kept);
     free(run->ends.data);
+    return status;
 }
 
 // What runs where on what, before the first step.
-static void print_banner(const Run *run, const char *checkpoint) {
+static void print_banner(const Run *run, const char *checkpoint, const char *changes) {
     const Options *options = run->options;
     const Config *config = &run->model->config;
     size_t tokens, targets;
@@ -4988,50 +5363,90 @@ static void print_banner(const Run *run, const char *checkpoint) {
     const char *beginning = checkpoint        ? "; resumed"
                             : options->resume ? "; no checkpoint yet, starting afresh"
                                               : "";
-    printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", run->steps, epoch_of(run, run->steps),
+    printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", options->steps, epoch_of(run, options->steps),
            run->warmup, beginning);
+    if (changes) printf("changed since that checkpoint: %s\n", changes);
     fflush(stdout);
 }
 
-static int run_training(Options *options, int argc, char **argv) {
-    char *checkpoint = NULL;
+// Sets the lengths that options leave open: those of the run, its warm-up, and the times between evaluations.
+static void set_lengths(Run *run, Options *options) {
+    size_t group = (size_t)(options->batch_size * options->accumulate);
+    run->steps_per_epoch = (long)((run->train->count + group - 1) / group);
+    if (!options->steps) options->steps = (long)(options->epochs * (double)run->steps_per_epoch + 0.5);
+    if (options->steps < 1) die_usage("--epochs %g: less than one update", options->epochs);
+    run->warmup = warmup_of(options, options->steps, run->steps_per_epoch);
+    if (!options->val_every) options->val_every = options->steps >= 20 ? options->steps / 20 : 1;
+    if (!options->save_every) options->save_every = options->val_every;
+}
+
+// A run that is finished has nothing to do any more; with other options this must be said, or what it did before
+// would be taken for their result.
+static void check_if_finished(const Run *run, const char *changes) {
+    const Options *options = run->options;
+    if (run->step < options->steps && !is_hopeless(run)) return;
+    if (changes)
+        die_usage(
+            "%s: this run is finished (%ld of %ld updates), so that %s would change nothing. To start anew "
+            "delete %s, or choose another --out; more --steps go on with it",
+            options->out, run->step, options->steps, changes, options->out);
+    printf("%s: finished already, %ld of %ld updates; to start anew delete it, or choose another --out\n",
+           options->out, run->step, options->steps);
+}
+
+// Finds the newest checkpoint in --out to go on from, its step in *newest, or returns NULL. `log` belongs to this
+// process, if it is there.
+static char *find_checkpoint(const Options *options, long *newest) {
     size_t count;
-    long *steps = list_checkpoints(options->out, &count, false), newest = count > 0 ? steps[count - 1] : 0;
-    if (count > 0 && options->resume) {
-        checkpoint = xstrdup(checkpoint_path(options->out, newest));
-        parse_options(options, path_of("%s/trainer_state.json", checkpoint), argc, argv);
-    } else if (count > 0 && !options->plan) {
+    long *steps = list_checkpoints(options->out, &count);
+    *newest = count > 0 ? steps[count - 1] : -1;
+    free(steps);
+    if (count == 0) return NULL;
+    if (!options->resume && !options->plan)
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
+    return options->resume ? xstrdup(checkpoint_path(options->out, *newest)) : NULL;
+}
+
+static int run_training(Options *options, int argc, char **argv) {
+    FILE *log = options->plan ? NULL : lock_log(options->out, false);
+    long newest, newer;
+    char *checkpoint = find_checkpoint(options, &newest), *changes = NULL;
+    Options before;
+    if (checkpoint) {
+        const char *state = path_of("%s/trainer_state.json", checkpoint);
+        parse_options(&before, state, 1, argv);
+        parse_options(options, state, argc, argv);
+        if ((changes = changed_options(options, &before, START)))
+            die_usage("%s: a run cannot change how it began: %s. Choose another --out for a new one",
+                      options->out, changes);
     }
     if (!options->train[0])
         die_usage("nothing to train on: say --train FILE (.txt, .jsonl or .bin); --help shows examples");
     Run run = start_run(options, checkpoint);
-    size_t group = (size_t)(options->batch_size * options->accumulate);
-    run.steps_per_epoch = (long)((run.train->count + group - 1) / group);
-    run.steps = options->steps ? options->steps : (long)(options->epochs * (double)run.steps_per_epoch + 0.5);
-    if (run.steps < 1) die_usage("--epochs %g: less than one update", options->epochs);
-    run.warmup = warmup_of(options, run.steps, run.steps_per_epoch);
-    run.val_every = options->val_every ? options->val_every : run.steps >= 20 ? run.steps / 20 : 1;
-    run.save_every = options->save_every ? options->save_every : run.val_every;
+    if (checkpoint) changes = changed_options(options, &before, ANY);
+    set_lengths(&run, options);
     const int rows = largest_batch(run.train, options->batch_size, (int)options->seq_len);
     const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
     run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
     if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
     if (options->plan) {
         print_plan(&run);
-        end_run(&run);
-        return 0;
+        return end_run(&run, 0);
     }
     make_folder(options->out);
-    free(list_checkpoints(options->out, &count, true));
+    run.log = log ? log : lock_log(options->out, true);
+    free(find_checkpoint(options, &newer)); // until now another process may have had the lock
+    if (newer != newest) die("%s: another run has just written there; start again", options->out);
+    remove_leftovers(options->out);
     model_allocate_training(run.model, checkpoint == NULL);
     run.started = now();
-    if (checkpoint) load_trainer_state(&run, checkpoint, newest);
-    if (!options->quiet) print_banner(&run, checkpoint);
-    int status = train(&run);
-    end_run(&run);
-    return status;
+    if (checkpoint) {
+        load_trainer_state(&run, checkpoint, newest);
+        check_if_finished(&run, changes);
+    }
+    if (!options->quiet) print_banner(&run, checkpoint, changes);
+    return end_run(&run, train(&run));
 }
 
 static int run_evaluation(Options *options) {
@@ -5046,8 +5461,7 @@ static int run_evaluation(Options *options) {
         printf(" (of %zu the end was cut off, of %zu the beginning; %zu skipped)", run.val->lost_end,
                run.val->lost_beginning, run.val->skipped);
     printf("\n");
-    end_run(&run);
-    return 0;
+    return end_run(&run, 0);
 }
 
 static int run_generation(Options *options) {
@@ -5082,28 +5496,37 @@ static int run_generation(Options *options) {
             fwrite(sample->data, 1, sample->size, stdout);
         }
         printf("%s", stream || end != '\n' ? "\n" : "");
-        sample_free(&outputs[s]);
     }
-    free(outputs);
-    free(prompt.data);
-    free(text.data);
-    end_run(&run);
-    return 0;
+    return end_run(&run, 0);
+}
+
+// A standard stream that was closed (>&-) leaves its number to the next file that is opened, and what is meant for
+// the stream would land in that file. /dev/null takes these numbers.
+static void keep_standard_streams(void) {
+    int descriptor;
+    while ((descriptor = open("/dev/null", O_RDWR)) >= 0 && descriptor <= 2)
+        ;
+    close(descriptor);
 }
 
 // The whole program; the tests call it too.
 static int train_gpt2_main(int argc, char **argv) {
     Options options;
+    int status = 0;
+    keep_standard_streams();
     parse_options(&options, NULL, argc, argv);
     if (options.help) {
         print_help();
-        return 0;
+    } else {
+        set_threads(options.threads);
+        pin_threads();
+        status = options.generate ? run_generation(&options)
+                 : options.eval   ? run_evaluation(&options)
+                                  : run_training(&options, argc, argv);
     }
-    if (options.threads) omp_set_num_threads((int)options.threads);
-    pin_threads();
-    if (options.generate) return run_generation(&options);
-    if (options.eval) return run_evaluation(&options);
-    return run_training(&options, argc, argv);
+    if ((fflush(stdout) != 0 || ferror(stdout)) && status == 0)
+        die("standard output: not all could be written: %s", strerror(errno));
+    return status;
 }
 
 #ifndef TRAIN_GPT2_NO_MAIN
@@ -5358,31 +5781,79 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
     matmul_builtin((Product){C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0});
 }
 
-// Times both matmuls on one shape, the best of three, and takes the built-in one when it is
-// over 1.2 times faster.
+#ifdef USE_OPENBLAS
+// Which of the two is taken by --matmul auto follows from what they are, never from a stopwatch: the same command
+// must give the same bits. With kernels for the same kind of vectors OpenBLAS is as fast as the built-in product or
+// faster. It is slower where it has no kernels for this processor's widest vectors (an old version, or
+// OPENBLAS_CORETYPE), and where it does not share OpenMP's threads (`parallel` is 0: it has none, 1: others).
+//   core: openblas_get_corename(), the processor its kernels are for
+static bool builtin_is_better(const char *core, int parallel, int threads) {
+    static const struct {
+        const char *core;
+        int lanes; // floats in a vector
+    } known[] = {{"skylakex", 16},  {"cooperlake", 16}, {"sapphirerapids", 16}, {"haswell", 8},
+                 {"zen", 8},        {"excavator", 8},   {"sandybridge", 8},     {"bulldozer", 8},
+                 {"piledriver", 8}, {"steamroller", 8}};
+    int lanes = 4;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strcasecmp(core, known[i].core) == 0) lanes = known[i].lanes;
+    return (parallel != 2 && threads > 1) || lanes < LANES;
+}
+#endif
+
+#ifdef USE_CBLAS
+// OpenBLAS takes 128 MB of addresses for each thread and 128 more, some when it is loaded and the rest at its first
+// large product. Where the system does not give them (ulimit -v) it asks again for ever, in silence. So this asks
+// first, and ends the program.
+static void need_room_for_openblas(size_t blocks) {
+#if defined(USE_OPENBLAS) && defined(__linux__) && defined(__LP64__)
+    size_t size = blocks << 27;
+    void *room = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        die("OpenBLAS needs %zu MB of address space: raise the limit (ulimit -v), use fewer OMP_NUM_THREADS, "
+            "or "
+            "build with BLAS=none",
+            size >> 20);
+    munmap(room, size);
+#else
+    (void)blocks;
+#endif
+}
+#endif
+
+#if defined(USE_OPENBLAS) && defined(__GLIBC__)
+// Runs before OpenBLAS is loaded, which is before main().
+static void before_loading(void) {
+    const char *given = getenv("OMP_NUM_THREADS");
+    long cores = sysconf(_SC_NPROCESSORS_ONLN), threads = given ? atol(given) : 0;
+    need_room_for_openblas(1 + (size_t)(threads > 0 && threads < cores ? threads : cores));
+}
+static void (*const run_before_loading)(void)
+    __attribute__((section(".preinit_array"), used)) = before_loading;
+#endif
+
+// Settles which matmul is used.
 static void choose_matmul(Options *options) {
 #ifdef USE_OPENBLAS
+    if (options->matmul == AUTO_CHOICE)
+        options->matmul =
+            builtin_is_better(openblas_get_corename(), openblas_get_parallel(), omp_get_max_threads())
+                ? BUILTIN_CHOICE
+                : OPENBLAS_CHOICE;
     if (openblas_get_parallel() == 1) // a pool of threads of its own, which would fight with OpenMP's
         openblas_set_num_threads(1);
 #endif
 #ifdef USE_CBLAS
-    if (options->matmul == AUTO_CHOICE) {
-        enum { M = 256, N = 768, K = 768 };
-        float *memory = xfloats(M * K + K * N + M * N), *a = memory, *b = a + M * K, *c = b + K * N;
-        for (size_t i = 0; i < M * K + K * N; i++) memory[i] = random_uniform(1, i) - 0.5f;
-        double best[2] = {INFINITY, INFINITY};
-        for (int repeat = 0; repeat < 4; repeat++)
-            for (MatmulKind kind = MATMUL_BUILTIN; kind <= MATMUL_CBLAS; kind++) {
-                matmul_kind = kind;
-                double begin = now();
-                matmul(c, N, a, K, false, b, N, false, M, N, K, false);
-                double seconds = now() - begin;
-                best[kind] = repeat > 0 && seconds < best[kind] ? seconds : best[kind];
-            }
-        free(memory);
-        options->matmul = best[MATMUL_BUILTIN] * 1.2 < best[MATMUL_CBLAS] ? BUILTIN_CHOICE : OPENBLAS_CHOICE;
-    }
+    if (options->matmul == AUTO_CHOICE) options->matmul = OPENBLAS_CHOICE;
     matmul_kind = options->matmul == BUILTIN_CHOICE ? MATMUL_BUILTIN : MATMUL_CBLAS;
+    if (matmul_kind == MATMUL_CBLAS) { // lets it take its memory now, before the model may leave it none
+        enum { N = 256 };
+        float *memory = xfloats(3 * N * N);
+        memset(memory, 0, 3 * N * N * sizeof(float));
+        need_room_for_openblas((size_t)omp_get_max_threads());
+        matmul(memory, N, memory + N * N, N, false, memory + 2 * N * N, N, false, N, N, N, false);
+        free(memory);
+    }
 #else
     if (options->matmul == OPENBLAS_CHOICE)
         die_usage("--matmul openblas: this program was built without a BLAS; --matmul builtin works");
