@@ -78,6 +78,18 @@ static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *for
     va_end(arguments);
 }
 
+static char *temporary_folder(void) {
+    static char *folder = NULL;
+    if (!folder && getenv("CHILD_FOLDER"))
+        folder = getenv("CHILD_FOLDER"); // that of the process which started us
+    if (!folder) {
+        const char *parent = getenv("TMPDIR");
+        folder = xprintf("%s/test_gpt2.XXXXXX", parent && *parent ? parent : "/tmp");
+        if (!mkdtemp(folder)) die("%s: cannot be made: %s", folder, strerror(errno));
+    }
+    return folder;
+}
+
 static const char *child_text = "", *child_path = ""; // what a child process is to read
 
 // Runs f in a new process of this program with its standard error captured; returns its exit status, or 128 + signal.
@@ -96,6 +108,7 @@ static int run_child(void (*f)(void), Text *stderr_text) {
         close(ends[1]);
         setenv("CHILD_TEXT", child_text, 1);
         setenv("CHILD_PATH", child_path, 1);
+        setenv("CHILD_FOLDER", temporary_folder(), 1);
         setenv("OMP_NUM_THREADS", "1", 1);
         execl(self_path, self_path, "--child", place, (char *)NULL);
         _exit(127);
@@ -125,16 +138,6 @@ static int __attribute__((format(printf, 2, 3))) run_trainer(Text *out, const ch
     free(command);
     free(words);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
-
-static char *temporary_folder(void) {
-    static char *folder = NULL;
-    if (!folder) {
-        const char *parent = getenv("TMPDIR");
-        folder = xprintf("%s/test_gpt2.XXXXXX", parent && *parent ? parent : "/tmp");
-        if (!mkdtemp(folder)) die("%s: cannot be made: %s", folder, strerror(errno));
-    }
-    return folder;
 }
 
 // ---- references: what PyTorch computed for a model, a batch and some AdamW steps ----
@@ -677,7 +680,7 @@ static void test_utf8(void) {
         unsigned code;
         check(utf8_read(bad[i], strlen(bad[i]), &code) == 0, "case %zu is not valid", i);
     }
-    check(utf8_whole("caf\xc3", 4) == 3 && utf8_whole("\xe0\x9f", 2) == 2 && utf8_whole("\xff", 1) == 1 &&
+    check(utf8_whole("caf\xc3", 4) == 3 && utf8_whole("\xe0\x9f", 2) == 0 && utf8_whole("\xff", 1) == 1 &&
               utf8_whole("a\xf0\x9f\x98", 4) == 1,
           "only what may still become a character waits");
 }
@@ -704,7 +707,7 @@ static void test_pieces(void) {
     static const char cases[] = // a text a line, | between pieces; ~ stands for a newline
         "Hello| world|'s| end\nI|'ll|  | pay| $|100|!|~\n''|s\n'|S\n't|'re|nt\n '|s\n ~\na|~ |~|b\nx|   | "
         "y\na|  \n'|lL\n"
-        "don|'t|'ve|'|vE\n\xc2\xa0|a\na|  |\xc2\xa0|b\na| "
+        "don|'t|'ve|'|vE\nI|'m|'d|mm\n\xc2\xa0|a\na|  |\xc2\xa0|b\na| "
         "|\xe3\x80\x80|b\ncaf\xc3\xa9|2\xc2\xbd\ne|\xcc\x81|e\n \xff\xfe|a\n"
         "\xe4\xbd\xa0\xe5\xa5\xbd|\xef\xbc\x8c|\xe4\xb8\x96\n";
     Tokenizer *t = tokenizer_new(0, 0);
@@ -760,13 +763,14 @@ static void test_encode_is_bpe(void) {
         char *folder = random_vocabulary((uint64_t)round, 60 + 6 * round, round % 3 == 2);
         char *merges = xprintf("%s/merges.txt", folder);
         Tokenizer *t = tokenizer_load(round % 3 == 0 ? merges : folder);
+        t->plain = true; // texts have <|endoftext|> in them
         check(t->end_of_text == (round % 3 == 2 ? 256 : t->vocab_size - 1), "end of text is %d",
               t->end_of_text);
         for (int run = 0; run < 200; run++) { // texts of all lengths, then long pieces of anything
             Text text = random_text((uint64_t)run + 1000, (size_t)run * 5);
             Ids ours = {0}, literal = {0};
             if (run % 2) {
-                tokenizer_encode(t, &ours, text.data, text.size, false);
+                tokenizer_encode(t, &ours, text.data, text.size);
                 for (size_t at = 0, end; at < text.size; at = end) {
                     end = find_piece(t, text.data, at, text.size);
                     literal_bpe(t, &literal, text.data + at, end - at);
@@ -774,9 +778,7 @@ static void test_encode_is_bpe(void) {
             } else if (text.size > 0) {
                 for (size_t i = 0; i < text.size && run % 4; i++) // few letters: many merges meet
                     text.data[i] = "aaab"[random_bits((uint64_t)run, i) % 4];
-                Encoder *encoder = encoder_take(t);
-                merge_piece(t, encoder, &ours, text.data, text.size);
-                encoder_give_back(t, encoder);
+                merge_piece(t, encoder_of_thread(t), &ours, text.data, text.size);
                 literal_bpe(t, &literal, text.data, text.size);
             }
             check(same_ids(&ours, &literal), "round %d run %d: %zu ids, not %zu", round, run, ours.size,
@@ -806,12 +808,13 @@ static void test_encode_in_parts(void) {
         push_piece_ends(t, &ends, text.data, 0, text.size);
         for (int special = 0; special < 2; special++) {
             whole.size = 0;
-            tokenizer_encode(t, &whole, text.data, text.size, special);
+            t->plain = !special;
+            tokenizer_encode(t, &whole, text.data, text.size);
             for (size_t place = 0; place <= text.size; place++) {
                 size_t cut = tokenizer_cut(t, text.data, place);
                 parts.size = 0;
-                tokenizer_encode(t, &parts, text.data, cut, special);
-                tokenizer_encode(t, &parts, text.data + cut, text.size - cut, special);
+                tokenizer_encode(t, &parts, text.data, cut);
+                tokenizer_encode(t, &parts, text.data + cut, text.size - cut);
                 check(cut <= place && same_ids(&whole, &parts), "round %d: cut at %zu of %zu gives other ids",
                       round, cut, place);
                 cuts += cut > 0;
@@ -834,7 +837,7 @@ static void test_encode_in_parts(void) {
         Ids *ids = n == 1 ? &whole : &parts;
         ids->size = 0;
         ids_push(ids, 77); // what is there stays
-        tokenizer_encode(t, ids, text.data, text.size, true);
+        tokenizer_encode(t, ids, text.data, text.size);
         check(n == 1 || same_ids(&whole, &parts), "%d threads give other ids", n);
     }
     omp_set_num_threads(4);
@@ -843,7 +846,7 @@ static void test_encode_in_parts(void) {
     for (int i = 0; i < 4; i++) { // several callers at once
         Ids ids = {0};
         ids_push(&ids, 77);
-        tokenizer_encode(t, &ids, text.data, text.size, true);
+        tokenizer_encode(t, &ids, text.data, text.size);
         different += !same_ids(&whole, &ids);
         free(ids.data);
     }
@@ -868,7 +871,8 @@ static void test_special_token(void) {
             Ids ids = {0};
             Text text = {0};
             text_append(&text, c + 1, strlen(c + 1));
-            tokenizer_encode(t, &ids, text.data, text.size, special);
+            t->plain = !special;
+            tokenizer_encode(t, &ids, text.data, text.size);
             int marks = 0;
             for (size_t k = 0; k < ids.size; k++) marks += ids.data[k] == t->end_of_text;
             check(marks == (special ? *c - '0' : 0), "\"%s\" has %d end-of-text ids", text.data, marks);
@@ -876,6 +880,19 @@ static void test_special_token(void) {
             free(ids.data);
             free(text.data);
         }
+    tokenizer_free(t);
+
+    Ids ids = {0}; // a vocabulary without it: text like any other
+    Text text = {0};
+    t = tokenizer_new(300, 0);
+    find_byte_ids(t, true, "");
+    tokenizer_encode(t, &ids, "a<|endoftext|>", 14);
+    check(ids.size == 14 && ids.data[0] == 64, "%zu ids without <|endoftext|>", ids.size);
+    int spelled = name_add(t, "<a b>"); // a token that no bytes spell stands for its name
+    tokenizer_decode(t, &text, spelled);
+    check(strcmp(text.data, "<a b>") == 0, "\"<a b>\" is decoded to \"%s\"", text.data);
+    free(text.data);
+    free(ids.data);
     tokenizer_free(t);
 }
 
@@ -902,7 +919,7 @@ static void test_tokenizer_files(void) {
     write_file(path, tiny, sizeof tiny - 1);
     t = tokenizer_load(path);
     Ids ids = {0};
-    tokenizer_encode(t, &ids, " low low<|endoftext|>", 21, true);
+    tokenizer_encode(t, &ids, " low low<|endoftext|>", 21);
     check(t->vocab_size == 260 && t->end_of_text == 259, "%d tokens", t->vocab_size);
     check(ids.size == 3 && ids.data[0] == 258 && ids.data[1] == 258 && ids.data[2] == 259, "%zu ids",
           ids.size);
@@ -921,7 +938,8 @@ static void load_damaged(void) { tokenizer_free(tokenizer_load(child_path)); }
 
 static void decode_damaged(void) {
     Text text = {0};
-    tokenizer_decode(tokenizer_load(child_path), &text, 1000);
+    Tokenizer *t = tokenizer_load(child_path);
+    tokenizer_decode(t, &text, t->vocab_size);
 }
 
 // What is wrong with a vocabulary or its merges, and what the error says of it.
@@ -936,12 +954,12 @@ static const struct {
     {NULL, "a b\nb c\nab c\na bc\n", "line 4: expected a merge that makes a new token"},
     {NULL, "a \xff\n", "line 1: expected tokens"},
     {"", "a b\n", "line 1: expected a merge that is new and makes a token of the vocabulary"},
-    {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":257", "", "\"a\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":4194304", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 4194303"},
     {"\"a\":64>\"b\":64", "", "\"b\": expected it once"},
     {"\"a\":64>\"aa\":64", "", "no token \"a\" for byte 97"},
     {"\"a\":64>\"a\":64,", "", "line 1, column"},
@@ -971,9 +989,7 @@ static void test_damaged_tokenizers(void) {
         write_file(vocabulary_path, bad.data, bad.size);
         if (damaged_tokenizers[i].merges)
             write_file(merges_path, damaged_tokenizers[i].merges, strlen(damaged_tokenizers[i].merges));
-        child_path = change                         ? folder
-                     : damaged_tokenizers[i].merges ? merges_path
-                                                    : "/nowhere/vocab.bpe";
+        child_path = change ? folder : damaged_tokenizers[i].merges ? merges_path : "/nowhere/vocab.bpe";
         int status = run_child(load_damaged, &said);
         check(status == 1, "case %zu ends with status %d", i, status);
         check(strstr(said.data, damaged_tokenizers[i].expected) && strstr(said.data, child_path),
@@ -987,7 +1003,7 @@ static void test_damaged_tokenizers(void) {
     child_path = merges_path;
     Text said = {0};
     check(run_child(decode_damaged, &said) == 1, "a wrong id is decoded");
-    check(strstr(said.data, "1000 is not in the vocabulary"), "a wrong id: %s", said.data);
+    check(strstr(said.data, "258 is not in the vocabulary: expected 0 to 257"), "a wrong id: %s", said.data);
     free(said.data);
     free(good.data);
     free(folder);
@@ -1003,7 +1019,7 @@ static void test_long_runs(void) {
         while (text.size < 1000000) text_append(&text, units[i], strlen(units[i]));
         Ids ids = {0};
         double begin = now();
-        tokenizer_encode(t, &ids, text.data, text.size, false);
+        tokenizer_encode(t, &ids, text.data, text.size);
         check(now() - begin < 5, "\"%s\" again and again takes %.1f s", units[i], now() - begin);
         check(decodes_to(t, &ids, &text), "\"%s\" again and again is lost", units[i]);
         free(text.data);
@@ -1034,11 +1050,23 @@ static void test_tokenizer_program(void) {
          "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
         {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
          "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
+        {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
+         "b.txt",
+         0, "\n2 documents\n"}, // inside a line it separates nothing
         {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
          "20240520           1           9\n   260   257   258   198\n"},
-        {"echo 7 x | $T decode --tokenizer v", 1, "line 1: expected ids"},
+        {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
+         "'",
+         0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
+        {"$T info --tokenizer v", 0,
+         "vocab_size 261\nmerges 4\nend_of_text 260\nlongest_token 260 <|endoftext|>\n"},
+        {"printf 'low<|endoftext|>' | $T encode --special --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+        // "1", then " 1" to " 3000", and the space at the end, each but the first twice
+        {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
+         " 3002 distinct pieces;"},
+        {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
         {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
-        {"$T count --tokenizer v nothing-*", 1, "nothing-*: there is no such file"},
+        {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
         {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
         {"$T decode --length 3", 2, "--length does not apply to decode"},
         {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
@@ -1536,7 +1564,8 @@ static void test_cross_entropy(void) {
     cross_entropy(backward, loss, correct, target, true, 0.25f, R, V);
     for (int r = 0; r < R; r++) {
         bool best = true;
-        for (int v = 0; v < V; v++) best = best && (v == target[r] || logits[r * V + v] < logits[r * V + target[r]]);
+        for (int v = 0; v < V; v++)
+            best = best && (v == target[r] || logits[r * V + v] < logits[r * V + target[r]]);
         check(fabs(loss[r] - layer.y[r]) <= 1e-6 * (fabs(layer.y[r]) + 1),
               "row %d: loss %.8g, should be %.8g", r, loss[r], layer.y[r]);
         check(correct[r] == best, "row %d: correct is %d", r, correct[r]);
@@ -1629,6 +1658,11 @@ static void test_dropout_of_steps(void) {
     check(fabs(loss[1][0] - loss[1][1]) > 1e-4, "two steps draw the same masks");
     check(fabs(loss[1][0] - twice) > 1e-4, "two micro-batches draw the same masks");
     check(fabs(loss[1][0] - loss[0][0]) > 1e-4, "dropout changes nothing");
+    Activations a = {0};
+    options_from_text(&options, "--dropout 0.2 --seed 2");
+    Update update = take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0);
+    check(fabs(loss[1][0] - update.loss) > 1e-4, "dropout does not depend on the seed");
+    activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);
     model_free(model);
 }
@@ -1877,6 +1911,41 @@ static void test_accumulation(void) {
     model_free(whole);
 }
 
+// The row of logits whose highest value is target's alone.
+static bool is_highest(const float *logits, int target, int V) {
+    for (int v = 0; v < V; v++)
+        if (v != target && logits[v] >= logits[target]) return false;
+    return true;
+}
+
+// What an update says of two micro-batches, some of whose rows are not scored.
+static void test_update_counts(void) {
+    enum { V = 5 };
+    Model *model = tiny_model(tiny_config(V, 40, 1, 2, 8, 32, true), 2, NULL);
+    Batch batches[2] = {ragged_batch(4, V, 2, (int[]){30, 12}), ragged_batch(5, V, 1, (int[]){40})};
+    size_t rows = 0, targets = 0, correct = 0;
+    for (int i = 0; i < 2; i++) {
+        float *logits = logits_of(model, &batches[i]);
+        for (int r = 0; r < batches[i].rows; r++, rows++)
+            if (batches[i].target[r] >= 0) {
+                targets++;
+                correct += is_highest(logits + r * V, batches[i].target[r], V);
+            }
+        free(logits);
+    }
+    Activations a = {0};
+    Options options;
+    options_from_text(&options, "");
+    Update update = take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), 0, 0);
+    check(update.rows == rows && update.targets == targets && targets < rows, "%zu rows, %zu targets",
+          update.rows, update.targets);
+    check(correct > 0 && correct < targets && update.accuracy == (double)correct / (double)targets,
+          "accuracy %g, should be %zu of %zu", update.accuracy, correct, targets);
+    activations_free(&a);
+    batch_free(&batches[0]), batch_free(&batches[1]);
+    model_free(model);
+}
+
 // ---- optimizer ----
 
 // Six updates against the formula in double precision, for gradients from 0 through 1e-8, where epsilon
@@ -2084,7 +2153,8 @@ static void test_freezing(void) {
         for (int recompute = 0; recompute < 2; recompute++) {
             Activations a = {0};
             Model *model = tiny_model(tiny_config(23, 40, 3, 2, 8, 20, true), 6, lower[i]);
-            size[recompute][i] = activations_lay_out(&a, model, 160, recompute ? KEEP_INPUTS : KEEP_ALL, NULL);
+            size[recompute][i] =
+                activations_lay_out(&a, model, 160, recompute ? KEEP_INPUTS : KEEP_ALL, NULL);
             check(i < 2 || size[recompute][i] < size[recompute][i - 1], "freezing %s saves nothing",
                   lower[i]);
             check(!a.memory, "measuring allocates");
@@ -2217,18 +2287,18 @@ static void test_generation(void) {
         Sample fast[3] = {0}, ended = {0}, drawn[4] = {0};
         for (int i = 0; i < cases[n][1]; i++) ids_push(&prompt, (int)(random_bits(n, i) % V));
         generate_slowly(model, &prompt, COUNT, &slow);
-        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){0, 0, 1, 1, NULL}, fast);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, fast);
         for (int s = 0; s < 3; s++)
             check(begin_alike(&fast[s].ids, &slow, COUNT), "case %d: sample %d differs from the slow way", n,
                   s);
         int end = slow.data[COUNT / 2];
         size_t length = 0;
         while (slow.data[length] != end) length++;
-        generate(model, NULL, &prompt, COUNT, 1, end, &(Sampling){0, 0, 1, 1, NULL}, &ended);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){&end, 1, 0}, &(Sampling){0, 0, 1, 1, NULL}, &ended);
         check(begin_alike(&ended.ids, &slow, length), "case %d: %zu tokens before the end, not %zu", n,
               ended.ids.size, length);
-        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){1, 0, 1, 1, NULL}, drawn);
-        generate(model, NULL, &prompt, COUNT, 1, -1, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, drawn);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
         check(begin_alike(&drawn[3].ids, &drawn[0].ids, COUNT),
               "case %d: a sample depends on how many there are", n);
         check(!begin_alike(&drawn[0].ids, &drawn[1].ids, COUNT) &&
@@ -2275,13 +2345,15 @@ static void test_sampling(void) {
                                      {1, 0, 1e-9, 0, NULL}, {2, 3, 0.999, 0, NULL}, {1e-6, 0, 1, 0, NULL},
                                      {1, 9, 0.5, 0, NULL},  {0, 5, 0.5, 0, NULL}};
     Candidate candidates[V];
-    for (int set = 0; set < 4; set++) {
+    for (int set = 0; set < 5; set++) {
         float logits[V];
-        for (int v = 0; v < V; v++) { // random; one with ties; one with a long flat tail
+        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one half.
+        for (int v = 0; v < V; v++) {
             logits[v] = set < 2    ? 2 * random_normal((uint64_t)set, v)
                         : set == 2 ? (float)(v * 7 % 4)
                                    : logf(0.045f);
             if (set == 3 && (v == 3 || v == 7)) logits[v] = logf(v == 3 ? 0.2f : 0.4f);
+            if (set == 4) logits[v] = v < 8 ? 0 : -INFINITY;
         }
         for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
             double wanted[V];
@@ -2295,7 +2367,7 @@ static void test_sampling(void) {
                       "logits %d, case %zu: token %d drawn %d times, not %.1f", set, n, v, drawn[v],
                       N * wanted[v]);
             }
-            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2) || cases[n].top_p < 1e-6)
+            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2 && set != 4) || cases[n].top_p < 1e-6)
                 check(drawn[best] == N, "logits %d, case %zu is not greedy", set, n);
         }
     }
@@ -2555,7 +2627,7 @@ static void make_inputs(void) {
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
     Model *model = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, true});
     model_initialise(model, 5);
-    model_save(model, tokenizer, in_tests("model"));
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("model"));
     model_free(model);
     tokenizer_free(tokenizer);
 }
@@ -2564,9 +2636,7 @@ static void make_inputs(void) {
 
 static void child_json(void) { json_free(json_parse(child_text, strlen(child_text), "here")); }
 static void child_safetensors(void) { safetensors_open(child_path); }
-static void child_model(void) {
-    model_free(model_load(child_path));
-}
+static void child_model(void) { model_free(model_load(child_path)); }
 static void child_config(void) { config_read(child_path); }
 
 static void test_json_strings(void) {
@@ -2597,6 +2667,24 @@ static void test_json_strings(void) {
     Json *json = json_parse("\"a\\u0000b\"", 10, "here");
     check(json->length == 3 && memcmp(json->string, "a\0b", 4) == 0, "a NUL inside a string");
     json_free(json);
+}
+
+// What is written is read again: every byte but NUL.
+static void test_json_written(void) {
+    char bytes[256];
+    for (int i = 0; i < 256; i++) bytes[i] = (char)(i + 1); // a NUL at the end
+    char *written = NULL;
+    size_t size;
+    FILE *file = open_memstream(&written, &size);
+    json_write_string(file, bytes, 127);
+    fclose(file);
+    for (size_t i = 0; i < size; i++)
+        check((unsigned char)written[i] >= 0x20, "byte %d is written", written[i]);
+    Json *json = json_parse(written, size, "here");
+    check(json->length == 127 && memcmp(json->string, bytes, 127) == 0, "%s is read as %s", written,
+          json->string);
+    json_free(json);
+    free(written);
 }
 
 static void test_json_values(void) {
@@ -2793,7 +2881,7 @@ static void test_model_folder(void) {
     const char *folder = in_tests("small");
     for (int tied = 0; tied < 2; tied++) {
         Model *model = small_model(tied);
-        model_save(model, NULL, folder);
+        model_save(model, NULL, &(KeptFiles){0}, folder);
         Model *loaded = model_load(folder);
         check(same_values(model, loaded), "values come back to the bit (tied: %d)", tied);
         check(memcmp(&model->config, &loaded->config, offsetof(Config, tie_word_embeddings)) == 0 &&
@@ -2809,7 +2897,7 @@ static void test_model_folder(void) {
     }
     Model *model = small_model(true);
     model->config.layer_norm_epsilon = 1.2345678e-5f; // takes all its digits
-    model_save(model, NULL, folder);
+    model_save(model, NULL, &(KeptFiles){0}, folder);
     check(config_read(in_tests("small/config.json")).layer_norm_epsilon == model->config.layer_norm_epsilon,
           "layer_norm_epsilon does not come back to the bit");
     model_free(model);
@@ -2851,7 +2939,7 @@ static void test_other_clothes(void) {
     for (int n = 0; n < 8; n++) {
         const int tied = n / 4, dtype = n % 4; // F32, F16, BF16, and the three mixed
         Model *model = small_model(tied);
-        model_save(model, NULL, folder);
+        model_save(model, NULL, &(KeptFiles){0}, folder);
         StoredTensor list[64];
         int count = 0;
         for (int i = 0; i < model->tensor_count; i++, count++) {
@@ -2876,6 +2964,282 @@ static void test_other_clothes(void) {
             free((char *)list[i].name);
             if (strcmp(list[i].dtype, "F16") == 0 || strcmp(list[i].dtype, "BF16") == 0) free(list[i].data);
         }
+        model_free(model);
+    }
+}
+
+// ---- a folder's own words ----
+
+// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token already,
+// the one of byte 0xe9.
+#define FLAGS(l, r, w, n)                                                                                    \
+    "\"lstrip\": " #l ", \"rstrip\": " #r ", \"single_word\": " #w ", \"normalized\": " #n "}"
+static const struct {
+    int id;
+    const char *content, *flags;
+} added_tokens[] = {
+    {259, "<|endoftext|>", FLAGS(false, false, false, false)},
+    {260, "[pad]", FLAGS(false, false, false, false)},
+    {261, "[u]", FLAGS(false, false, false, false)},
+    {262, "ab", FLAGS(false, false, false, true)},
+    {263, "abc", FLAGS(false, false, false, true)},
+    {264, "[L]", FLAGS(true, false, false, false)},
+    {265, "[R]", FLAGS(false, true, false, true)},
+    {266, "zebra", FLAGS(false, false, true, true)},
+    {267, "low low", FLAGS(false, false, false, true)},
+    {165, "é", FLAGS(false, false, false, true)},
+};
+
+// Writes a folder with these tokens: 0: tokenizer.json, 1: added_tokens_decoder in tokenizer_config.json.
+static void make_added_folder(int layout) {
+    const char *folder = in_tests(layout ? "added1" : "added0");
+    char *list = NULL, *vocabulary;
+    size_t size;
+    FILE *file = open_memstream(&list, &size);
+    write_text("tiny.bpe", "o w\nl ow\nĠ low");
+    Tokenizer *t = tokenizer_load(in_tests("tiny.bpe"));
+    tokenizer_save(t, folder);
+    tokenizer_free(t);
+    for (size_t i = 0; i < sizeof added_tokens / sizeof *added_tokens; i++)
+        fprintf(file,
+                layout ? "%s\"%d\": {\"content\": \"%s\", %s" : "%s{\"id\": %d, \"content\": \"%s\", %s",
+                i ? ", " : "", added_tokens[i].id, added_tokens[i].content, added_tokens[i].flags);
+    fclose(file);
+    save_text(folder, "tokenizer_config.json",
+              xprintf("{\"tokenizer_class\": \"GPT2Tokenizer\", \"eos_token\": \"<|endoftext|>\", "
+                      "\"pad_token\": \"[pad]\"%s%s%s}",
+                      layout ? ", \"added_tokens_decoder\": {" : "", layout ? list : "", layout ? "}" : ""));
+    vocabulary = read_file(path_of("%s/vocab.json", folder)).data;
+    if (!layout)
+        save_text(
+            folder, "tokenizer.json",
+            xprintf(
+                "{\"added_tokens\": [%s], \"normalizer\": null, \"pre_tokenizer\": {\"type\": \"ByteLevel\", "
+                "\"add_prefix_space\": false, \"use_regex\": true}, \"post_processor\": {\"type\": "
+                "\"TemplateProcessing\", \"single\": [{\"Sequence\": {\"id\": \"A\"}}]}, \"decoder\": "
+                "{\"type\": "
+                "\"ByteLevel\"}, \"model\": {\"type\": \"BPE\", \"dropout\": null, \"ignore_merges\": false, "
+                "\"end_of_word_suffix\": \"\", \"vocab\": %s, \"merges\": [[\"o\", \"w\"], \"l ow\", \"Ġ "
+                "low\"]}}",
+                list, vocabulary));
+    free(list);
+    free(vocabulary);
+}
+
+// The ids are those of transformers 5.23 with tokenizers 0.23.3, run on the same folder.
+static void test_added_tokens(void) {
+    static const struct {
+        const char *text, *ids;
+    } cases[] = {
+        {"[u]low ab<|endoftext|>", "261 257 220 262 259 "},
+        {"abcab", "263 262 "},
+        {"x [L] [R] \n low", "87 264 220 265 257 "},
+        {"a zebra.", "64 220 266 13 "},
+        {"zebras zebra_ zebra²", "89 68 65 81 64 82 220 89 68 65 81 64 62 220 266 126 110 "},
+        {"a low low low", "64 220 267 258 "},
+        {"[u]é [pad]", "261 165 220 260 "},
+        {"[R][L]  [R] ", "265 264 220 220 265 "},
+        {"ab", "262 "},
+    };
+    for (int layout = 0; layout < 2; layout++) {
+        make_added_folder(layout);
+        Tokenizer *t = tokenizer_load(in_tests(layout ? "added1" : "added0"));
+        check(t->end_of_text == 259 && t->pad == 260 && t->vocab_size == 268, "end %d, pad %d",
+              t->end_of_text, t->pad);
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+            Ids ids = {0};
+            Text got = {0};
+            tokenizer_encode(t, &ids, cases[i].text, strlen(cases[i].text));
+            for (size_t k = 0; k < ids.size; k++) {
+                char *id = xprintf("%d ", ids.data[k]);
+                text_append(&got, id, strlen(id));
+                free(id);
+            }
+            check(strcmp(got.data, cases[i].ids) == 0, "layout %d, %s: %s", layout, cases[i].text, got.data);
+            free(ids.data);
+            free(got.data);
+        }
+        for (int round = 0; round < 300;
+             round++) { // wherever a text may be cut, the ids are those of the whole
+            static const char *const parts[] = {" ",   "\n",  "a",     "ab",      "abc", "[u]",
+                                                "[L]", "[R]", "zebra", "low low", "é",   "["};
+            Text text = {0};
+            Ids whole = {0};
+            for (uint64_t n = 0; n < 12; n++) {
+                const char *part = parts[random_bits((uint64_t)round, n) % 12];
+                text_append(&text, part, strlen(part));
+            }
+            tokenizer_encode(t, &whole, text.data, text.size);
+            for (size_t place = 0; place <= text.size; place++) {
+                Ids cut_ids = {0};
+                size_t cut = tokenizer_cut(t, text.data, place);
+                tokenizer_encode(t, &cut_ids, text.data, cut);
+                tokenizer_encode(t, &cut_ids, text.data + cut, text.size - cut);
+                check(same_ids(&whole, &cut_ids), "'%s' cut at %zu has other ids", text.data, cut);
+                free(cut_ids.data);
+            }
+            free(whole.data);
+            free(text.data);
+        }
+        tokenizer_free(t);
+    }
+    // Many added tokens take no longer than their number.
+    FILE *file = fopen(in_tests("added1/added_tokens.json"), "w");
+    for (int i = 0; i < 20000; i++) fprintf(file, "%c\"<token %d>\": %d", i ? ',' : '{', i, 260 + i);
+    fputs("}", file);
+    fclose(file);
+    unlink(in_tests("added1/tokenizer_config.json"));
+    double start = now();
+    Tokenizer *t = tokenizer_load(in_tests("added1"));
+    check(now() - start < 2 && t->vocab_size == 20260, "20,000 added tokens take %.1f s", now() - start);
+    Ids ids = {0};
+    tokenizer_encode(t, &ids, "<token 19999><token 0>", 22);
+    check(ids.size == 2 && ids.data[0] == 20259 && ids.data[1] == 260, "the last and the first of 20,000");
+    free(ids.data);
+    tokenizer_free(t);
+}
+
+static void child_tokenizer(void) { tokenizer_load(child_path); }
+
+// What tokenizer.json and tokenizer_config.json ask for beyond GPT-2's rules is refused by name.
+static void test_other_rules(void) {
+    static const char *const changes[][3] = {
+        {"\"use_regex\": true", "\"use_regex\": false", "pre_tokenizer: use_regex"},
+        {"\"add_prefix_space\": false", "\"add_prefix_space\": true", "pre_tokenizer: add_prefix_space"},
+        {"\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer"},
+        {"[{\"Sequence\"", "[{\"SpecialToken\": {\"id\": \"x\"}}, {\"Sequence\"", "post_processor"},
+        {"\"decoder\": {\"type\": \"ByteLevel\"}", "\"decoder\": {\"type\": \"Fuse\"}", "decoder"},
+        {"\"ignore_merges\": false", "\"ignore_merges\": true", "ignore_merges"},
+        {"\"end_of_word_suffix\": \"\"", "\"end_of_word_suffix\": \"x\"", "end_of_word_suffix"},
+        {"\"dropout\": null", "\"dropout\": 0.1", "dropout"},
+        {"\"BPE\"", "\"Unigram\"", "model: type"},
+        {"\"id\": 262", "\"id\": 300", "none has 262"},
+        {"\"id\": 165", "\"id\": 9", "but 165 in the vocabulary"},
+    };
+    make_added_folder(0);
+    child_path = in_tests("added0");
+    Text good = read_file(in_tests("added0/tokenizer.json"));
+    for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
+        const char *place = strstr(good.data, changes[i][0]);
+        save_text(in_tests("added0"), "tokenizer.json",
+                  xprintf("%.*s%s%s", (int)(place - good.data), good.data, changes[i][1],
+                          place + strlen(changes[i][0])));
+        expect_death(child_tokenizer, changes[i][2], changes[i][1]);
+    }
+    write_file(in_tests("added0/tokenizer.json"), good.data, good.size);
+    write_text("added0/tokenizer_config.json", "{\"add_prefix_space\": true}");
+    expect_death(child_tokenizer, "add_prefix_space true is not supported", "a prefix space");
+    free(good.data);
+}
+
+// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three merges,
+// <pad> <s> </s>, no <|endoftext|>.
+static void make_own_folder(const char *name, int rows, int token, const char *generation_config) {
+    const char *folder = in_tests(name);
+    write_text("tiny.bpe", "o w\nl ow\nĠ low");
+    Tokenizer *t = tokenizer_load(in_tests("tiny.bpe"));
+    tokenizer_save(t, folder);
+    Text vocabulary = read_file(path_of("%s/vocab.json", folder));
+    char *end = strstr(vocabulary.data, ",\"<|endoftext|>\"");
+    save_text(folder, "vocab.json",
+              xprintf("%.*s,\"<pad>\":259,\"<s>\":260,\"</s>\":261}", (int)(end - vocabulary.data),
+                      vocabulary.data));
+    Model *model = model_new((Config){rows, 16, 1, 2, 16, 64, 1e-5f, true});
+    model_initialise(model, 5);
+    for (int i = 0; i < 16; i++) {
+        model_tensor(model, LN_F_WEIGHT, 0)->value[i] = 0;
+        model_tensor(model, LN_F_BIAS, 0)->value[i] = 3;
+        model_tensor(model, WTE, 0)->value[16 * token + i] = 1; // the others are near 0
+    }
+    model_save(model, NULL, &(KeptFiles){0}, folder);
+    save_text(
+        folder, "config.json",
+        xprintf("{\"model_type\": \"gpt2\", \"torch_dtype\": \"float16\", \"vocab_size\": %d, "
+                "\"n_positions\": 16,\n\t\"n_embd\": 16, "
+                "\"n_layer\": 1, \"n_head\": 2, \"eos_token_id\": 261, \"task\": {\"dtype\": \"kept\"}}",
+                rows));
+    save_text(folder, "generation_config.json", xstrdup(generation_config));
+    model_free(model);
+    tokenizer_free(t);
+    free(vocabulary.data);
+}
+
+// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is what was
+// read, but for the weights.
+static void test_own_words(void) {
+    static const char *const files[] = {
+        "vocab.json",        "merges.txt",       "generation_config.json", "tokenizer_config.json",
+        "added_tokens.json", "model.safetensors"};
+    Text printed = {0};
+    make_inputs();
+    make_own_folder("own", 262, 261, "{\"eos_token_id\": [7, 261], \"x\": 1}");
+    write_text(
+        "own.jsonl",
+        "{\"prompt\": \"a\", \"completion\": \"xyz\"}\n{\"prompt\": \"b\", \"completion\": \"uvw\"}\n");
+    write_text("own/tokenizer_config.json", "{ \"eos_token\": \"</s>\",\"model_max_length\": 5 }");
+    write_text("own/added_tokens.json", "{\"<pad>\": 259}");
+    expect_run(0, &printed, "--init $D/own --eval --val $D/own.jsonl --quiet");
+    check(strstr(printed.data, "of 8 tokens") != NULL, "two completions of three and their ends: %s",
+          printed.data);
+    expect_run(0, &printed, "--init $D/own --generate 5 --temperature 0 --prompt hi --quiet");
+    check(strcmp(printed.data, "hi\n") == 0, "the end of text ends it: '%s'", printed.data);
+    expect_run(0, &printed,
+               "--init $D/own --train $D/own.jsonl --out $D/own-out --learning-rate 0 --steps 2 "
+               "--val-fraction 0 --quiet");
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        char *before = xprintf("own/%s", files[i]), *after = xprintf("own-out/%s", files[i]);
+        check(same_files(before, after), "%s comes back to the byte", files[i]);
+        free(before);
+        free(after);
+    }
+    Text before = read_file(in_tests("own/config.json")), after = read_file(in_tests("own-out/config.json"));
+    char *type = strstr(before.data, "float16");
+    char *expected = xprintf("%.*sfloat32%s", (int)(type - before.data), before.data, type + 7);
+    check(strcmp(expected, after.data) == 0, "config.json: %s", after.data);
+    expect_run(0, &printed,
+               "--init d4 --tokenizer $D/own --n-layer 1 --n-embd 8 --n-head 1 --n-positions 8 --train "
+               "$D/own.jsonl --out $D/own-new --steps 1 --val-fraction 0 --quiet");
+    check(same_files("own/tokenizer_config.json", "own-new/tokenizer_config.json") &&
+              same_files("own/added_tokens.json", "own-new/added_tokens.json"),
+          "a random start takes the tokenizer's files along");
+
+    make_own_folder("padded", 320, 300, "{\"eos_token_id\": 261}");
+    expect_run(0, &printed, "--init $D/padded --generate 40 --prompt hi --quiet");
+    make_own_folder("second", 262, 7, "{\"eos_token_id\": [7, 261]}");
+    expect_run(0, &printed, "--init $D/second --generate 5 --temperature 0 --prompt hi --quiet");
+    check(strcmp(printed.data, "hi\n") == 0, "either end of text ends it: '%s'", printed.data);
+    free(expected);
+    free(before.data);
+    free(after.data);
+    free(printed.data);
+}
+
+// A head beside wte that differs from it is used although config.json says that they are tied, as transformers 5.23
+// does; and one that stands alone is wte.
+static void test_stored_heads(void) {
+    for (int only = 0; only < 2; only++) {
+        Model *model = small_model(false);
+        model_save(model, NULL, &(KeptFiles){0}, in_tests("heads"));
+        Model *as_tied = small_model(true);
+        save_config(&as_tied->config, -1, in_tests("heads"));
+        StoredTensor list[64];
+        size_t count = 0;
+        for (int i = 0; i < model->tensor_count; i++)
+            if (!only || i != WTE) list[count++] = stored_tensor(&model->tensors[i], STORE_VALUE);
+        safetensors_write(in_tests("heads/model.safetensors"), list, count);
+        int kept = dup(2), quiet = open("/dev/null", O_WRONLY);
+        dup2(quiet, 2);
+        Model *loaded = model_load(in_tests("heads"));
+        dup2(kept, 2);
+        close(kept);
+        close(quiet);
+        const Tensor *head = model_head(model);
+        check(loaded->config.tie_word_embeddings == only, "tied: %d", only);
+        check(memcmp(model_head(loaded)->value, head->value, head->size * sizeof(float)) == 0,
+              "the stored head, %d", only);
+        for (size_t i = 0; i < count; i++) free((char *)list[i].name);
+        model_free(loaded);
+        model_free(as_tied);
         model_free(model);
     }
 }
@@ -2911,7 +3275,7 @@ static void child_same_model(void) {
 static void test_cut_weights(void) {
     Model *model = small_model(true);
     const char *weights = in_tests("small/model.safetensors");
-    model_save(model, NULL, in_tests("small"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("small"));
     model_free(model);
     child_path = in_tests("small");
     Text good = read_file(weights);
@@ -2934,7 +3298,7 @@ static void test_cut_weights(void) {
 static void test_wrong_header(void) {
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
     Model *undamaged = small_model(true);
-    model_save(undamaged, NULL, folder);
+    model_save(undamaged, NULL, &(KeptFiles){0}, folder);
     model_free(undamaged);
     child_path = folder;
     Text good = read_file(weights), printed = {0};
@@ -2965,7 +3329,7 @@ static void test_wrong_header(void) {
 static void test_wrong_tensors(void) {
     const char *weights = in_tests("small/model.safetensors");
     Model *model = small_model(true);
-    model_save(model, NULL, in_tests("small"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("small"));
     child_path = in_tests("small");
     const char *name = "transformer.h.1.mlp.c_fc.weight"; // [8, 24]
     save_changed((StoredTensor){name, "F32", 2, {24, 8}, 192, 768, NULL}, name);
@@ -3058,7 +3422,7 @@ static Dataset *load_quietly(const char *name, int seq_len) {
     return data;
 }
 
-// Spells all examples, with $ for <|endoftext|>, | before the first scored token, a space between examples,
+// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between examples,
 // and compares. A byte's id is what GPT-2 gives it.
 static void expect_examples(const Dataset *data, const char *expected, const char *what) {
     Text got = {0};
@@ -3066,13 +3430,15 @@ static void expect_examples(const Dataset *data, const char *expected, const cha
     for (size_t i = 0; i < data->count; i++) {
         text_append(&got, " ", i > 0);
         for (int t = 0; t < data->examples[i].size; t++) {
-            int id = dataset_token(data, &data->examples[i], t);
+            int stored = dataset_token(data, &data->examples[i], t), id = stored < 0 ? ~stored : stored;
+            bool now = t > 0 && stored >= 0,
+                 before = t > 1 && dataset_token(data, &data->examples[i], t - 1) >= 0;
             const char c = id < 94     ? (char)(id + 33)
                            : id == 198 ? '/'
                            : id == 220 ? '_'
                            : id == 258 ? '$'
                                        : '?';
-            text_append(&got, "|", t == data->examples[i].prompt);
+            text_append(&got, "|", now != before);
             text_append(&got, &c, 1);
         }
     }
@@ -3095,14 +3461,12 @@ static void test_text_data(void) {
     expect_data("d.txt", "ab\n<|endoftext|>\n\n<|endoftext|>\n<|endoftext|>\ncd", 16, "$|ab/$/$cd");
     expect_data("d.txt", "ab\n<|endoftext|>\r\ncd", 16, "$|ab/$cd");
     Dataset *data;
-    write_text("d.txt",
-               "a <|endoftext|>\nb\n <|endoftext|>\n<|endoftext|>c\n"); // not alone on their lines: text
-    data = load_quietly("d.txt", 64);
-    size_t marks = 0;
-    for (int t = 0; t < data->examples[0].size; t++)
-        marks += dataset_token(data, &data->examples[0], t) == 258;
-    check(data->count == 1 && marks == 1, "<|endoftext|> inside a line is text");
-    dataset_free(data);
+    // Not alone on their lines: tokens inside a document, as AutoTokenizer has it.
+    expect_data("d.txt", "a <|endoftext|>\nb\n <|endoftext|>\n<|endoftext|>c\n", 64, "$|a_$/b/_$/$c/");
+    expect_data("d.txt",
+                "\xef\xbb\xbf"
+                "ab",
+                16, "$|ab"); // a byte order mark is passed over
 
     // Windows share a token; each token but the first is a target exactly once, whatever the sizes.
     expect_data("d.txt", "abcdefg", 3, "$|abc c|def f|g");
@@ -3128,7 +3492,12 @@ static void test_text_data(void) {
         }
     }
 
-    // Several files, in the order of their names, each with windows of its own; and splitting off the end.
+}
+
+// Several files, in the order of their names, each with windows of its own; and splitting off the end.
+static void test_globs_and_splits(void) {
+    make_inputs();
+    Dataset *data;
     write_text("part-1.txt", "abcd");
     write_text("part-2.txt", "xy");
     expect_data("part-[3].txt", "abc", 3, "$|abc"); // a name, not a glob
@@ -3144,6 +3513,9 @@ static void test_text_data(void) {
     data = load_quietly("d.txt", 1);
     part = dataset_split(data, 0.001);
     check(part->count == 1 && data->count == 9, "at least one example is split off");
+    dataset_free(part);
+    part = dataset_split(data, 0.4); // 3.6 of the 9 that are left
+    check(part->count == 4 && data->count == 5, "split: %zu and %zu", data->count, part->count);
     dataset_free(part);
     dataset_free(data);
 }
@@ -3162,13 +3534,33 @@ static void test_jsonl_data(void) {
         {"{\"text\": \"ab\"}\n{\"prompt\": \"ab\", \"completion\": \"\"}\n{\"text\": \"\"}", 16, "$|ab$",
          "d.jsonl:2: nothing"},
         {"{\"prompt\": \"abcdefgh\", \"completion\": \"xy\"}", 5, "fgh|xy$",
-         "d.jsonl:1: 10 tokens, cut to --seq-len 5"},
-        {"{\"prompt\": \"abc\", \"completion\": \"tuvwxyz\"}", 5, "c|tuvwx", "d.jsonl:1: 10 tokens, cut"},
-        {"{\"prompt\": \"abc\", \"completion\": \"uvwxy\"}", 5, "c|uvwxy", "d.jsonl:1: 8 tokens, cut"},
+         "d.jsonl:1: 10 tokens are more than --seq-len 5: the beginning cut off"},
+        {"{\"prompt\": \"abc\", \"completion\": \"tuvwxyz\"}", 5, "c|tuvwx",
+         "10 tokens are more than --seq-len 5: the beginning and the end, with its end of text, cut off"},
+        {"{\"prompt\": \"abc\", \"completion\": \"uvwxy\"}", 5, "c|uvwxy",
+         "8 tokens are more than --seq-len 5: the beginning and the end, with its end of text, cut off"},
         {"{\"prompt\": \"ab\", \"completion\": \"wxy\"}", 5, "ab|wxy$", ""}, // just fits
-        {"{\"text\": \"abcdef\"}", 3, "$|abc", "d.jsonl:1: 7 tokens, cut"},
+        {"{\"text\": \"abcdef\"}", 3, "$|abc",
+         "d.jsonl:1: 7 tokens are more than --seq-len 3: the end, with its end of text, cut off"},
         {"{\"text\": \"abcdef\"}\n{\"text\": \"\"}\n{\"text\": \"abcdef\"}\n{\"text\": \"a\"}", 3,
-         "$|abc $|abc $|a$", "d.jsonl: 3 examples, 2 of them cut to --seq-len 3; 1 more skipped\n"},
+         "$|abc $|abc $|a$",
+         "d.jsonl: 3 examples; cut to --seq-len 3: 2 lost the end of what is scored and the end of text, 0 "
+         "the "
+         "beginning of the prompt; 1 more skipped\n"},
+        {"\xef\xbb\xbf{\"text\": \"a\"}\n", 16, "$|a$", ""},                              // a byte order mark
+        {"{\"text\": null, \"prompt\": \"a\", \"completion\": \"b\"}\n", 16, "a|b$", ""}, // null is absent
+        {"{\"prompt\": \"x\", \"completion\": \"b\", \"prompt\": \"a\"}", 16, "a|b$", ""}, // the last wins
+        {"{\"prompt\": \"a<|endoftext|>b\", \"completion\": \"c\"}", 16, "a$b|c$", ""},    // the token
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"ab\"}, {\"role\": \"assistant\", \"content\": "
+         "\"c\"}, "
+         "{\"role\": \"user\", \"content\": \"d\"}, {\"role\": \"assistant\", \"content\": \"ef\"}]}",
+         16, "ab$|c$|d$|ef$", ""},
+        {"{\"messages\": [{\"role\": \"assistant\", \"content\": \"ab\"}]}", 16, "$|ab$", ""},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"abc\"}, {\"role\": \"assistant\", \"content\": "
+         "\"xyz\"}]}",
+         4, "$|xyz$", "the beginning cut off"},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n{\"text\": \"b\"}", 16, "$|b$",
+         "d.jsonl:1: nothing"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         expect_data("d.jsonl", cases[i].text, cases[i].seq_len, cases[i].expected);
@@ -3191,6 +3583,59 @@ static void test_jsonl_data(void) {
               memcmp(batch.target, target, sizeof target) == 0 && data->prompts,
           "rows of prompt and completion");
     batch_free(&batch);
+    dataset_free(data);
+}
+
+static void child_data(void) {
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    dataset_load(in_tests(child_path), tokenizer, 16, tokenizer->vocab_size);
+}
+
+// What is no JSONL or no UTF-8 is refused with what to do instead.
+static void test_refused_data(void) {
+    static const struct {
+        const char *name, *text;
+        size_t size;
+        const char *said;
+    } cases[] = {
+        {"r.jsonl", "[{\"text\": \"a\"}]", 0, "a JSON array: expected an object a line"},
+        {"r.jsonl", "{\n  \"text\": \"a\"\n}", 0, "an object that goes on in the next line"},
+        {"r.jsonl", "{\"text\": \"a\",\n\"x\": 1}", 0, "jq -c . '"},
+        {"r.jsonl", "{\"instruction\": \"a\", \"output\": \"b\"}", 0,
+         "\"instruction\" and \"output\" are not the keys"},
+        {"r.jsonl", "{\"prompt\": \"a\", \"completion\": 7}", 0, "is a number: expected a string, \"7\""},
+        {"r.jsonl", "{\"prompt\": \"a\", \"completion\": null}", 0, "expected"},
+        {"r.jsonl", "{\"prompt\": null, \"completion\": \"b\"}", 0, "expected"},
+        {"r.jsonl", "{\"text\": \"a\", \"completion\": \"b\"}", 0,
+         "only one of completion, text and messages"},
+        {"r.jsonl", "{\"messages\": [{\"role\": \"user\"}]}", 0, "a message is {\"role\":"},
+        {"r.jsonl", "{\"messages\": {}}", 0, "\"messages\" must be an array"},
+        {"r.jsonl", "{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}", 0,
+         "byte 27, line 2; probably ISO-8859-1: iconv -f ISO-8859-1 -t UTF-8"},
+        {"r.txt", "\x93quoted\x94", 0, "byte 0, line 1; probably WINDOWS-1252: iconv -f WINDOWS-1252"},
+        {"r.txt",
+         "\xff\xfe"
+         "a\0b\0",
+         6, "iconv -f UTF-16LE"},
+        {"r.txt", "a\0b\0", 4, "iconv -f UTF-16LE"},
+        {"r.txt", "\0a\0b", 4, "iconv -f UTF-16BE"},
+        {"r.txt", "ab\ncd \xf0\x9f\x98", 0, "byte 6, line 2"},
+    };
+    make_inputs();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        put_file(in_tests(cases[i].name), cases[i].text,
+                 cases[i].size ? cases[i].size : strlen(cases[i].text));
+        child_path = cases[i].name;
+        expect_death(child_data, cases[i].said, cases[i].text);
+    }
+    write_text("part[1].txt", "ab"); // the name as it stands, though a glob finds the other
+    write_text("part1.txt", "xyz");
+    Dataset *data = load_quietly("part[1].txt", 16);
+    expect_examples(data, "$|ab", "a name with brackets");
+    dataset_free(data);
+    unlink(in_tests("part[1].txt"));
+    data = load_quietly("part[1].txt", 16);
+    expect_examples(data, "$|xyz", "a glob with brackets");
     dataset_free(data);
 }
 
@@ -3228,6 +3673,15 @@ static void test_dataset_order(void) {
     }
     for (int i = 0; i < 4; i++) free(orders[i]);
     free(data.examples);
+    // All orders are drawn alike: then one example of ten stands at its own place, on average.
+    Dataset ten = {.count = 10};
+    int unmoved = 0;
+    for (long epoch = 0; epoch < 1000; epoch++) {
+        size_t *order = dataset_order(&ten, 3, epoch);
+        for (size_t i = 0; i < 10; i++) unmoved += order[i] == i;
+        free(order);
+    }
+    check(abs(unmoved - 1000) < 5 * 32, "%d places unmoved in 1000 orders", unmoved);
 }
 
 static void test_shards(void) {
@@ -3270,7 +3724,7 @@ static void make_wrong_inputs(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model->config.n_embd = 8; // does not fit the weights
-    model_save(model, NULL, in_tests("narrow"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("narrow"));
     model_free(model);
     Text weights = read_file(in_tests("model/model.safetensors")),
          config = read_file(in_tests("model/config.json"));
@@ -3489,6 +3943,15 @@ static void test_plan(void) {
     free(plan.data);
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --steps 40 --out $D/never");
     check(!strstr(plan.data, "freezing"), "--plan: nothing is frozen");
+    check(strstr(plan.data, "evaluation every 2, checkpoint every 2\n") != NULL, "--plan: %s", plan.data);
+    free(plan.data);
+    long updates = 0, an_epoch = 0;
+    expect_run(0, &plan, "$TINY --train $D/text.txt --plan --epochs 2.5 --batch-size 3 --out $D/never");
+    const char *said = strstr(plan.data, " updates of ");
+    while (said && said > plan.data && isdigit((unsigned char)said[-1])) said--;
+    check(said && sscanf(said, "%ld updates of 1 x 3 examples, %ld an epoch", &updates, &an_epoch) == 2 &&
+              updates == (5 * an_epoch + 1) / 2,
+          "--epochs 2.5: %s", plan.data);
     free(plan.data);
     // A block of 128 channels has 198272 parameters; of three blocks, two keep 10 C + NH + 4 floats in 32
     // rows.
@@ -3502,6 +3965,38 @@ static void test_plan(void) {
         free(plan.data);
         free(words);
     }
+}
+
+// The number of warm-up updates, of 200 in all, 80 an epoch.
+static void test_warmup(void) {
+    static const struct {
+        const char *words;
+        long steps, warmup;     // of the run; expected
+    } cases[] = {{"", 200, 20}, // a random start: 10 %
+                 {"--init some-folder", 200, 80},
+                 {"--init some-folder", 80, 8}, // no longer than an epoch
+                 {"--warmup-steps 7", 200, 7},
+                 {"--warmup-steps 2.5%", 200, 5},
+                 {"--warmup-steps 1.5ep", 200, 120},
+                 {"--warmup-steps 5ep", 200, 200},
+                 {"--warmup-steps 0 --init some-folder", 200, 0}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Options options;
+        options_from_text(&options, cases[i].words);
+        long warmup = warmup_of(&options, cases[i].steps, 80);
+        check(warmup == cases[i].warmup, "'%s': %ld updates, should be %ld", cases[i].words, warmup,
+              cases[i].warmup);
+    }
+}
+
+// The rows of the largest batch are those of the longest examples.
+static void test_largest_batch(void) {
+    Example examples[] = {{.size = 3}, {.size = 9}, {.size = 5}, {.size = 9}, {.size = 2}};
+    Dataset data = {.examples = examples, .count = 5};
+    static const int rows[] = {8, 16, 20, 22, 23, 23};
+    for (int B = 1; B <= 6; B++)
+        check(largest_batch(&data, B, 8) == rows[B - 1], "%d examples: %d rows, should be %d", B,
+              largest_batch(&data, B, 8), rows[B - 1]);
 }
 
 // What freezing skips, against the products counted by hand for two blocks of 16 channels, V = 259: a block's
@@ -3530,6 +4025,54 @@ static void test_skipped_work(void) {
         free(share);
         free(words);
     }
+}
+
+// What is printed between the two goes to the file "stdout" in the tests' folder.
+static int begin_capture(void) {
+    fflush(stdout);
+    int kept = dup(1), file = open(in_tests("stdout"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    dup2(file, 1);
+    close(file);
+    return kept;
+}
+
+static Text end_capture(int kept) {
+    fflush(stdout);
+    dup2(kept, 1);
+    close(kept);
+    return read_file(in_tests("stdout"));
+}
+
+// Text as it streams: half a character waits for its other half, what may become --stop for what follows.
+static void test_stream(void) {
+    static const char *const parts[] = {"caf", "\xc3", "\xa9 th", "at t", "h"};
+    static const char *const shown[] = {"caf", "caf", "caf\xc3\xa9 ", "caf\xc3\xa9 that ",
+                                        "caf\xc3\xa9 that th"};
+    Text text = {0};
+    size_t printed = 0;
+    int kept = begin_capture();
+    for (int i = 0; i < 5; i++) {
+        text_append(&text, parts[i], strlen(parts[i]));
+        stream_text(&text, &printed, "the", i == 4);
+        Text seen = read_file(in_tests("stdout"));
+        check(strcmp(seen.data, shown[i]) == 0, "part %d: '%s', not '%s'", i, seen.data,
+              shown[i]);
+        free(seen.data);
+    }
+    free(end_capture(kept).data);
+    free(text.data);
+}
+
+// 60 of 100 steps are left, each takes 2 seconds: two minutes.
+static void test_time_left(void) {
+    Run run = {.options = &(Options){.steps = 100}, .step = 40, .steps_per_epoch = 16};
+    int kept = begin_capture();
+    show_update(&run, &(Update){.loss = 1.25, .norm = 3, .learning_rate = 1e-4, .rows = 198}, 2);
+    Text printed = end_capture(kept);
+    const char *wanted =
+        "step 40/100  loss 1.2500  0:02:00 left  epoch 2.50  lr 1.00e-04  norm 3.000  99 tok/s\n";
+    check(strcmp(printed.data, wanted) == 0, "'%s', not '%s'", printed.data, wanted);
+    free(printed.data);
 }
 
 // The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what
@@ -3638,9 +4181,9 @@ typedef struct {
     double loss;
 } LogLine;
 
-// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order. Returns how
-// many lines. essence (unless NULL) gets what must be the same after a resume: all but the timing, and of
-// evaluations all but the rate.
+// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order, seconds that
+// never fall, and at an evaluation the rate of the update before. Returns how many lines. essence (unless
+// NULL) gets what must be the same after a resume: all but the timing, and of evaluations all but the rate.
 static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     char *path = xprintf("%s/log.csv", in_tests(out));
     Text text = file_exists(path) ? read_file(path) : (Text){0};
@@ -3648,6 +4191,8 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     bool whole = text.data && strncmp(text.data, header, strlen(header)) == 0;
     size_t count = 0;
     long trained = 0, evaluated = -1;
+    double seconds = 0;
+    const char *rate = "0"; // of the last update
     for (char *at = text.data + strlen(header), *line;
          whole && (line = strsep(&at, "\n")) && *line && count < 500;) {
         char *rest = line, *field, *fields[16] = {0};
@@ -3658,6 +4203,9 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
         if (!whole) break;
         *l = (LogLine){atol(fields[0]), fields[2][0] == 'v', atof(fields[3])};
         whole = l->val ? l->step > evaluated && l->step == trained && !*fields[6] : l->step == trained + 1;
+        whole = whole && atof(fields[8]) >= seconds && (!l->val || strcmp(fields[5], rate) == 0);
+        seconds = atof(fields[8]);
+        if (!l->val) rate = fields[5];
         *(l->val ? &evaluated : &trained) = l->step;
         for (int i = 0; i < (l->val ? 5 : 7) && essence; i++) {
             text_append(essence, fields[i], strlen(fields[i]));
@@ -3674,7 +4222,7 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
 static void test_without_tokenizer(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
-    model_save(model, NULL, in_tests("bare"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("bare"));
     model_free(model);
     uint16_t shard[512 + 200] = {0};
     const int32_t header[3] = {20240520, 1, 200};
@@ -3696,6 +4244,64 @@ static void test_without_tokenizer(void) {
     expect_refusal(1, "text needs a tokenizer",
                    "--init $D/bare-run --eval --val $D/val.txt --matmul builtin");
     free(missing);
+}
+
+// Loss, accuracy and exact match against what the logits of each example alone give: nine examples, of which
+// every third says what the model would, the next ones end otherwise, and the others are random. With
+// --val-batches 3 only the first six count.
+static void test_evaluate(void) {
+    enum { V = 11, COUNT_OF_EXAMPLES = 9, PROMPT = 3, SIZE = 9 };
+    Model *model = tiny_model(tiny_config(V, 40, 2, 2, 8, 32, true), 12, NULL);
+    Source source = {0};
+    Example examples[COUNT_OF_EXAMPLES];
+    for (int e = 0; e < COUNT_OF_EXAMPLES; e++) {
+        Ids prompt = {0}, greedy = {0};
+        for (int i = 0; i < PROMPT; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
+        generate_slowly(model, &prompt, SIZE - PROMPT, &greedy);
+        examples[e] = (Example){0, source.ids.size, SIZE, PROMPT};
+        for (int i = 0; i < PROMPT; i++) ids_push(&source.ids, prompt.data[i]);
+        for (int i = 0; i < SIZE - PROMPT; i++) {
+            bool other = e % 3 == 2 || (e % 3 == 1 && i == SIZE - PROMPT - 1);
+            int shift = other ? 1 + (int)(random_bits((uint64_t)e, 50 + (uint64_t)i) % (V - 1)) : 0;
+            ids_push(&source.ids, (greedy.data[i] + shift) % V);
+        }
+        free(prompt.data), free(greedy.data);
+    }
+    Dataset data = {.sources = &source, .examples = examples, .source_count = 1, .count = COUNT_OF_EXAMPLES};
+    Batch batch = {0};
+    Options options;
+    options_from_text(&options, "--batch-size 2");
+    Run run = {.options = &options, .model = model, .val = &data};
+    double loss = 0;
+    size_t targets = 0, correct = 0, exact = 0;
+    for (size_t e = 0; e < COUNT_OF_EXAMPLES; e++) {
+        size_t right = 0;
+        dataset_batch(&data, NULL, e, 1, &batch);
+        float *logits = logits_of(model, &batch);
+        double *exactly = doubles(logits, (size_t)batch.rows * V);
+        for (int r = PROMPT - 1; r < SIZE - 1; r++, targets++) {
+            right += is_highest(logits + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
+            loss +=
+                oracle_cross_entropy(exactly + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
+        }
+        correct += right;
+        exact += right == SIZE - PROMPT;
+        free(logits), free(exactly);
+        if (e != 5 && e != 8) continue;
+        options.val_batches = e == 5 ? 3 : 0;
+        Evaluation result = evaluate(&run);
+        check(fabs(result.loss - loss / (double)targets) < 1e-5, "loss %g, should be %g", result.loss,
+              loss / (double)targets);
+        check(result.accuracy == (double)correct / (double)targets && result.targets == targets,
+              "accuracy %g of %zu, should be %zu of %zu", result.accuracy, result.targets, correct, targets);
+        check(exact == (e + 1) / 3 && result.exact == (double)exact / (double)(e + 1) &&
+                  result.examples == e + 1,
+              "exact match %g of %zu, should be %zu of %zu", result.exact, result.examples, exact, e + 1);
+    }
+    free(source.ids.data);
+    batch_free(&batch);
+    activations_free(&run.activations);
+    model_free(model);
 }
 
 // Weights in other formats: one line with the command that converts them.
@@ -3725,7 +4331,7 @@ static void test_other_formats(void) {
     make_folder(in_tests("both")); // one that holds both is a model folder
     Model *model = model_load(in_tests("model"));
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
-    model_save(model, tokenizer, in_tests("both"));
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("both"));
     tokenizer_free(tokenizer);
     model_free(model);
     write_text("both/pytorch_model.bin", "");
@@ -3744,8 +4350,8 @@ static void test_stop(void) {
             model_tensor(model, WTE, 0)->value[v * 8 + i] = 0;
     Ids prompt = {0};
     Sample whole[S] = {0};
-    tokenizer_encode(tokenizer, &prompt, "the cat", 7, false);
-    generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, NULL}, whole);
+    tokenizer_encode(tokenizer, &prompt, "the cat", 7);
+    generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, whole);
     int shortened = 0;
     for (int n = 0; n < 24; n++) {
         char stop[8] = "the cat";
@@ -3754,7 +4360,7 @@ static void test_stop(void) {
         if (n > 0) snprintf(stop, sizeof stop, "%.*s", length, from->data + from->size / 2 + (size_t)n / 3);
         if (stop[0] == 0) continue;
         Sample ended[S] = {0};
-        generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, stop}, ended);
+        generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, stop}, ended);
         for (int s = 0; s < S; s++) {
             size_t wanted = 0, size = whole[s].text.size, stop_size = strlen(stop);
             while (wanted + stop_size <= size && memcmp(whole[s].text.data + wanted, stop, stop_size) != 0)
@@ -3811,8 +4417,9 @@ static void test_run(void) {
     free(printed.data);
     write_text("mixed.jsonl", "{\"text\": \"the cat saw the bird\"}\n{\"text\": \"\"}\n{\"text\": \"a\"}\n");
     expect_run(0, &printed, "--init $D/run --eval --val $D/mixed.jsonl --seq-len 5 --matmul builtin");
-    check(strstr(printed.data, "mixed.jsonl (1 examples cut, 1 skipped)\n") != NULL, "--eval: %s",
-          printed.data);
+    check(strstr(printed.data, "mixed.jsonl (of 1 the end was cut off, of 0 the beginning; 1 skipped)\n") !=
+              NULL,
+          "--eval: %s", printed.data);
     free(printed.data);
     expect_run(0, &printed,
                "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --val-every 4 --out $D/quiet --quiet "
@@ -3897,6 +4504,24 @@ static void test_generate(void) {
         check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
     expect_stops(&texts[0], variants[0]);
     for (int i = 0; i < 7; i++) free(texts[i].data);
+    // Without a prompt text begins behind <|endoftext|>, as a document does.
+    Model *model = model_load(in_tests("run"));
+    Tokenizer *tokenizer = tokenizer_load(in_tests("run"));
+    Sample sample = {0};
+    Ids prompt = {0};
+    ids_push(&prompt, tokenizer->end_of_text);
+    expect_run(0, &printed, "--init $D/run --generate 20 --temperature 0 --matmul builtin");
+    int kept = begin_capture();
+    Ids ends = {&tokenizer->end_of_text, 1, 1};
+    generate(model, tokenizer, &prompt, 20, 1, &ends, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+    free(end_capture(kept).data);
+    check(sample.text.size > 5 && printed.size == sample.text.size + 1 &&
+              memcmp(printed.data, sample.text.data, sample.text.size) == 0,
+          "without a prompt: %s, not %s", printed.data, sample.text.data);
+    free(printed.data), free(prompt.data);
+    sample_free(&sample);
+    tokenizer_free(tokenizer);
+    model_free(model);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
     check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
           printed.data);
@@ -4194,7 +4819,7 @@ static void test_diverging(void) {
     for (size_t i = 0; i < steep->tensors[steep->tensor_count - 1].size; i++)
         model_tensor(steep, LM_HEAD, 0)->value[i] = random_bits(8, i) & 1 ? 3e38f : -3e38f;
     for (int i = 0; i < 16; i++) model_tensor(steep, LN_F_WEIGHT, 0)->value[i] = 1e-37f;
-    model_save(steep, tokenizer, in_tests("steep"));
+    model_save(steep, tokenizer, &(KeptFiles){0}, in_tests("steep"));
     model_free(steep);
     tokenizer_free(tokenizer);
     write_text("a.txt", "a");
@@ -4578,7 +5203,7 @@ static void test_not_finite(void) {
         if (i == 2)
             for (int t = 0; t < model->tensor_count; t++)
                 memset(model->tensors[t].value, 0, model->tensors[t].size * sizeof(float));
-        model_save(model, tokenizer, in_tests(i == 2 ? "zeros" : "nan"));
+        model_save(model, tokenizer, &(KeptFiles){0}, in_tests(i == 2 ? "zeros" : "nan"));
         if (i == 2) break;
         expect_refusal(1, "val.txt: the loss is not finite, nor are all values of transformer.ln_f.weight",
                        "--init $D/nan --eval --val $D/val.txt --matmul builtin");
@@ -4606,7 +5231,7 @@ static void test_not_finite(void) {
     tokenizer = tokenizer_load(in_tests("merges.txt"));
     model = model_load(in_tests("model"));
     model_tensor(model, WPE, 0)->value[15 * 16] = 1e35f;
-    model_save(model, tokenizer, in_tests("steep-end"));
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("steep-end"));
     model_free(model);
     tokenizer_free(tokenizer);
     expect_refusal(
@@ -4694,7 +5319,7 @@ static void test_denormals(void) {
     for (int c = 0; c < 16; c++) model_tensor(model, LN_F_WEIGHT, 0)->value[c] = 1e-39f;
     for (size_t i = 0; i < model_tensor(model, LM_HEAD, 0)->size; i++)
         model_tensor(model, LM_HEAD, 0)->value[i] *= 1e38f;
-    model_save(model, tokenizer, in_tests("denormal"));
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("denormal"));
     double loss = 0, wanted = log(tokenizer->vocab_size);
     model_free(model);
     tokenizer_free(tokenizer);
@@ -4741,6 +5366,97 @@ static void test_documents(void) {
     free(list.data);
 }
 
+// What dev/outline.awk says of train_gpt2.c: where each function, type, table and row of an enum stands.
+typedef struct {
+    char kind[16], name[64]; // a part's prose: kind "prose"
+    int first, last;         // lines; of prose: how many lines, and how many with prose
+} Entry;
+
+static const Entry *outline(size_t *count) {
+    static Entry *entries;
+    static size_t size, capacity;
+    FILE *pipe = size ? NULL : popen("awk -f dev/outline.awk train_gpt2.c", "r");
+    for (Entry e; pipe && fscanf(pipe, "%15s %63s %d %d", e.kind, e.name, &e.first, &e.last) == 4;) {
+        entries = grow(entries, size + 1, &capacity, sizeof *entries);
+        entries[size++] = e;
+    }
+    if (pipe) pclose(pipe);
+    *count = size;
+    return entries;
+}
+
+// The first entry of this name, or one that stands nowhere. kind: NULL for any but prose.
+static Entry find_entry(const char *kind, const char *name) {
+    size_t count;
+    const Entry *entries = outline(&count);
+    for (const Entry *e = entries; e < entries + count; e++)
+        if (strcmp(e->name, name) == 0 && (kind ? strcmp(e->kind, kind) == 0 : strcmp(e->kind, "prose") != 0))
+            return *e;
+    return (Entry){0};
+}
+
+// The file reads from the model outward: what a reader wants stands early, and no function is too long to be
+// seen as a whole.
+static void test_layout(void) {
+    size_t count;
+    const Entry *entries = outline(&count);
+    const int model = find_entry("function", "model_forward").first;
+    int functions = 0, types = 0;
+    for (const Entry *e = entries; e < entries + count; e++) {
+        bool is_function = strcmp(e->kind, "function") == 0;
+        functions += is_function && e->first < model;
+        types += strcmp(e->kind, "type") == 0 && e->first < model;
+        check(!is_function || e->last - e->first < 60, "%s has %d lines, more than 60", e->name,
+              e->last - e->first + 1);
+    }
+    const int attention = find_entry("function", "attention_forward").first;
+    const int step = find_entry("function", "take_update").last;
+    const Entry prose = find_entry("prose", "I"); // Part I
+    check(attention > 0 && attention <= 950, "attention_forward is in line %d, after 950", attention);
+    check(model > 0 && model <= 1350, "model_forward is in line %d, after 1350", model);
+    check(step > 0 && step <= 1550, "take_update ends in line %d, after 1550", step);
+    check(functions <= 85 && types <= 25, "%d functions and %d types stand before model_forward", functions,
+          types);
+    check(4 * prose.last >= prose.first && prose.first > 0, "of %d lines of Part I only %d carry prose",
+          prose.first, prose.last);
+}
+
+// Links into train_gpt2.c, [name](train_gpt2.c#L123), point at what they name; `make links` repairs them, and
+// refuses a name that is nowhere.
+static void test_links(void) {
+    Text text = read_file("README.md");
+    for (char *at = text.data, *link; (link = strstr(at, "](train_gpt2.c#L")); at = link + 1) {
+        char name[64];
+        const char *start = link;
+        while (start > text.data && *start != '[' && *start != '\n') start--;
+        snprintf(name, sizeof name, "%.*s", (int)(link - start - 1), start + 1);
+        if (*name == '`') memmove(name, name + 1, strlen(name)), name[strcspn(name, "`")] = 0;
+        int line = find_entry(NULL, name).first, said = atoi(link + strlen("](train_gpt2.c#L"));
+        check(line > 0 && said == line, "README.md: [%s] is in line %d, not %d: make links", name, line,
+              said);
+    }
+    free(text.data);
+
+    const char *wrong =
+        "a [warn](train_gpt2.c#L1), [`Batch`](train_gpt2.c#L0) [WTE](train_gpt2.c#L7)b\n[x](y)\n";
+    char *wanted =
+        xprintf("a [warn](train_gpt2.c#L%d), [`Batch`](train_gpt2.c#L%d) [WTE](train_gpt2.c#L%d)b\n[x](y)\n",
+                find_entry("function", "warn").first, find_entry("type", "Batch").first,
+                find_entry("row", "WTE").first);
+    make_inputs();
+    write_text("links.md", wrong);
+    check(system("sh dev/links.sh $D/links.md") == 0, "links cannot be repaired");
+    Text repaired = read_file(in_tests("links.md"));
+    check(strcmp(repaired.data, wanted) == 0, "links become %s, not %s", repaired.data, wanted);
+    free(repaired.data);
+    write_text("links.md", "[nowhere](train_gpt2.c#L1)");
+    uint64_t before = fingerprint(in_tests("links.md"));
+    check(system("sh dev/links.sh $D/links.md 2>/dev/null") != 0 &&
+              fingerprint(in_tests("links.md")) == before,
+          "a name that is nowhere is linked");
+    free(wanted);
+}
+
 // ---- the list of tests ----
 
 static const struct {
@@ -4774,6 +5490,7 @@ static const struct {
     {"model: NaN and changes do not reach what is masked", test_poison},
     {"model: padded batches equal sequences alone", test_padding},
     {"model: micro-batches, and none with targets", test_accumulation},
+    {"model: rows, targets and accuracy of an update", test_update_counts},
     {"optimizer: AdamW", test_adamw},
     {"optimizer: gradient norm and clipping", test_norm_and_clipping},
     {"optimizer: schedules", test_schedule},
@@ -4788,30 +5505,42 @@ static const struct {
     {"tensors: GPT-2's four sizes", test_parameter_counts},
     {"tensors: patterns of names", test_patterns},
     {"JSON: strings", test_json_strings},
+    {"JSON: what is written is read again", test_json_written},
     {"JSON: numbers, nesting, members", test_json_values},
     {"JSON: errors with their place", test_wrong_json},
     {"safetensors: round trip", test_safetensors},
     {"safetensors: wrong headers", test_wrong_safetensors},
     {"model folder: round trip to the bit", test_model_folder},
     {"model folder: 16 bits, other names, tensors that are not read", test_other_clothes},
+    {"model folder: added tokens, cut anywhere, many", test_added_tokens},
+    {"model folder: rules that are not GPT-2's", test_other_rules},
+    {"model folder: its own end of text; written back as it came", test_own_words},
+    {"model folder: heads beside wte and alone", test_stored_heads},
     {"model folder: cut weights end in one line", test_cut_weights},
     {"model folder: a wrong header ends in one line", test_wrong_header},
     {"model folder: wrong tensors end in one line", test_wrong_tensors},
     {"config.json: defaults, refused variants, sizes", test_config},
-    {"text: documents, windows, globs, a split", test_text_data},
+    {"text: documents, windows", test_text_data},
+    {"text: globs, a split", test_globs_and_splits},
     {"JSONL: prompts, lengths, rows", test_jsonl_data},
+    {"data: what is refused", test_refused_data},
     {"order of examples: each once an epoch, whatever its length", test_dataset_order},
     {"token shards: llm.c's, and wrong ones", test_shards},
     {"command line: wrong input is one line, and changes nothing", test_wrong_input},
     {"command line: every option, its letter, --help", test_options},
     {"command line: options that a checkpoint remembers", test_remembered_options},
     {"command line: --plan", test_plan},
+    {"command line: warm-up in steps, percent and epochs", test_warmup},
+    {"command line: rows of the largest batch", test_largest_batch},
     {"command line: --plan's share of work that freezing skips", test_skipped_work},
     {"command line: weights in other formats name the converter", test_other_formats},
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
+    {"progress: the time that is left", test_time_left},
+    {"generation: text as it streams", test_stream},
 #if defined(__linux__) && defined(_OPENMP)
     {"threads: each has a core of its own, if there are as many", test_pin_threads},
 #endif
+    {"a run: loss, accuracy and exact match of an evaluation", test_evaluate},
     {"a run: token shards and no tokenizer", test_without_tokenizer},
     {"a run: log, loss, --eval, progress, --quiet", test_run},
     {"a run: --freeze and --overfit", test_freeze_and_overfit},
@@ -4835,6 +5564,8 @@ static const struct {
     {"the machine: fewer threads, little memory", test_scarce_machine},
     {"the machine: denormals count as 0", test_denormals},
     {"documents: the functions and tests that they name exist", test_documents},
+    {"documents: the model stands early, functions are short", test_layout},
+    {"documents: links point at what they name", test_links},
 };
 
 int main(int argc, char **argv) {
