@@ -1059,8 +1059,8 @@ static void test_tokenizer_program(void) {
          "'",
          0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
         {"$T info --tokenizer v", 0,
-         "vocab_size 261\nmerges 4\nend_of_text 260\nlongest_token 260 <|endoftext|>\n"},
-        {"printf 'low<|endoftext|>' | $T encode --special --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+         "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\nlongest_token 260 <|endoftext|>\n"},
+        {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
         // "1", then " 1" to " 3000", and the space at the end, each but the first twice
         {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
          " 3002 distinct pieces;"},
@@ -2571,6 +2571,8 @@ static pid_t start_trainer(rlim_t file_limit, const char *words) {
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
+        signal(SIGINT, SIG_DFL); // a shell in the background has it ignored, and then the trainer leaves it so
+        signal(SIGHUP, SIG_DFL);
         if (file_limit) {
             setrlimit(RLIMIT_FSIZE, &(struct rlimit){file_limit, file_limit});
             signal(SIGXFSZ, SIG_IGN);
@@ -4258,8 +4260,8 @@ static void test_evaluate(void) {
         Ids prompt = {0}, greedy = {0};
         for (int i = 0; i < PROMPT; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
         generate_slowly(model, &prompt, SIZE - PROMPT, &greedy);
-        examples[e] = (Example){0, source.ids.size, SIZE, PROMPT};
-        for (int i = 0; i < PROMPT; i++) ids_push(&source.ids, prompt.data[i]);
+        examples[e] = (Example){0, source.ids.size, SIZE, SIZE - PROMPT};
+        for (int i = 0; i < PROMPT; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
         for (int i = 0; i < SIZE - PROMPT; i++) {
             bool other = e % 3 == 2 || (e % 3 == 1 && i == SIZE - PROMPT - 1);
             int shift = other ? 1 + (int)(random_bits((uint64_t)e, 50 + (uint64_t)i) % (V - 1)) : 0;
@@ -4508,12 +4510,13 @@ static void test_generate(void) {
     Model *model = model_load(in_tests("run"));
     Tokenizer *tokenizer = tokenizer_load(in_tests("run"));
     Sample sample = {0};
-    Ids prompt = {0};
+    Ids prompt = {0}, ends = {0};
     ids_push(&prompt, tokenizer->end_of_text);
+    ids_push(&ends, tokenizer->end_of_text);
     expect_run(0, &printed, "--init $D/run --generate 20 --temperature 0 --matmul builtin");
     int kept = begin_capture();
-    Ids ends = {&tokenizer->end_of_text, 1, 1};
     generate(model, tokenizer, &prompt, 20, 1, &ends, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+    free(ends.data);
     free(end_capture(kept).data);
     check(sample.text.size > 5 && printed.size == sample.text.size + 1 &&
               memcmp(printed.data, sample.text.data, sample.text.size) == 0,
@@ -4972,7 +4975,7 @@ static void test_faults(void) {
         check(names_in(in_tests("hit")) == names_in(in_tests("sound")), "%s, resumed: leftovers", fault_at);
         free(said.data), free(parts.data), free(fault_at);
     }
-    check(calls > 60 && calls < 511 && ends[0] > 4 && ends[1] == 10, "%d calls, %d errors, %d kills", calls,
+    check(calls > 60 && calls < 511 && ends[0] > 0 && ends[1] == 10, "%d calls, %d errors, %d kills", calls,
           ends[0], ends[1]);
     check(outcomes[MIXED_MODEL] == 0 && outcomes[NO_MODEL] > 0, "%d mixtures of two models, %d times none",
           outcomes[MIXED_MODEL], outcomes[NO_MODEL]);
