@@ -1028,61 +1028,69 @@ static void test_long_runs(void) {
     tokenizer_free(t);
 }
 
+// Commands of the program in tokenizer.c, one after the other: exit status, and part of what is printed.
+static const struct {
+    const char *command; // in the temporary folder; $T is the program
+    int status;
+    const char *expected;
+} tokenizer_commands[] = {
+    {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
+     "a.txt",
+     0, "261 tokens"},
+    {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
+    {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
+    {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same", 0,
+     "same"},
+    {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
+     "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
+    {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
+     "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
+    {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
+     "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
+    {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
+     "b.txt",
+     0, "\n2 documents\n"}, // inside a line it separates nothing
+    {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
+     "20240520           1           9\n   260   257   258   198\n"},
+    {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
+     "'",
+     0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
+    {"$T info --tokenizer v", 0,
+     "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\n"
+     "longest_token 260 <|endoftext|>\n"},
+    {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+    {"printf 'low<|endoftext|>' | $T encode --plain --tokenizer v | wc -l | tr -d ' '", 0, "14\n"},
+    // "1", then " 1" to " 3000", and the space at the end, each but the first twice
+    {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
+     " 3002 distinct pieces;"},
+    {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
+    {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
+    {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
+    {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
+    {"$T decode --length 3", 2, "--length does not apply to decode"},
+    {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
+    {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
+    {"$T", 2, "expected a command"},
+};
+
 // The command-line program, which `make` builds beside this one.
 static void test_tokenizer_program(void) {
     const char *slash = strrchr(self_path, '/');
     char *program = xprintf("%.*s/tokenizer", slash ? (int)(slash - self_path) : 1, slash ? self_path : ".");
-    static const struct {
-        const char *command; // in the temporary folder; $T is the program
-        int status;
-        const char *expected;
-    } cases[] = {
-        {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
-         "a.txt",
-         0, "261 tokens"},
-        {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
-        {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
-        {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same",
-         0, "same"},
-        {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
-         "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
-        {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
-         "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
-        {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
-         "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
-        {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
-         "b.txt",
-         0, "\n2 documents\n"}, // inside a line it separates nothing
-        {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
-         "20240520           1           9\n   260   257   258   198\n"},
-        {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
-         "'",
-         0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
-        {"$T info --tokenizer v", 0,
-         "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\nlongest_token 260 <|endoftext|>\n"},
-        {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
-        // "1", then " 1" to " 3000", and the space at the end, each but the first twice
-        {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
-         " 3002 distinct pieces;"},
-        {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
-        {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
-        {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
-        {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
-        {"$T decode --length 3", 2, "--length does not apply to decode"},
-        {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
-        {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
-        {"$T", 2, "expected a command"},
-    };
     check(file_exists(program), "%s is not built; make builds it", program);
-    for (size_t i = 0; i < sizeof cases / sizeof *cases && file_exists(program); i++) {
+    for (size_t i = 0; i < sizeof tokenizer_commands / sizeof *tokenizer_commands && file_exists(program);
+         i++) {
         char *full = realpath(program, NULL);
-        char *command = xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, cases[i].command);
+        char *command =
+            xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, tokenizer_commands[i].command);
         FILE *pipe = popen(command, "r");
         Text out = {0};
         read_stream(&out, pipe, command);
         int status = pclose(pipe);
-        check(WEXITSTATUS(status) == cases[i].status, "%s: status %d", cases[i].command, WEXITSTATUS(status));
-        check(strstr(out.data, cases[i].expected), "%s: %s", cases[i].command, out.data);
+        check(WEXITSTATUS(status) == tokenizer_commands[i].status, "%s: status %d",
+              tokenizer_commands[i].command, WEXITSTATUS(status));
+        check(strstr(out.data, tokenizer_commands[i].expected), "%s: %s", tokenizer_commands[i].command,
+              out.data);
         free(out.data);
         free(command);
         free(full);
@@ -2347,7 +2355,8 @@ static void test_sampling(void) {
     Candidate candidates[V];
     for (int set = 0; set < 5; set++) {
         float logits[V];
-        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one half.
+        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one
+        // half.
         for (int v = 0; v < V; v++) {
             logits[v] = set < 2    ? 2 * random_normal((uint64_t)set, v)
                         : set == 2 ? (float)(v * 7 % 4)
@@ -2367,7 +2376,8 @@ static void test_sampling(void) {
                       "logits %d, case %zu: token %d drawn %d times, not %.1f", set, n, v, drawn[v],
                       N * wanted[v]);
             }
-            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2 && set != 4) || cases[n].top_p < 1e-6)
+            bool ties = set == 2 || set == 4;
+            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && !ties) || cases[n].top_p < 1e-6)
                 check(drawn[best] == N, "logits %d, case %zu is not greedy", set, n);
         }
     }
@@ -2972,8 +2982,8 @@ static void test_other_clothes(void) {
 
 // ---- a folder's own words ----
 
-// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token already,
-// the one of byte 0xe9.
+// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token
+// already, the one of byte 0xe9.
 #define FLAGS(l, r, w, n)                                                                                    \
     "\"lstrip\": " #l ", \"rstrip\": " #r ", \"single_word\": " #w ", \"normalized\": " #n "}"
 static const struct {
@@ -3085,7 +3095,11 @@ static void test_added_tokens(void) {
         }
         tokenizer_free(t);
     }
-    // Many added tokens take no longer than their number.
+}
+
+// Many added tokens take no longer than their number.
+static void test_many_added_tokens(void) {
+    make_added_folder(1);
     FILE *file = fopen(in_tests("added1/added_tokens.json"), "w");
     for (int i = 0; i < 20000; i++) fprintf(file, "%c\"<token %d>\": %d", i ? ',' : '{', i, 260 + i);
     fputs("}", file);
@@ -3134,8 +3148,8 @@ static void test_other_rules(void) {
     free(good.data);
 }
 
-// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three merges,
-// <pad> <s> </s>, no <|endoftext|>.
+// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three
+// merges, <pad> <s> </s>, no <|endoftext|>.
 static void make_own_folder(const char *name, int rows, int token, const char *generation_config) {
     const char *folder = in_tests(name);
     write_text("tiny.bpe", "o w\nl ow\nĠ low");
@@ -3166,8 +3180,8 @@ static void make_own_folder(const char *name, int rows, int token, const char *g
     free(vocabulary.data);
 }
 
-// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is what was
-// read, but for the weights.
+// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is
+// what was read, but for the weights.
 static void test_own_words(void) {
     static const char *const files[] = {
         "vocab.json",        "merges.txt",       "generation_config.json", "tokenizer_config.json",
@@ -3216,8 +3230,8 @@ static void test_own_words(void) {
     free(printed.data);
 }
 
-// A head beside wte that differs from it is used although config.json says that they are tied, as transformers 5.23
-// does; and one that stands alone is wte.
+// A head beside wte that differs from it is used although config.json says that they are tied, as
+// transformers 5.23 does; and one that stands alone is wte.
 static void test_stored_heads(void) {
     for (int only = 0; only < 2; only++) {
         Model *model = small_model(false);
@@ -3424,8 +3438,8 @@ static Dataset *load_quietly(const char *name, int seq_len) {
     return data;
 }
 
-// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between examples,
-// and compares. A byte's id is what GPT-2 gives it.
+// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between
+// examples, and compares. A byte's id is what GPT-2 gives it.
 static void expect_examples(const Dataset *data, const char *expected, const char *what) {
     Text got = {0};
     text_append(&got, "", 0);
@@ -3589,8 +3603,8 @@ static void test_jsonl_data(void) {
 }
 
 static void child_data(void) {
-    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
-    dataset_load(in_tests(child_path), tokenizer, 16, tokenizer->vocab_size);
+    Tokenizer *tokenizer = tokenizer_load(child_text);
+    dataset_load(child_path, tokenizer, 16, tokenizer->vocab_size);
 }
 
 // What is no JSONL or no UTF-8 is refused with what to do instead.
@@ -3627,8 +3641,10 @@ static void test_refused_data(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         put_file(in_tests(cases[i].name), cases[i].text,
                  cases[i].size ? cases[i].size : strlen(cases[i].text));
-        child_path = cases[i].name;
+        char *path = xstrdup(in_tests(cases[i].name)), *merges = xstrdup(in_tests("merges.txt"));
+        child_path = path, child_text = merges;
         expect_death(child_data, cases[i].said, cases[i].text);
+        free(path), free(merges);
     }
     write_text("part[1].txt", "ab"); // the name as it stands, though a glob finds the other
     write_text("part1.txt", "xyz");
@@ -4067,7 +4083,9 @@ static void test_stream(void) {
 
 // 60 of 100 steps are left, each takes 2 seconds: two minutes.
 static void test_time_left(void) {
-    Run run = {.options = &(Options){.steps = 100}, .step = 40, .steps_per_epoch = 16};
+    Options options;
+    options_from_text(&options, "--steps 100");
+    Run run = {.options = &options, .step = 40, .steps_per_epoch = 16};
     int kept = begin_capture();
     show_update(&run, &(Update){.loss = 1.25, .norm = 3, .learning_rate = 1e-4, .rows = 198}, 2);
     Text printed = end_capture(kept);
@@ -4249,21 +4267,22 @@ static void test_without_tokenizer(void) {
 }
 
 // Loss, accuracy and exact match against what the logits of each example alone give: nine examples, of which
-// every third says what the model would, the next ones end otherwise, and the others are random. With
-// --val-batches 3 only the first six count.
+// every third says what the model would, the next ones are random from their first scored row on, and the
+// others end otherwise. With --val-batches 3 only the first six count.
 static void test_evaluate(void) {
-    enum { V = 11, COUNT_OF_EXAMPLES = 9, PROMPT = 3, SIZE = 9 };
+    enum { V = 11, COUNT_OF_EXAMPLES = 9, SIZE = 9 };
     Model *model = tiny_model(tiny_config(V, 40, 2, 2, 8, 32, true), 12, NULL);
     Source source = {0};
     Example examples[COUNT_OF_EXAMPLES];
     for (int e = 0; e < COUNT_OF_EXAMPLES; e++) {
         Ids prompt = {0}, greedy = {0};
-        for (int i = 0; i < PROMPT; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
-        generate_slowly(model, &prompt, SIZE - PROMPT, &greedy);
-        examples[e] = (Example){0, source.ids.size, SIZE, SIZE - PROMPT};
-        for (int i = 0; i < PROMPT; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
-        for (int i = 0; i < SIZE - PROMPT; i++) {
-            bool other = e % 3 == 2 || (e % 3 == 1 && i == SIZE - PROMPT - 1);
+        const int P = e % 2 ? 1 : 3; // tokens of the prompt
+        for (int i = 0; i < P; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
+        generate_slowly(model, &prompt, SIZE - P, &greedy);
+        examples[e] = (Example){0, source.ids.size, SIZE, SIZE - P};
+        for (int i = 0; i < P; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
+        for (int i = 0; i < SIZE - P; i++) {
+            bool other = e % 3 == 1 || (e % 3 == 2 && i == SIZE - P - 1);
             int shift = other ? 1 + (int)(random_bits((uint64_t)e, 50 + (uint64_t)i) % (V - 1)) : 0;
             ids_push(&source.ids, (greedy.data[i] + shift) % V);
         }
@@ -4281,13 +4300,14 @@ static void test_evaluate(void) {
         dataset_batch(&data, NULL, e, 1, &batch);
         float *logits = logits_of(model, &batch);
         double *exactly = doubles(logits, (size_t)batch.rows * V);
-        for (int r = PROMPT - 1; r < SIZE - 1; r++, targets++) {
-            right += is_highest(logits + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
-            loss +=
-                oracle_cross_entropy(exactly + r * V, source.ids.data[examples[e].start + (size_t)r + 1], V);
+        for (int r = 0; r < batch.rows; r++) {
+            if (batch.target[r] < 0) continue;
+            targets++;
+            right += is_highest(logits + r * V, batch.target[r], V);
+            loss += oracle_cross_entropy(exactly + r * V, batch.target[r], V);
         }
         correct += right;
-        exact += right == SIZE - PROMPT;
+        exact += right == (size_t)examples[e].targets;
         free(logits), free(exactly);
         if (e != 5 && e != 8) continue;
         options.val_batches = e == 5 ? 3 : 0;
@@ -4481,6 +4501,35 @@ static void expect_stops(const Text *all, const char *seed) {
     check(stops >= 5, "--stop ended %d of 11 texts", stops);
 }
 
+// Without a prompt text begins behind the end of a text, as a document does; behind another token this model
+// goes on otherwise.
+static void test_no_prompt(void) {
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = tiny_model(tiny_config(tokenizer->vocab_size, 30, 2, 2, 8, 32, true), 3, NULL);
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("lively"));
+    Text printed;
+    expect_run(0, &printed,
+               "--init $D/lively --tokenizer $D/merges.txt --generate 20 --temperature 0 --matmul builtin");
+    for (int other = 0; other < 2; other++) {
+        Ids prompt = {0};
+        Sample sample = {0};
+        ids_push(&prompt, other ? 0 : tokenizer->end_of_text);
+        int kept = begin_capture();
+        generate(model, tokenizer, &prompt, 20, 1, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+        free(end_capture(kept).data);
+        bool same = printed.size == sample.text.size + 1 &&
+                    memcmp(printed.data, sample.text.data, sample.text.size) == 0;
+        check(same == !other, "without a prompt: %s; behind %d: %s", printed.data, prompt.data[0],
+              sample.text.data);
+        free(prompt.data);
+        sample_free(&sample);
+    }
+    free(printed.data);
+    tokenizer_free(tokenizer);
+    model_free(model);
+}
+
 static void test_generate(void) {
     static const char *const variants[] = {"--seed 1",
                                            "--seed 1",
@@ -4506,25 +4555,6 @@ static void test_generate(void) {
         check(strcmp(texts[3].data, texts[i].data) == 0, "%s is not greedy", variants[i]);
     expect_stops(&texts[0], variants[0]);
     for (int i = 0; i < 7; i++) free(texts[i].data);
-    // Without a prompt text begins behind <|endoftext|>, as a document does.
-    Model *model = model_load(in_tests("run"));
-    Tokenizer *tokenizer = tokenizer_load(in_tests("run"));
-    Sample sample = {0};
-    Ids prompt = {0}, ends = {0};
-    ids_push(&prompt, tokenizer->end_of_text);
-    ids_push(&ends, tokenizer->end_of_text);
-    expect_run(0, &printed, "--init $D/run --generate 20 --temperature 0 --matmul builtin");
-    int kept = begin_capture();
-    generate(model, tokenizer, &prompt, 20, 1, &ends, &(Sampling){0, 0, 1, 1, NULL}, &sample);
-    free(ends.data);
-    free(end_capture(kept).data);
-    check(sample.text.size > 5 && printed.size == sample.text.size + 1 &&
-              memcmp(printed.data, sample.text.data, sample.text.size) == 0,
-          "without a prompt: %s, not %s", printed.data, sample.text.data);
-    free(printed.data), free(prompt.data);
-    sample_free(&sample);
-    tokenizer_free(tokenizer);
-    model_free(model);
     expect_run(0, &printed, "--init $D/run --generate 9 --prompt a --samples 3 --matmul builtin");
     check(count_of(printed.data, "<|endoftext|>\n") == 2 && printed.data[0] == 'a', "--samples 3: %s",
           printed.data);
@@ -5515,7 +5545,8 @@ static const struct {
     {"safetensors: wrong headers", test_wrong_safetensors},
     {"model folder: round trip to the bit", test_model_folder},
     {"model folder: 16 bits, other names, tensors that are not read", test_other_clothes},
-    {"model folder: added tokens, cut anywhere, many", test_added_tokens},
+    {"model folder: added tokens, cut anywhere", test_added_tokens},
+    {"model folder: 20,000 added tokens", test_many_added_tokens},
     {"model folder: rules that are not GPT-2's", test_other_rules},
     {"model folder: its own end of text; written back as it came", test_own_words},
     {"model folder: heads beside wte and alone", test_stored_heads},
@@ -5540,6 +5571,7 @@ static const struct {
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
     {"progress: the time that is left", test_time_left},
     {"generation: text as it streams", test_stream},
+    {"generation: without a prompt", test_no_prompt},
 #if defined(__linux__) && defined(_OPENMP)
     {"threads: each has a core of its own, if there are as many", test_pin_threads},
 #endif

@@ -337,6 +337,8 @@ typedef struct {
     size_t size;
 } Mapping;
 
+static void unmap_file(Mapping *mapping);
+
 typedef struct {
     Config config;
     int tensor_count;
@@ -393,10 +395,6 @@ static Model *model_new(Config config) {
         }
     }
     return model;
-}
-
-static void unmap_file(Mapping *mapping) {
-    if (mapping->data) munmap(mapping->data, mapping->size);
 }
 
 static void model_free(Model *model) {
@@ -2573,6 +2571,11 @@ static void forget_mapping(const Mapping *mapping) {
         if (mapped_files[i].data == mapping->data) mapped_files[i].data = NULL;
 }
 
+static void unmap_file(Mapping *mapping) {
+    forget_mapping(mapping);
+    if (mapping->data) munmap(mapping->data, mapping->size);
+}
+
 static Mapping map_file(const char *path) {
     int descriptor = open(path, O_RDONLY);
     struct stat status;
@@ -3363,7 +3366,6 @@ static void safetensors_close(SafeTensors *file, bool keep_mapping) {
     free(file->path);
     free(file->tensors);
     if (keep_mapping) return;
-    forget_mapping(&file->mapping);
     unmap_file(&file->mapping);
 }
 
@@ -5332,10 +5334,10 @@ static void print_plan(const Run *run) {
     printf("  (warm-up %ld updates)\n", run->warmup);
     if (!run->tokenizer) return;
     print_example(run);
-    const int tokens = run->tokenizer->vocab_size, rows_of_wte = run->model->config.vocab_size;
-    if (tokens < rows_of_wte / 10 * 9)
-        printf("\nThe tokenizer has %d tokens, the model's vocabulary %d: is it the model's own?\n", tokens,
-               rows_of_wte);
+    const int vocab_size = run->model->config.vocab_size;
+    if (run->tokenizer->vocab_size < vocab_size / 10 * 9)
+        printf("\nThe tokenizer has %d tokens, the model's vocabulary %d: is it the model's own?\n",
+               run->tokenizer->vocab_size, vocab_size);
 }
 
 static int end_run(Run *run, int status) {
