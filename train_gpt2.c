@@ -3646,13 +3646,17 @@ static void keep_file(KeptFiles *files, const char *folder, const char *name, co
     files->items[files->size++] = (KeptFile){as, read_file(path)};
 }
 
+// The files that make a tokenizer, one or several of them.
+static const char *const tokenizer_names[] = {"tokenizer.json",     "vocab.json",
+                                              "merges.txt",         "tokenizer_config.json",
+                                              "added_tokens.json",  "special_tokens_map.json",
+                                              "chat_template.jinja"};
+enum { TOKENIZER_NAMES = sizeof tokenizer_names / sizeof *tokenizer_names };
+
 // Keeps the files of a tokenizer's folder; OpenAI's names become Hugging Face's.
 static void keep_tokenizer(KeptFiles *files, const char *folder) {
-    static const char *const names[] = {"tokenizer.json",     "vocab.json",
-                                        "merges.txt",         "tokenizer_config.json",
-                                        "added_tokens.json",  "special_tokens_map.json",
-                                        "chat_template.jinja"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) keep_file(files, folder, names[i], names[i]);
+    for (int i = 0; i < TOKENIZER_NAMES; i++)
+        keep_file(files, folder, tokenizer_names[i], tokenizer_names[i]);
     keep_file(files, folder, "encoder.json", "vocab.json");
     keep_file(files, folder, "vocab.bpe", "merges.txt");
 }
@@ -3815,17 +3819,13 @@ static void remove_checkpoint(const char *out, long step) {
 // Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is
 // no model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
 static void publish_model(const char *folder) {
-    // Files that transformers would read in place of the new ones, if an earlier model left them here.
-    static const char *const optional[] = {"vocab.json",         "merges.txt",
-                                           "tokenizer.json",     "tokenizer_config.json",
-                                           "added_tokens.json",  "special_tokens_map.json",
-                                           "chat_template.jinja"};
     char *from = xprintf("%s/model.tmp", folder);
     if (unlink(path_of("%s/config.json", folder)) != 0 && errno != ENOENT)
         die("%s/config.json: cannot be deleted: %s", folder, strerror(errno));
     sync_folder(folder);
-    for (size_t i = 0; i < sizeof optional / sizeof *optional; i++)
-        if (!file_exists(path_of("%s/%s", from, optional[i]))) unlink(path_of("%s/%s", folder, optional[i]));
+    for (int i = 0; i < TOKENIZER_NAMES; i++) // an earlier model's would be read in place of the new ones
+        if (!file_exists(path_of("%s/%s", from, tokenizer_names[i])))
+            unlink(path_of("%s/%s", folder, tokenizer_names[i]));
     DIR *files = opendir(from);
     if (!files) die("%s: cannot be read: %s", from, strerror(errno));
     for (struct dirent *entry; (entry = readdir(files));)
@@ -4468,8 +4468,17 @@ static void save_trainer_state(const Run *run, const char *folder) {
     save_text(folder, "trainer_state.json", state);
 }
 
-// Saves everything that is needed to go on, and deletes checkpoints that are neither new nor the best. The order
-// of what reaches the disk is: the log, the new checkpoint, its name, and only then are older ones deleted.
+// Deletes checkpoints that are neither among the --keep newest nor the best.
+static void prune_checkpoints(const Run *run) {
+    size_t count;
+    long *steps = list_checkpoints(run->options->out, &count);
+    for (size_t i = 0; i + (size_t)run->options->keep < count; i++)
+        if (steps[i] != run->best_step) remove_checkpoint(run->options->out, steps[i]);
+    free(steps);
+}
+
+// Saves everything that is needed to go on. The order of what reaches the disk is: the log, the new checkpoint, its
+// name, and only then are older ones deleted.
 static void save_checkpoint(Run *run) {
     const char *out = run->options->out;
     const Tensor *bad = find_not_finite(run->model);
@@ -4494,12 +4503,7 @@ static void save_checkpoint(Run *run) {
     free(temporary);
     run->saved_step = run->step;
     run->unsaved = false;
-
-    size_t count;
-    long *steps = list_checkpoints(out, &count);
-    for (size_t i = 0; i + (size_t)run->options->keep < count; i++)
-        if (steps[i] != run->best_step) remove_checkpoint(out, steps[i]);
-    free(steps);
+    prune_checkpoints(run);
 }
 
 // A whole number out of trainer_state.json, from `least` to `most`.
@@ -5444,6 +5448,7 @@ static int run_training(Options *options, int argc, char **argv) {
     if (checkpoint) {
         load_trainer_state(&run, checkpoint, newest);
         check_if_finished(&run, changes);
+        prune_checkpoints(&run); // a kill may have come between saving and pruning
     }
     if (!options->quiet) print_banner(&run, checkpoint, changes);
     return end_run(&run, train(&run));
