@@ -40,7 +40,7 @@ all: $(PROGRAMS) ## build train_gpt2, tokenizer, test_gpt2 and data/stories (the
 CONFIG := $(if $(O),$(O),build/)config.mk
 $(CONFIG): ;
 DOWNLOADS := gpt2 gpt2-medium gpt2-large gpt2-xl tinyshakespeare
-ifneq ($(filter-out help clean links $(DOWNLOADS),$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean links fuzz $(DOWNLOADS),$(or $(MAKECMDGOALS),all)),)
 PROBLEM := $(shell CC='$(CC)' CFLAGS='$(CFLAGS) $(CPPFLAGS)' LDFLAGS='$(LDFLAGS)' \
                    OPENMP='$(OPENMP)' BLAS='$(BLAS)' sh dev/flags.sh $(CONFIG))
 $(if $(PROBLEM),$(error $(PROBLEM)))
@@ -93,6 +93,12 @@ test: all $(O)dev/tour ## run every test; needs no Python and no network
 links: ## repair the line numbers of README's links into train_gpt2.c
 	sh dev/links.sh README.md
 
+torture: $(O)train_gpt2 ## kills, errors, full disks, power cuts at every place of a run: MINUTES=5, or KILLS=n FAULTS=n
+	PROGRAM=$(O)train_gpt2 python3 dev/torture/torture.py
+
+fuzz: ## damaged files and words by the million, SECONDS=60 for each TARGET (needs clang)
+	sh dev/fuzz/run.sh $(or $(SECONDS),60) $(TARGET)
+
 bench: all $(O)dev/bench ## how close a step comes to the machine's limit, kernel by kernel
 	./$(O)dev/bench $(LENGTHS) $(BENCH_OPTIONS)
 
@@ -140,4 +146,5 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train finetune test links bench tour book book-test recipe plot compare-test compare $(DOWNLOADS) install clean show-blas help
+.PHONY: all train finetune test torture fuzz links bench tour book book-test recipe plot compare-test compare \
+        $(DOWNLOADS) install clean show-blas help
