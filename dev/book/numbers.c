@@ -8,37 +8,37 @@
 
 static const char *separator = ""; // what stands before the next item: nothing, or a comma
 
-static void item(void) {
+static void put_item(void) {
     printf("%s", separator);
     separator = ",";
 }
 
-static void key(const char *name) {
-    item();
+static void put_key(const char *name) {
+    put_item();
     printf("\"%s\":", name);
 }
 
-static void open_list(char bracket) {
+static void put_open(char bracket) {
     printf("%c", bracket);
     separator = "";
 }
 
-static void close_list(char bracket) {
+static void put_close(char bracket) {
     printf("%c\n", bracket);
     separator = ",";
 }
 
-static void number(double value) {
-    item();
+static void put_number(double value) {
+    put_item();
     printf("%.5g", value);
 }
 
-static void whole(const char *name, long value) {
-    key(name);
+static void put_whole(const char *name, long value) {
+    put_key(name);
     printf("%ld", value);
 }
 
-static void string(const char *text) {
+static void put_string(const char *text) {
     putchar('"');
     for (; *text; text++)
         if (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20)
@@ -49,21 +49,21 @@ static void string(const char *text) {
 }
 
 // The blocks of dev/tour.md, as the program prints them now.
-static void print_blocks(void) {
+static void numbers_blocks(void) {
     walk();
-    key("blocks");
-    open_list('{');
+    put_key("blocks");
+    put_open('{');
     for (int i = 0; i < block_count; i++) {
-        key(blocks[i].name);
-        string(blocks[i].text);
+        put_key(blocks[i].name);
+        put_string(blocks[i].text);
     }
-    close_list('}');
+    put_close('}');
 }
 
 // ---- tokens and the merges that make them ----
 // A merge never has a lower rank than those that made its two parts. So where a piece stands after the first n
 // ranks is what a vocabulary of only the first n merges makes of it.
-static void print_merges(void) {
+static void numbers_merges(void) {
     static const char sentence[] = "I like the tea, the cat sat there!";
     enum { MOST = 64 };
     Tokenizer *first[MOST];
@@ -74,161 +74,161 @@ static void print_merges(void) {
         end = *end ? strchr(end, '\n') + 1 : NULL;
     }
     const Tokenizer *all = first[count - 1];
-    key("merges");
-    open_list('[');
+    put_key("merges");
+    put_open('[');
     for (size_t at = 0, end; at < strlen(sentence); at = end) {
         end = find_piece(all, sentence, at, strlen(sentence));
-        item();
-        open_list('{');
-        key("piece");
-        string(xprintf("%.*s", (int)(end - at), sentence + at));
-        key("steps"); // [rank of the merge, or -1, then the tokens]
-        open_list('[');
+        put_item();
+        put_open('{');
+        put_key("piece");
+        put_string(xprintf("%.*s", (int)(end - at), sentence + at));
+        put_key("steps"); // [rank of the merge, or -1, then the tokens]
+        put_open('[');
         size_t before = SIZE_MAX;
         for (int n = 0; n < count; n++) {
             Ids ids = encode_piece(first[n], sentence + at, end - at);
             if (ids.size != before) {
-                item();
-                open_list('[');
-                number(n - 1);
+                put_item();
+                put_open('[');
+                put_number(n - 1);
                 for (size_t i = 0; i < ids.size; i++) {
-                    item();
-                    string(shown(first[n], ids.data[i]));
+                    put_item();
+                    put_string(shown(first[n], ids.data[i]));
                 }
-                close_list(']');
+                put_close(']');
             }
             before = ids.size;
             free(ids.data);
         }
-        close_list(']');
-        key("ids");
-        open_list('[');
+        put_close(']');
+        put_key("ids");
+        put_open('[');
         Ids ids = encode_piece(all, sentence + at, end - at);
-        for (size_t i = 0; i < ids.size; i++) number(ids.data[i]);
-        close_list(']');
-        close_list('}');
+        for (size_t i = 0; i < ids.size; i++) put_number(ids.data[i]);
+        put_close(']');
+        put_close('}');
         free(ids.data);
     }
-    close_list(']');
+    put_close(']');
     for (int n = 0; n < count; n++) tokenizer_free(first[n]);
 }
 
 // ---- the batch ----
 
-static void print_rows(const Tour *tour) {
+static void numbers_rows(const Tour *tour) {
     const Batch *batch = &tour->batch;
-    key("rows");
-    open_list('[');
+    put_key("rows");
+    put_open('[');
     for (int s = 0; s < batch->sequences; s++)
         for (int r = batch->first_row[s]; r < batch->first_row[s + 1]; r++) {
-            item();
-            open_list('{');
-            whole("sequence", s);
-            whole("first", batch->first_row[s]);
-            whole("position", batch->position[r]);
-            whole("token", batch->token[r]);
-            key("reads");
-            string(shown(tour->tokenizer, batch->token[r]));
-            whole("target", batch->target[r]);
-            key("says");
-            string(batch->target[r] < 0 ? "" : shown(tour->tokenizer, batch->target[r]));
-            close_list('}');
+            put_item();
+            put_open('{');
+            put_whole("sequence", s);
+            put_whole("first", batch->first_row[s]);
+            put_whole("position", batch->position[r]);
+            put_whole("token", batch->token[r]);
+            put_key("reads");
+            put_string(shown(tour->tokenizer, batch->token[r]));
+            put_whole("target", batch->target[r]);
+            put_key("says");
+            put_string(batch->target[r] < 0 ? "" : shown(tour->tokenizer, batch->target[r]));
+            put_close('}');
         }
-    close_list(']');
+    put_close(']');
 }
 
 // ---- attention and loss, while the batch is learned by heart ----
 
 // probability[block][head][row] lists the keys that the row sees.
-static void print_attention(const Tour *tour) {
+static void numbers_attention(const Tour *tour) {
     const Model *model = tour->model;
     const Batch *batch = &tour->batch;
     const int NH = model->config.n_head, C = model->config.n_embd, HS = C / NH;
-    key("probability");
-    open_list('[');
+    put_key("probability");
+    put_open('[');
     for (int layer = 0; layer < model->config.n_layer; layer++) {
         const Block b = block_at(&tour->activations, model, layer);
-        item();
-        open_list('[');
+        put_item();
+        put_open('[');
         for (int head = 0; head < NH; head++) {
-            item();
-            open_list('[');
+            put_item();
+            put_open('[');
             for (int s = 0; s < batch->sequences; s++)
                 for (int i = batch->first_row[s]; i < batch->first_row[s + 1]; i++) {
-                    item();
-                    open_list('[');
+                    put_item();
+                    put_open('[');
                     for (int j = batch->first_row[s]; j <= i; j++) {
                         const float *q = b.qkv + i * 3 * C + head * HS;
                         const float *k = b.qkv + j * 3 * C + C + head * HS;
                         float score = 0;
                         for (int c = 0; c < HS; c++) score += q[c] * k[c] / sqrtf((float)HS);
-                        number(expf(score - b.log_sum_exp[i * NH + head]));
+                        put_number(expf(score - b.log_sum_exp[i * NH + head]));
                     }
-                    close_list(']');
+                    put_close(']');
                 }
-            close_list(']');
+            put_close(']');
         }
-        close_list(']');
+        put_close(']');
     }
-    close_list(']');
+    put_close(']');
 }
 
-static void print_learning(Tour *tour) {
+static void numbers_learning(Tour *tour) {
     const Tensor *worst;
-    key("learning"); // after some of the updates
-    open_list('[');
+    put_key("learning"); // after some of the updates
+    put_open('[');
     for (int step = 0; step <= 100; step++) {
         if (step == 0 || step == 1 || step == 10 || step == 30 || step == 100) {
             model_forward(tour->model, &tour->activations, &tour->batch, NULL, (Dropout){0});
             classifier(tour->model, &tour->activations, &tour->batch, false, 0, false);
-            item();
-            open_list('{');
-            whole("updates", step);
-            print_attention(tour);
-            key("loss"); // of each scored row
-            open_list('[');
-            for (int i = 0; i < tour->batch.targets; i++) number(tour->activations.loss[i]);
-            close_list(']');
-            close_list('}');
+            put_item();
+            put_open('{');
+            put_whole("updates", step);
+            numbers_attention(tour);
+            put_key("loss"); // of each scored row
+            put_open('[');
+            for (int i = 0; i < tour->batch.targets; i++) put_number(tour->activations.loss[i]);
+            put_close(']');
+            put_close('}');
         }
         tour_gradients(tour);
         float clip = clip_factor(gradient_norm(tour->model, &worst), tour->adam.max_grad_norm);
         adamw_update(tour->model, &tour->adam, tour->rate, step + 1, clip);
     }
-    close_list(']');
+    put_close(']');
 }
 
 // ---- the schedule ----
 
-static void print_schedules(void) {
+static void numbers_schedules(void) {
     static const char *const names[] = {"linear", "cosine", "constant"};
     enum { STEPS = 200 };
-    key("schedules");
-    open_list('[');
+    put_key("schedules");
+    put_open('[');
     for (int schedule = SCHEDULE_LINEAR; schedule <= SCHEDULE_CONSTANT; schedule++)
         for (long warmup = 0; warmup <= 60; warmup += 20)
             for (int tenths = 0; tenths <= 2; tenths++) {
-                item();
-                open_list('{');
-                key("schedule");
-                string(names[schedule]);
-                whole("warmup", warmup);
-                key("final");
+                put_item();
+                put_open('{');
+                put_key("schedule");
+                put_string(names[schedule]);
+                put_whole("warmup", warmup);
+                put_key("final");
                 printf("%.1f", tenths / 10.0);
-                key("factor");
-                open_list('[');
+                put_key("factor");
+                put_open('[');
                 for (long step = 0; step < STEPS; step++)
-                    number(schedule_factor((Schedule)schedule, step, warmup, STEPS, tenths / 10.0));
-                close_list(']');
-                close_list('}');
+                    put_number(schedule_factor((Schedule)schedule, step, warmup, STEPS, tenths / 10.0));
+                put_close(']');
+                put_close('}');
             }
-    close_list(']');
+    put_close(']');
 }
 
 // ---- memory ----
 // The program's own layout, of addresses that nothing is stored at: an array reaches to where the next begins.
 
-static void print_memory(int sequences, int length, Keep keep) {
+static void numbers_memory(int sequences, int length, Keep keep) {
     Model *model = model_new((Config){50257, 1024, 12, 12, 768, 3072, 1e-5f, true});
     Activations a = {0};
     const int rows = sequences * length;
@@ -252,29 +252,29 @@ static void print_memory(int sequences, int length, Keep keep) {
                  {"logits", a.selected, (float *)(memory + size), 1}};
     size_t parameters = 0;
     for (int i = 0; i < model->tensor_count; i++) parameters += model->tensors[i].size;
-    item();
-    open_list('{');
-    whole("sequences", sequences);
-    whole("length", length);
-    whole("recompute", keep == KEEP_INPUTS);
-    whole("parameters", (long)(parameters * sizeof(float)));
-    whole("activations", (long)size);
-    key("parts"); // [name, bytes, kept for the backward pass]
-    open_list('[');
+    put_item();
+    put_open('{');
+    put_whole("sequences", sequences);
+    put_whole("length", length);
+    put_whole("recompute", keep == KEEP_INPUTS);
+    put_whole("parameters", (long)(parameters * sizeof(float)));
+    put_whole("activations", (long)size);
+    put_key("parts"); // [name, bytes, kept for the backward pass]
+    put_open('[');
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        item();
-        open_list('[');
-        item();
-        string(parts[i].name);
-        item();
+        put_item();
+        put_open('[');
+        put_item();
+        put_string(parts[i].name);
+        put_item();
         if (parts[i].end <= parts[i].begin) die("the arrays of Activations no longer lie in this order");
         printf("%ld", (long)((parts[i].end - parts[i].begin) * (long)sizeof(float) * parts[i].times));
-        item();
+        put_item();
         printf("%d", i < 6 && (i == 0 || keep == KEEP_ALL));
-        close_list(']');
+        put_close(']');
     }
-    close_list(']');
-    close_list('}');
+    put_close(']');
+    put_close('}');
     munmap(memory, size);
     model_free(model);
 }
@@ -283,19 +283,20 @@ int main(void) {
     program_name = "numbers";
     matmul_kind = MATMUL_BUILTIN;
     omp_set_num_threads(1);
-    open_list('{');
-    print_blocks();
-    print_merges();
+    put_open('{');
+    numbers_blocks();
+    numbers_merges();
     Tour tour = tour_begin();
-    print_rows(&tour);
-    print_learning(&tour);
+    numbers_rows(&tour);
+    numbers_learning(&tour);
     tour_end(&tour);
-    print_schedules();
-    key("memory");
-    open_list('[');
+    numbers_schedules();
+    put_key("memory");
+    put_open('[');
     for (int long_ones = 0; long_ones < 2; long_ones++)
-        for (Keep keep = KEEP_ALL; keep <= KEEP_INPUTS; keep++) print_memory(4, long_ones ? 1024 : 64, keep);
-    close_list(']');
-    close_list('}');
+        for (Keep keep = KEEP_ALL; keep <= KEEP_INPUTS; keep++)
+            numbers_memory(4, long_ones ? 1024 : 64, keep);
+    put_close(']');
+    put_close('}');
     return 0;
 }

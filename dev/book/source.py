@@ -20,7 +20,8 @@ def slug(text):
 
 class Source:
     def __init__(self, text):
-        self.text, self.lines, self.words = text, text.split("\n"), set(re.findall(r"\w+", text))
+        self.text, self.lines = text, text.split("\n")
+        self.words = set(re.findall(r"\w+", re.sub(r"//.*", "", text)))  # of its code, libraries' names among them
         self.kinds, self.line_of = {}, {}  # of each name that is defined: function, type, constant, ...; its line
         self.functions = []  # (first line, last line, name)
         self.uses, self.mentions = defaultdict(dict), defaultdict(dict)  # name -> {place: line}, {anchor: title}
@@ -121,7 +122,7 @@ class Source:
             is_type = kind == "type" and name[0].isupper() and re.search(r"[a-z,;:] $", text[:m.start()])
             if kind and (call or "_" in name or is_type):
                 return f'<a href="#{name}">{m[0]}</a>'
-            if call and not kind and "_" in name and not name.startswith("X_"):  # X_free() stands for any
+            if call and "_" in name and name not in self.words and not name.startswith("X_"):  # X_free(): any
                 problems.append(f"train_gpt2.c: a comment names {name}(), which does not exist")
             return escape(m[0], quote=False)
         return INLINE.sub(replace, text)

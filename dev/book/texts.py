@@ -76,7 +76,7 @@ class Text:
         if name in self.source.kinds:
             self.source.mentions[name].setdefault(*self.here)
             return f'<code><a href="#{name}">{name}</a></code>'
-        if re.fullmatch(r"[a-z]\w*_\w+", name) and name not in self.source.words:
+        if re.fullmatch(r"[a-z]\w*_\w*[a-z0-9]", name) and name not in self.source.words:
             problems.append(f"{self.path}: there is no `{name}` in train_gpt2.c")
         return f"<code>{escape(name)}</code>"
 
