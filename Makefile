@@ -20,13 +20,14 @@ BENCH_OPTIONS ?= --init d12
 # same model learns to answer questions (its knowledge, in embeddings and MLPs, stays as it is). So small a model wants
 # larger rates than the recipe's 5e-5.
 #
-#   make train SEED=2 OUT=out2                         another seed; models in out2/ and out2-finetuned/
+#   make train SEED=2 OUT=out2                         another seed, and other folders: out2/, out2-finetuned/ (a model
+#                                                      that is finished stays as it is)
 #   make train TRAIN_OPTIONS="--learning-rate 1e-3"    and FINETUNE_OPTIONS: train_gpt2's options, by their long names,
 #                                                      added to these; one that is among them takes its place
 SEED := 1337
 OUT  := out
-TRAIN_DEFAULTS    := --seed=$(SEED) --n-layer=2 --n-head=8 --n-embd=128 --n-positions=64 --batch-size=16 --epochs=3 \
-                     --learning-rate=2e-3 --schedule=cosine --warmup-steps=5% --beta2=0.95 --val-every=200
+TRAIN_DEFAULTS    := --seed=$(SEED) --init=d4 --n-layer=2 --n-head=8 --n-embd=128 --n-positions=64 --batch-size=16 \
+                     --epochs=3 --learning-rate=2e-3 --schedule=cosine --warmup-steps=5% --beta2=0.95 --val-every=200
 FINETUNE_DEFAULTS := --seed=$(SEED) --freeze='wte|wpe|mlp' --batch-size=32 --seq-len=64 --epochs=4 \
                      --learning-rate=2e-3 --val-every=100
 TRAIN_OPTIONS     ?=
@@ -70,8 +71,8 @@ $(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour: WARNINGS += -Wno-unused-
 $(O)data/stories: LIBS = $(LDFLAGS) -lm
 
 train: all $(STORIES) build/stories_tokenizer/merges.txt ## train a small model on made-up stories
-	./$(O)train_gpt2 --init d4 --tokenizer build/stories_tokenizer --out $(OUT) --resume \
-	    --train build/data/stories_train.txt --val $(STORIES) $(call with,$(TRAIN_DEFAULTS),$(TRAIN_OPTIONS))
+	./$(O)train_gpt2 --tokenizer build/stories_tokenizer --train build/data/stories_train.txt --val $(STORIES) \
+	    --out $(OUT) --resume $(call with,$(TRAIN_DEFAULTS),$(TRAIN_OPTIONS))
 	@echo; echo "A story by the model, and how many sentences of two hundred stories are right:"; echo
 	@./$(O)train_gpt2 --init $(OUT) --generate 60 --temperature 0.7
 	@./$(O)train_gpt2 --init $(OUT) --generate 60 --temperature 0.7 --samples 200 | ./$(O)data/stories check
@@ -84,7 +85,8 @@ finetune: all $(STORIES) $(QUESTIONS) $(HELD_OUT) ## teach that model to answer 
 	    ./$(O)train_gpt2 --init $$model --eval --val $(HELD_OUT) --quiet && \
 	    ./$(O)train_gpt2 --init $$model --eval --val $(STORIES) --quiet || exit 1; done
 
-demonstration: all $(STORIES) build/stories_tokenizer/merges.txt $(QUESTIONS) $(HELD_OUT) ## measure train and finetune with several SEEDS
+demonstration: $(STORIES) $(QUESTIONS) $(HELD_OUT) build/stories_tokenizer/merges.txt
+demonstration: all ## measure train and finetune with several SEEDS
 	sh dev/demonstration.sh $(SEEDS)
 
 build/data/stories_train.txt: STORY_OPTIONS = --seed 1 --megabytes 4
@@ -115,7 +117,7 @@ recipe: all ## test each claim of the fine-tuning recipe: tables and pictures in
 	sh dev/recipe/run.sh
 
 plot: ## draw out/log.csv as out/log.png (needs gnuplot)
-	sh dev/plot.sh out
+	sh dev/plot.sh $(OUT)
 
 compare-test: all ## compare with PyTorch, live; makes itself a Python environment first
 	sh dev/compare_test.sh
@@ -142,4 +144,5 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train finetune demonstration test bench tour recipe plot compare-test compare $(DOWNLOADS) install clean show-blas help
+.PHONY: all train finetune demonstration test bench tour recipe plot compare-test compare $(DOWNLOADS) install clean \
+        show-blas help

@@ -7,7 +7,7 @@
 # TRAIN_OPTIONS and FINETUNE_OPTIONS try other options, as with the two commands themselves.
 # Each run begins anew in build/demonstration/; what it printed stays there as SEED-MATMUL-THREADS.log. Prints a row
 # for each run, then the ranges. The exit status is 1 if a run failed or fell short of what is promised here:
-true_promised=95 # of the sentences in the model's stories, %, are true in the village
+true_promised=95  # of the sentences in the model's stories, %, are true in the village
 exact_promised=98 # of the held-out questions, %, are answered exactly
 set -eu
 cd "$(dirname "$0")/.."
@@ -25,7 +25,8 @@ timed() {
     before=$(cpu "$place.times") started=$(date +%s)
     "$@" >>"$place.log" 2>&1 || { echo "$place failed: see $place.log" >&2 && exit 1; }
     times >"$place.times"
-    eval "seconds_$name=$(($(date +%s) - started)) cpu_$name=$(echo "$before $(cpu "$place.times")" | awk '{ print $2 - $1 }')"
+    eval "seconds_$name=$(($(date +%s) - started))"
+    eval "cpu_$name=$(echo "$before $(cpu "$place.times")" | awk '{ print $2 - $1 }')"
 }
 
 # one SEED MATMUL THREADS: trains and fine-tunes, and prints a row
@@ -50,7 +51,9 @@ one() {
 }
 
 # row: sets a row, or the heading, in columns
-row() { awk '{ printf "%4s %-8s %7s %6s %6s %7s %6s %6s %6s %6s %6s %6s\n", $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12 }'; }
+row() {
+    awk '{ printf "%4s %-8s", $1, $2; for (i = 3; i <= 12; i++) printf " %7s", $i; print "" }'
+}
 
 if [ "${1:-}" = --one ]; then # this script calls itself, see below
     shift
@@ -93,7 +96,8 @@ cat "$work"/*.row | awk -v true_promised=$true_promised -v exact_promised=$exact
         range(8, "loss on the stories after it"); range(9, "make train, seconds"); range(10, "make finetune, seconds")
         range(11, "make train, seconds of processor time"); range(12, "make finetune, seconds of processor time")
         short = least[5] < true_promised || least[7] < exact_promised
-        print (short ? "not kept" : "kept") ": at least " true_promised " % true sentences, " exact_promised " % exact match"
+        printf "%s: at least %s %% true sentences, %s %% exact match\n", short ? "not kept" : "kept", true_promised,
+            exact_promised
         exit short
     }' || failed=1
 exit $failed
