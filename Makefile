@@ -17,11 +17,27 @@ LENGTHS       ?= 64,64,64,64
 BENCH_OPTIONS ?= --init d12
 
 # What `make train` does: a small model, from nothing, on stories that data/stories makes up; and `make finetune`: the
-# same model learns to answer questions (its knowledge, in embeddings and MLPs, stays as it is). So small a model wants
-# larger rates than the recipe's 5e-5.
-TRAIN_OPTIONS    ?= --n-layer 2 --n-embd 128 --n-positions 64 --batch-size 16 --steps 2600 --learning-rate 3e-3 \
-                    --schedule cosine --warmup-steps 5% --final-lr 0.1 --beta2 0.99 --val-every 200
-FINETUNE_OPTIONS ?= --freeze 'wte|wpe|mlp' --batch-size 32 --seq-len 64 --epochs 4 --learning-rate 1e-3 --val-every 100
+# same model learns to answer questions: by the lower block's attention, which has to look for the person and the fact
+# that is asked for; all else, where the knowledge is, stays as it is. So small a model wants larger rates than 5e-5.
+#
+#   make train SEED=2 OUT=out2                         another seed, and other folders: out2/, out2-finetuned/ (a model
+#                                                      that is finished stays as it is)
+#   make train TRAIN_OPTIONS="--learning-rate 1e-3"    and FINETUNE_OPTIONS: train_gpt2's options, by their long names,
+#                                                      added to these; one that is among them takes its place
+SEED := 1337
+OUT  := out
+TRAIN_DEFAULTS    := --seed=$(SEED) --init=d4 --n-layer=2 --n-head=8 --n-embd=128 --n-positions=64 --batch-size=16 \
+                     --epochs=3 --learning-rate=2e-3 --schedule=cosine --warmup-steps=5% --beta2=0.95 --val-every=200
+FINETUNE_DEFAULTS := --seed=$(SEED) --freeze='wte|wpe|mlp|h.1.' --batch-size=32 --seq-len=64 --epochs=4 \
+                     --learning-rate=2e-3 --beta2=0.95 --val-every=125
+TRAIN_OPTIONS     ?=
+FINETUNE_OPTIONS  ?=
+# $(call with,DEFAULTS,ADDED): the defaults that are not named among the added options, then these
+with = $(filter-out $(foreach word,$(filter --%,$2),$(firstword $(subst =, ,$(word)))=%),$1) $2
+
+STORIES   := build/data/stories_val.txt
+QUESTIONS := build/data/questions_train.jsonl
+HELD_OUT  := build/data/questions_held_out.jsonl
 
 ifeq ($(SANITIZE),1)
 O         := build/sanitize/
@@ -55,22 +71,24 @@ $(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour $(O)dev/book/numbers: tra
 $(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour $(O)dev/book/numbers: WARNINGS += -Wno-unused-function
 $(O)data/stories: LIBS = $(LDFLAGS) -lm
 
-train: all build/data/stories_val.txt build/stories_tokenizer/merges.txt ## train a small model on made-up stories
-	./$(O)train_gpt2 --init d4 --tokenizer build/stories_tokenizer --out out --resume \
-	    --train build/data/stories_train.txt --val build/data/stories_val.txt $(TRAIN_OPTIONS)
-	@echo; echo "A story by the model, and how many sentences of twenty stories are right:"; echo
-	@./$(O)train_gpt2 --init out --generate 60 --temperature 0.7
-	@./$(O)train_gpt2 --init out --generate 60 --temperature 0.7 --samples 20 | ./$(O)data/stories check
+train: all $(STORIES) build/stories_tokenizer/merges.txt ## train a small model on made-up stories
+	./$(O)train_gpt2 --tokenizer build/stories_tokenizer --train build/data/stories_train.txt --val $(STORIES) \
+	    --out $(OUT) --resume $(call with,$(TRAIN_DEFAULTS),$(TRAIN_OPTIONS))
+	@echo; echo "A story by the model, and how many sentences of two hundred stories are right:"; echo
+	@./$(O)train_gpt2 --init $(OUT) --generate 60 --temperature 0.7
+	@./$(O)train_gpt2 --init $(OUT) --generate 60 --temperature 0.7 --samples 200 | ./$(O)data/stories check
 
-STORIES   := build/data/stories_val.txt
-QUESTIONS := build/data/questions_train.jsonl
-HELD_OUT  := build/data/questions_held_out.jsonl
 finetune: all $(STORIES) $(QUESTIONS) $(HELD_OUT) ## teach that model to answer questions about the stories
-	[ -f out/model.safetensors ] || $(MAKE) train
-	./$(O)train_gpt2 --init out --train $(QUESTIONS) --val $(HELD_OUT) --out out-finetuned --resume $(FINETUNE_OPTIONS)
-	@for model in out out-finetuned; do echo; echo "$$model: held-out questions, then the stories:"; \
+	[ -f $(OUT)/model.safetensors ] || $(MAKE) train
+	./$(O)train_gpt2 --init $(OUT) --train $(QUESTIONS) --val $(HELD_OUT) --out $(OUT)-finetuned --resume \
+	    $(call with,$(FINETUNE_DEFAULTS),$(FINETUNE_OPTIONS))
+	@for model in $(OUT) $(OUT)-finetuned; do echo; echo "$$model: held-out questions, then the stories:"; \
 	    ./$(O)train_gpt2 --init $$model --eval --val $(HELD_OUT) --quiet && \
 	    ./$(O)train_gpt2 --init $$model --eval --val $(STORIES) --quiet || exit 1; done
+
+demonstration: $(STORIES) $(QUESTIONS) $(HELD_OUT) build/stories_tokenizer/merges.txt
+demonstration: all ## measure train and finetune with several SEEDS
+	sh dev/demonstration.sh $(SEEDS)
 
 build/data/stories_train.txt: STORY_OPTIONS = --seed 1 --megabytes 4
 build/data/stories_val.txt:   STORY_OPTIONS = --seed 2 --megabytes 0.05
@@ -119,7 +137,7 @@ recipe: all ## test each claim of the fine-tuning recipe: tables and pictures in
 	sh dev/recipe/run.sh
 
 plot: ## draw out/log.csv as out/log.png (needs gnuplot)
-	sh dev/plot.sh out
+	sh dev/plot.sh $(OUT)
 
 compare-test: all ## compare with PyTorch, live; makes itself a Python environment first
 	sh dev/compare_test.sh
@@ -146,5 +164,5 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train finetune test torture fuzz links bench tour book book-test recipe plot compare-test compare \
-        $(DOWNLOADS) install clean show-blas help
+.PHONY: all train finetune demonstration test torture fuzz links bench tour book book-test recipe plot compare-test \
+        compare $(DOWNLOADS) install clean show-blas help

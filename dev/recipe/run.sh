@@ -3,10 +3,11 @@
 #
 #   sh dev/recipe/run.sh [--quick] [--write] [EXPERIMENT...]     EXPERIMENT: a b c d e f g, all without one
 #
-# Starts from the model that `make train` makes and teaches it the questions of `make finetune`. Rows go to
-# build/recipe/runs/, tables (Markdown) and pictures (SVG, by gnuplot) to build/recipe/; --write puts them into
-# dev/recipe/ and README.md there. What has been run is not run again: an interrupted run goes on. --quick takes
-# a tiny base, one seed and few updates: it tests this script, its figures say nothing.
+# Starts from a model as `make train` makes it and teaches it half the questions of `make finetune`, for half as many
+# epochs: so not all is learned where all goes well, and a difference can show. Rows go to build/recipe/runs/, tables
+# (Markdown) and pictures (SVG, by gnuplot) to build/recipe/; --write puts them into dev/recipe/ and README.md there.
+# What has been run is not run again: an interrupted run goes on. --quick takes a tiny base, one seed and few updates:
+# it tests this script, its figures say nothing.
 set -eu
 cd "$(dirname "$0")/../.."
 work=build/recipe seeds="1 2 3" length="--epochs 2" write= chosen=
@@ -21,7 +22,7 @@ for word in "$@"; do
 done
 base=$work/base train=$work/questions_train.jsonl held_out=$work/questions_held_out.jsonl
 stories=$work/stories_val.txt tokenizer=$work/tokenizer
-recipe="--freeze wte|wpe|mlp --learning-rate 1e-3"
+freeze="wte|wpe|mlp|h.1." rate=2e-3 size="--n-layer 2 --n-head 8 --n-embd 128 --n-positions 64" # as in the Makefile
 fixed="--batch-size 32 --seq-len 64 --val-fraction 0 --threads 1 --matmul builtin --quiet"
 
 fail() {
@@ -41,8 +42,9 @@ one() {
     shift 3
     [ -s "$row" ] && return
     rm -rf "$out"
-    # a later option takes the place of an earlier one, but --freeze adds up: the recipe's is left out where one is given
-    case " $* " in *" --freeze "*) set -- --learning-rate 1e-3 "$@" ;; *) set -- $recipe "$@" ;; esac
+    # what the experiment does not say is as in the recipe
+    case " $* " in *" --learning-rate "*) ;; *) set -- "$@" --learning-rate $rate ;; esac
+    case " $* " in *" --freeze "*) ;; *) set -- "$@" --freeze "$freeze" ;; esac
     case " $* " in *" --init "* | *" --n-layer "*) ;; *) set -- --init "$base" "$@" ;; esac
     case " $* " in *" --steps "*) ;; *) set -- "$@" $length ;; esac
     case " $* " in *" --train "*) ;; *) set -- "$@" --train "$train" ;; esac
@@ -67,7 +69,7 @@ overfit_one() {
     steps=200 every=20
     [ "$length" = "--epochs 2" ] || steps=4 every=2
     ./train_gpt2 --init "$base" --overfit --train "$train" --val "$held_out" --batch-size 16 --seq-len 64 --steps $steps \
-        --val-every $every --learning-rate 1e-3 --schedule constant --warmup-steps 10% --threads 1 --matmul builtin --quiet \
+        --val-every $every --learning-rate $rate --schedule constant --warmup-steps 10% --threads 1 --matmul builtin --quiet \
         --seed "$1" --out "$work/out/f-$1" >/dev/null || [ $steps = 4 ] || fail "overfitting one batch, seed $1: not passed"
     mv "$work/out/f-$1/log.csv" "$log"
     rm -rf "$work/out/f-$1"
@@ -96,9 +98,9 @@ patched() {
 prepare() {
     mkdir -p "$work/runs" "$work/out"
     if [ "$work" = build/recipe ]; then
-        [ -f out/model.safetensors ] || make train
-        [ -f "$base/model.safetensors" ] || { mkdir -p "$base" && cp out/*.json out/*.safetensors out/merges.txt "$base"; }
-        ./data/stories questions --seed 1 --count 4000 >"$train"
+        [ -f "$base/model.safetensors" ] || make train OUT="$base" SEED=1 \
+            TRAIN_OPTIONS="--threads 1 --matmul builtin" # the same figures on any number of cores
+        ./data/stories questions --seed 1 --count 2000 >"$train"
         ./data/stories questions --seed 2 --count 400 --held-out >"$held_out"
         ./data/stories text --seed 2 --megabytes 0.05 >"$stories"
     else
@@ -106,7 +108,7 @@ prepare() {
         ./data/stories questions --seed 1 --count 64 >"$train"
         ./data/stories questions --seed 2 --count 32 --held-out >"$held_out"
         ./tokenizer train --vocab-size 500 --out "$tokenizer" "$stories" 2>/dev/null
-        [ -f "$base/model.safetensors" ] || ./train_gpt2 --n-layer 2 --n-embd 128 --n-positions 64 --tokenizer "$tokenizer" \
+        [ -f "$base/model.safetensors" ] || ./train_gpt2 $size --tokenizer "$tokenizer" \
             --train "$stories" --val-fraction 0 --steps 5 --batch-size 8 --quiet --out "$base" >/dev/null
     fi
     # of the base's size (a village has few words), learned from other text: C
@@ -147,9 +149,9 @@ c-L2_0.01 $work/l2_in_loss
 c-L2_1 $work/l2_in_loss --weight-decay 1
 END
         ;;
-    d) for rate in 5e-5 1e-4 3e-4 1e-3 3e-3 1e-2; do echo "d-rate_$rate ./train_gpt2 --learning-rate $rate"; done
+    d) for peak in 5e-5 1e-4 3e-4 1e-3 2e-3 5e-3 1e-2; do echo "d-rate_$peak ./train_gpt2 --learning-rate $peak"; done
         for warmup in 0 10% 1ep; do
-            echo "d-3e-3_warmup_$warmup ./train_gpt2 --learning-rate 3e-3 --warmup-steps $warmup"
+            echo "d-5e-3_warmup_$warmup ./train_gpt2 --learning-rate 5e-3 --warmup-steps $warmup"
         done
         for schedule in constant linear cosine; do echo "d-$schedule ./train_gpt2 --schedule $schedule"; done ;;
     e) cat <<END
@@ -158,13 +160,14 @@ e-lower_half ./train_gpt2 --freeze wte|wpe|h.0.
 e-all_but_top_block ./train_gpt2 --freeze wte|wpe|h.0.|ln_f
 e-all_but_biases_and_norms ./train_gpt2 --freeze wte|wpe|c_.+weight
 e-embeddings_and_MLPs ./train_gpt2 --freeze wte|wpe|mlp
+e-all_but_lower_attention ./train_gpt2
 END
         ;;
     f) echo "f-overfit" ;;
     g) for count in 32 128 512; do
             data="--train $work/few_$count.jsonl --steps $([ "$length" = "--epochs 2" ] && echo 200 || echo 4) --warmup-steps 10%"
             echo "g-tuned_on_$count ./train_gpt2 $data"
-            echo "g-scratch_on_$count ./train_gpt2 $data --n-layer 2 --n-embd 128 --n-positions 64 --tokenizer $base --freeze none"
+            echo "g-scratch_on_$count ./train_gpt2 $data $size --tokenizer $base --freeze none"
         done ;;
     esac
 }
@@ -214,7 +217,7 @@ report() {
         if [ "$letter" = f ]; then overfit_table; else table "$letter"; fi >"$work/$letter.md"
         if [ "$letter" = e ]; then
             { echo && echo "| frozen | memory of training by --plan, MB |" && echo "| --- | --- |"
-            experiment e | while read -r name _ _ regex; do echo "| ${name#*-} | $(memory_of "$regex") |" | tr _ ' '; done
+            experiment e | while read -r name _ _ regex; do echo "| ${name#*-} | $(memory_of "${regex:-$freeze}") |" | tr _ ' '; done
             } >>"$work/e.md"
         fi
         { echo && echo "## $letter" && cat "$work/$letter.md"; } | sed 's/^$//'
