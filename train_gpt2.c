@@ -78,6 +78,10 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_in_parallel(void) { return 0; }
 static void omp_set_num_threads(int n) { (void)n; }
 #endif
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__)
+#define USE_AMX
+#include <sys/syscall.h>
+#endif
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
@@ -4444,6 +4448,7 @@ typedef struct {
     size_t ldc, lda, ldb, M, N, K;
     bool transpose_a, transpose_b, accumulate;
     size_t rows, columns, blocks_across; // of a block of C, and how many blocks lie side by side
+    bool round_operands;                 // to bfloat16: section 17
 } Product;
 
 // C (rows, columns) = or += the sums of a tile; C may have less room than a tile has rows or columns.
@@ -4511,23 +4516,27 @@ static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, s
         }
 }
 
+static void round_in_place(float *x, size_t count); // to bfloat16: section 17
+
 // One block of C, for all of K.
 static void matmul_block(const void *product, size_t block) {
     const Product *p = product;
     static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
     size_t row = block / p->blocks_across * p->rows, end = smaller(row + p->rows, p->M);
     size_t column = block % p->blocks_across * p->columns, columns = smaller(p->columns, p->N - column);
-    bool in_place = !p->transpose_a && p->lda % 1024 != 0;
+    bool in_place = !p->transpose_a && p->lda % 1024 != 0 && !p->round_operands;
     size_t lda = in_place ? p->lda : A_LD;
     for (size_t k = 0, depth, pieces = (p->K + DEPTH - 1) / DEPTH; pieces > 0; k += depth, pieces--) {
         depth = (p->K - k) / pieces;
         size_t panel_size = depth * TILE_COLUMNS + 16; // + 16: no multiple of 4 KB here either
         matmul_pack(packed_b, panel_size, p, k, depth, column, columns);
+        if (p->round_operands) round_in_place(packed_b, (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * panel_size);
         for (size_t i = row, group; i < end; i += group) {
             group = smaller(GROUP, end - i);
             if (p->transpose_a) transpose(packed_a, A_LD, p->A + k * p->lda + i, p->lda, depth, group);
             for (size_t x = 0; !in_place && !p->transpose_a && x < group; x++)
                 memcpy(packed_a + x * A_LD, p->A + (i + x) * p->lda + k, depth * sizeof(float));
+            if (p->round_operands) round_in_place(packed_a, group * A_LD);
             const float *group_a = in_place ? p->A + i * p->lda + k : packed_a;
             for (size_t j = 0; j < columns; j += TILE_COLUMNS)
                 for (size_t x = 0; x < group; x += TILE_ROWS)
@@ -4616,7 +4625,7 @@ static void share_out(void (*work)(const void *, size_t), const void *product, s
 // Cuts C into blocks and shares them out. Inside a parallel region the calling thread works alone.
 static void matmul_builtin(Product p) {
     if (p.M == 0 || p.N == 0) return;
-    bool few = (p.M <= FEW && !p.transpose_a) || p.K == 0;
+    bool few = (p.M <= FEW && !p.transpose_a && !p.round_operands) || p.K == 0;
     bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
     size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
     // A block's panels: none wider than packed_b can hold, as many blocks as threads or a multiple of them.
@@ -4669,6 +4678,11 @@ static inline uint32_t round_to_bfloat16(float x) {
     return x == x ? u.bits + 0x7fff + (u.bits >> 16 & 1) : 0x7fc00000;
 }
 
+static void round_in_place(float *x, size_t count) {
+    Pair *bits = (Pair *)x;
+    for (size_t i = 0; i < count; i++) bits[i] = round_to_bfloat16(x[i]) & 0xffff0000;
+}
+
 static inline Pair pair_of(float first, float second) {
     return round_to_bfloat16(first) >> 16 | (round_to_bfloat16(second) & 0xffff0000);
 }
@@ -4715,7 +4729,10 @@ static void amx_tile(float *C, size_t ldc, const Pair *A, size_t lda, const Pair
         _tile_loadd(2, (char *)c + 16 * ld, ld);
         _tile_loadd(3, (char *)c + 16 * ld + 64, ld);
     } else {
-        _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
     }
     for (size_t k = 0; k < depth; k += 16) {
         _tile_loadd(4, A + k, lda * sizeof(Pair));
@@ -4917,6 +4934,21 @@ static void matmul_pairs(Product p) {
     if (alone) free(memory);
 }
 
+// Any product in bfloat16. With 16 registers, and without an instruction for pairs, taking them apart costs more
+// than it brings: then the float32 product rounds what it packs.
+static void matmul_bfloat16(Product p) {
+#if defined(__AVX512F__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    const bool pairs = true;
+#else
+    const bool pairs = amx_allowed;
+#endif
+    p.round_operands = true;
+    if (pairs && p.K > 0)
+        matmul_pairs(p);
+    else
+        matmul_builtin(p);
+}
+
 // ---- few rows, from copies ----
 // A token that is generated reads every weight, and every key and value in the cache, to multiply it once. So
 // time is what memory needs, and half the bits are half the time: generate() keeps copies in bfloat16 of the
@@ -5083,12 +5115,12 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
         return;
     }
 #endif
-    const Product p = {C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0};
+    const Product p = {C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0, false};
     const BFloat16 *copy = M <= FEW && !transpose_a && K > 0 ? copy_of(B) : NULL;
     if (copy)
         matmul_few_pairs(p, copy);
-    else if (bfloat16_products && K > 0)
-        matmul_pairs(p);
+    else if (bfloat16_products)
+        matmul_bfloat16(p);
     else
         matmul_builtin(p);
 }
