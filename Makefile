@@ -40,7 +40,7 @@ all: $(PROGRAMS) ## build train_gpt2, tokenizer, test_gpt2 and data/stories (the
 CONFIG := $(if $(O),$(O),build/)config.mk
 $(CONFIG): ;
 DOWNLOADS := gpt2 gpt2-medium gpt2-large gpt2-xl tinyshakespeare
-ifneq ($(filter-out help clean $(DOWNLOADS),$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean links $(DOWNLOADS),$(or $(MAKECMDGOALS),all)),)
 PROBLEM := $(shell CC='$(CC)' CFLAGS='$(CFLAGS) $(CPPFLAGS)' LDFLAGS='$(LDFLAGS)' \
                    OPENMP='$(OPENMP)' BLAS='$(BLAS)' sh dev/flags.sh $(CONFIG))
 $(if $(PROBLEM),$(error $(PROBLEM)))
@@ -89,6 +89,9 @@ test: all $(O)dev/tour ## run every test; needs no Python and no network
 	@# passive: threads that wait do not take the processor from others
 	OMP_WAIT_POLICY=passive ./$(O)test_gpt2
 
+links: ## repair the line numbers of README's links into train_gpt2.c
+	sh dev/links.sh README.md
+
 bench: all $(O)dev/bench ## how close a step comes to the machine's limit, kernel by kernel
 	./$(O)dev/bench $(LENGTHS) $(BENCH_OPTIONS)
 
@@ -126,4 +129,4 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train finetune test bench tour recipe plot compare-test compare $(DOWNLOADS) install clean show-blas help
+.PHONY: all train finetune test links bench tour recipe plot compare-test compare $(DOWNLOADS) install clean show-blas help

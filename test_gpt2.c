@@ -8,8 +8,46 @@
 // Reference values come from PyTorch or from arithmetic in double precision, never from our own output.
 
 #define TRAIN_GPT2_NO_MAIN
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// Each call of the program that changes files, or brings them to the disk, can be made the last thing that the
+// process does (FAULT=kill:N, the N-th call) or fail (FAULT=error:N): see test_faults.
+static bool fault(void) {
+    static long calls = 0, at = -1;
+    static bool kills = false;
+    if (at < 0) {
+        const char *wanted = getenv("FAULT");
+        at = wanted ? atol(strchr(wanted, ':') + 1) : 0;
+        kills = wanted && wanted[0] == 'k';
+    }
+    if (++calls != at) return false;
+    if (kills) raise(SIGKILL);
+    errno = EIO;
+    return true;
+}
+#define rename(from, to) (fault() ? -1 : rename(from, to))
+#define unlink(path) (fault() ? -1 : unlink(path))
+#define rmdir(path) (fault() ? -1 : rmdir(path))
+#define mkdir(path, mode) (fault() ? -1 : mkdir(path, mode))
+#define fsync(descriptor) (fault() ? -1 : fsync(descriptor))
+#define ftruncate(descriptor, size) (fault() ? -1 : ftruncate(descriptor, size))
+#define opendir(path) (fault() ? NULL : opendir(path))
+#define fflush(file) ((file) != stdout && fault() ? EOF : fflush(file))
+
 #include "train_gpt2.c"
 #include <poll.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
 #include <sys/wait.h>
 
 // What take_update() wants, out of options.
@@ -40,17 +78,27 @@ static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *for
     va_end(arguments);
 }
 
-// Runs f in a child process with its standard error captured; returns its exit status, or 128 + signal.
+static const char *child_text = "", *child_path = ""; // what a child process is to read
+
+// Runs f in a new process of this program with its standard error captured; returns its exit status, or 128 + signal.
+// f finds child_text and child_path as they are here, and nothing else: it is no forked copy of this process, for
+// that would have none of its threads, and some OpenMP runtimes then wait for them for ever.
 static int run_child(void (*f)(void), Text *stderr_text) {
     int ends[2], status;
+    char place[32];
     fflush(stdout);
     if (pipe(ends) != 0) die("pipe: %s", strerror(errno));
+    snprintf(place, sizeof place, "%td", (char *)f - (char *)run_child); // wherever the program is loaded
     pid_t child = fork();
     if (child == 0) {
         dup2(ends[1], 2);
         close(ends[0]);
-        f();
-        _exit(0);
+        close(ends[1]);
+        setenv("CHILD_TEXT", child_text, 1);
+        setenv("CHILD_PATH", child_path, 1);
+        setenv("OMP_NUM_THREADS", "1", 1);
+        execl(self_path, self_path, "--child", place, (char *)NULL);
+        _exit(127);
     }
     close(ends[1]);
     FILE *file = fdopen(ends[0], "r");
@@ -387,6 +435,10 @@ static bool compare_reference(const char *folder, const char *dump_path, bool qu
     return passed;
 }
 
+static bool same_bits(const float *a, const float *b, size_t count) {
+    return memcmp(a, b, count * sizeof(float)) == 0;
+}
+
 // ---- matmul ----
 
 // Random operands. Storage ends exactly where the last row does, so that a sanitizer sees any read beyond; C
@@ -395,7 +447,21 @@ typedef struct {
     size_t M, N, K, lda, ldb, ldc, size_c;
     bool transpose_a, transpose_b, accumulate;
     float *A, *B, *C;
+    int kind;
 } MatmulCase;
+
+// The ways of section 16 and 17 to a product: in float32; in bfloat16 by the float32 product; by pairs; by AMX;
+// and, for few rows without transpose A, with B from a copy.
+enum { FLOAT32, ROUNDED, PAIRS, AMX, COPIED, MATMUL_WAYS };
+static const char *const matmul_ways[] = {"float32", "bfloat16, rounded", "bfloat16, pairs", "bfloat16, AMX", "bfloat16, copies"};
+
+static bool has_amx(void) {
+    Options options = {.precision = BFLOAT16_CHOICE};
+    choose_precision(&options);
+    bool allowed = amx_allowed;
+    amx_allowed = bfloat16_products = false;
+    return allowed;
+}
 
 static float *random_floats(uint64_t stream, size_t count) {
     float *data = xmalloc(count * sizeof(float));
@@ -419,9 +485,20 @@ static MatmulCase matmul_case(uint64_t seed, size_t M, size_t N, size_t K, unsig
     return c;
 }
 
+// One product in the way of c->kind. amx_allowed must be set for AMX, outside of parallel regions.
 static void matmul_case_run(MatmulCase *c) {
-    matmul_builtin((Product){c->C, c->A, c->B, c->ldc, c->lda, c->ldb, c->M, c->N, c->K, c->transpose_a,
-                             c->transpose_b, c->accumulate, 0, 0, 0});
+    const Product p = {c->C,           c->A,           c->B,          c->ldc, c->lda, c->ldb, c->M, c->N, c->K,
+                       c->transpose_a, c->transpose_b, c->accumulate, 0,      0,      0,      c->kind == ROUNDED};
+    if (c->kind == COPIED && p.M <= FEW && !p.transpose_a && p.K > 0) {
+        const size_t size = c->transpose_b ? p.N ? (p.N - 1) * p.ldb + p.K : 0 : (p.K - 1) * p.ldb + p.N;
+        BFloat16 *copy = xmalloc(size * sizeof *copy);
+        for (size_t i = 0; i < size; i++) copy[i] = (BFloat16)(round_to_bfloat16(p.B[i]) >> 16);
+        matmul_few_pairs(p, copy);
+        free(copy);
+    } else if (c->kind == FLOAT32 || c->kind == ROUNDED || p.K == 0)
+        matmul_builtin(p);
+    else
+        matmul_pairs(p);
 }
 
 static void matmul_case_free(MatmulCase *c) {
@@ -430,12 +507,20 @@ static void matmul_case_free(MatmulCase *c) {
     free(c->C);
 }
 
+// x as a product sees it: in bfloat16 the nearer one of the two neighbours of x that have eight digits in binary,
+// or the even one; written without a bit of round_to_bfloat16.
+static double matmul_operand(const MatmulCase *c, float x) {
+    int exponent;
+    double fraction = frexp(x, &exponent); // 0.5 .. 1
+    return c->kind == FLOAT32 || x == 0 ? x : ldexp(nearbyint(ldexp(fraction, 8)), exponent - 8);
+}
+
 // The oracle: element (i, j) of op(A) · op(B), three plain loops in all, in double precision.
 static double matmul_naive(const MatmulCase *c, size_t i, size_t j) {
     double sum = 0;
     for (size_t k = 0; k < c->K; k++)
-        sum += (double)c->A[c->transpose_a ? k * c->lda + i : i * c->lda + k] *
-               c->B[c->transpose_b ? j * c->ldb + k : k * c->ldb + j];
+        sum += matmul_operand(c, c->A[c->transpose_a ? k * c->lda + i : i * c->lda + k]) *
+               matmul_operand(c, c->B[c->transpose_b ? j * c->ldb + k : k * c->ldb + j]);
     return sum;
 }
 
@@ -459,27 +544,41 @@ static double matmul_case_error(MatmulCase *c) {
 
 // 400 random shapes, from 0 to a few tiles, every tenth with one dimension beyond all blocks; each inside a
 // parallel region and outside.
-static void test_matmul_shapes(void) {
+static void check_matmul_shapes(int kind) {
     static const size_t most[][3] = {{40, 60, 40}, {9, 60, 40}, {990, 20, 30}, {20, 990, 30}, {20, 40, 1700}};
     static double error[2][400];
     for (int parallel = 0; parallel < 2; parallel++) {
 #pragma omp parallel for schedule(dynamic) if (parallel)
         for (int n = 0; n < 400; n++) {
             uint64_t stream = random_stream(11, (uint64_t)n);
-            size_t size[3], kind = n % 10 == 9 ? 2 + (size_t)n / 10 % 3 : (size_t)n % 2;
-            for (uint64_t d = 0; d < 3; d++) size[d] = random_bits(stream, d) % (most[kind][d] + 1);
+            size_t size[3], form = n % 10 == 9 ? 2 + (size_t)n / 10 % 3 : (size_t)n % 2;
+            for (uint64_t d = 0; d < 3; d++) size[d] = random_bits(stream, d) % (most[form][d] + 1);
             MatmulCase c = matmul_case((uint64_t)n, size[0], size[1], size[2], random_bits(stream, 3) % 16);
+            c.kind = kind;
             error[parallel][n] = matmul_case_error(&c);
             matmul_case_free(&c);
         }
     }
     for (int n = 0; n < 400; n++)
-        check(error[0][n] <= 2 && error[1][n] <= 2, "matmul, random shape %d: errors of %g and %g", n,
-              error[0][n], error[1][n]);
+        check(error[0][n] <= 2 && error[1][n] <= 2, "%s, random shape %d: errors of %g and %g",
+              matmul_ways[kind], n, error[0][n], error[1][n]);
+}
+
+// Shapes beyond what is packed at a time in bfloat16: more than one piece in each direction.
+static void check_matmul_pieces(int kind) {
+    static const size_t shapes[][3] = {{2 * STRIPE + 5, 3, 9}, {3, 2 * STRIPE + 5, 9}, {3, 5, 4 * STRIPE + 7}};
+    for (unsigned n = 0; n < 3 * 8; n++) {
+        const size_t *shape = shapes[n / 8];
+        MatmulCase c = matmul_case(n, shape[0], shape[1], shape[2], n % 8 | 8);
+        c.kind = kind;
+        double error = matmul_case_error(&c);
+        check(error <= 2, "%s, pieces, flags %u: error of %g", matmul_ways[kind], n % 8, error);
+        matmul_case_free(&c);
+    }
 }
 
 // The same bits on 1, 2 and 5 threads, and inside a parallel region.
-static void test_matmul_threads(void) {
+static void check_matmul_threads(int kind) {
     static const size_t shapes[][3] = {{61, 517, 801}, {1003, 97, 130}, {3, 1301, 515}, {51, 533, 1024}};
     int threads_before = omp_get_max_threads();
     for (unsigned n = 0; n < 4 * 8; n++) {
@@ -487,12 +586,14 @@ static void test_matmul_threads(void) {
         MatmulCase runs[4];
         for (int run = 0; run < 4; run++) {
             runs[run] = matmul_case(5, shape[0], shape[1], shape[2], n % 8);
+            runs[run].kind = kind;
             omp_set_num_threads(run == 0 ? 1 : run == 1 ? 5 : 2);
 #pragma omp parallel for if (run == 3)
             for (int once = 0; once < 2; once++)
                 if (once == 0) matmul_case_run(&runs[run]);
-            check(memcmp(runs[0].C, runs[run].C, runs[0].size_c * sizeof(float)) == 0,
-                  "matmul, shape %u, flags %u: other bits in run %d than on one thread", n / 8, n % 8, run);
+            check(same_bits(runs[0].C, runs[run].C, runs[0].size_c),
+                  "%s, shape %u, flags %u: other bits in run %d than on one thread", matmul_ways[kind], n / 8,
+                  n % 8, run);
         }
         for (int run = 0; run < 4; run++) matmul_case_free(&runs[run]);
     }
@@ -501,10 +602,11 @@ static void test_matmul_threads(void) {
 
 // A NaN in row r of A and an infinity in column s of B reach row r and column s of C, and no other element;
 // what C held before a product that does not accumulate reaches nothing.
-static void test_matmul_poison(void) {
+static void check_matmul_poison(int kind) {
     for (unsigned n = 0; n < 3 * 8; n++) {
         size_t M = n / 8 == 0 ? 3 : 53, N = n / 8 == 1 ? 1 : 77, K = 41, r = M - 2, s = N - 1, wrong = 0;
         MatmulCase clean = matmul_case(n, M, N, K, n % 8 | 8), c = matmul_case(n, M, N, K, n % 8 | 8);
+        clean.kind = c.kind = kind;
         c.A[c.transpose_a ? 7 * c.lda + r : r * c.lda + 7] = NAN;
         c.B[c.transpose_b ? s * c.ldb + 9 : 9 * c.ldb + s] = INFINITY;
         for (size_t i = 0; i < c.size_c && !c.accumulate; i++) c.C[i] = NAN;
@@ -515,9 +617,55 @@ static void test_matmul_poison(void) {
                 float got = c.C[i * c.ldc + j];
                 wrong += i == r ? !isnan(got) : j == s ? isfinite(got) : got != clean.C[i * c.ldc + j];
             }
-        check(wrong == 0, "matmul, flags %u: poison in %zu wrong elements", n % 8, wrong);
+        check(wrong == 0, "%s, flags %u: poison in %zu wrong elements", matmul_ways[kind], n % 8, wrong);
         matmul_case_free(&clean);
         matmul_case_free(&c);
+    }
+}
+
+static void check_matmul_way(int kind) {
+    amx_allowed = kind == AMX;
+    check_matmul_shapes(kind);
+    check_matmul_threads(kind);
+    check_matmul_poison(kind);
+    if (kind != FLOAT32) check_matmul_pieces(kind);
+    amx_allowed = false;
+}
+
+static void test_matmul_float32(void) { check_matmul_way(FLOAT32); }
+static void test_matmul_rounded(void) { check_matmul_way(ROUNDED); }
+static void test_matmul_pairs(void) { check_matmul_way(PAIRS); }
+static void test_matmul_copied(void) { check_matmul_way(COPIED); }
+static void test_matmul_amx(void) {
+    if (has_amx())
+        check_matmul_way(AMX);
+    else
+        check(true, "no AMX here"); // dev/portability.sh has a build that emulates it
+}
+
+// Rounding to bfloat16: ties to even, infinities and NaN (of any payload) stay, the largest float overflows.
+static void test_bfloat16_rounding(void) {
+    static const uint32_t cases[][2] = {
+        {0x3f800000, 0x3f80}, {0x3f808000, 0x3f80}, {0x3f808001, 0x3f81}, {0x3f818000, 0x3f82}, {0xbf818000, 0xbf82},
+        {0x7f800000, 0x7f80}, {0xff800000, 0xff80}, {0x7f7fffff, 0x7f80}, {0x00000000, 0x0000}, {0x80000000, 0x8000},
+        {0x00008000, 0x0000}, {0x00018000, 0x0002}, {0x7f7f7fff, 0x7f7f}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        float x;
+        memcpy(&x, &cases[i][0], sizeof x);
+        uint32_t got = round_to_bfloat16(x) >> 16;
+        check(got == cases[i][1], "%08x becomes %04x, not %04x", cases[i][0], got, cases[i][1]);
+    }
+    for (uint32_t low = 1; low < 0x800000; low = low * 3 + 1)
+        for (uint32_t sign = 0; sign < 2; sign++) {
+            uint32_t bits = sign << 31 | 0x7f800000 | low;
+            float x;
+            memcpy(&x, &bits, sizeof x);
+            check(isnan(float_of((BFloat16)(round_to_bfloat16(x) >> 16))), "NaN %08x becomes a number", bits);
+        }
+    for (uint64_t i = 0; i < 10000; i++) {
+        MatmulCase c = {.kind = PAIRS};
+        float x = ldexpf(2 * random_uniform(1, i) - 1, (int)(random_bits(2, i) % 100) - 50);
+        check(float_of((BFloat16)(round_to_bfloat16(x) >> 16)) == (float)matmul_operand(&c, x), "%a is rounded wrongly", x);
     }
 }
 // ---- tokenizer ----
@@ -629,7 +777,7 @@ static void test_utf8(void) {
         unsigned code;
         check(utf8_read(bad[i], strlen(bad[i]), &code) == 0, "case %zu is not valid", i);
     }
-    check(utf8_whole("caf\xc3", 4) == 3 && utf8_whole("\xe0\x9f", 2) == 2 && utf8_whole("\xff", 1) == 1 &&
+    check(utf8_whole("caf\xc3", 4) == 3 && utf8_whole("\xe0\x9f", 2) == 0 && utf8_whole("\xff", 1) == 1 &&
               utf8_whole("a\xf0\x9f\x98", 4) == 1,
           "only what may still become a character waits");
 }
@@ -656,7 +804,7 @@ static void test_pieces(void) {
     static const char cases[] = // a text a line, | between pieces; ~ stands for a newline
         "Hello| world|'s| end\nI|'ll|  | pay| $|100|!|~\n''|s\n'|S\n't|'re|nt\n '|s\n ~\na|~ |~|b\nx|   | "
         "y\na|  \n'|lL\n"
-        "don|'t|'ve|'|vE\n\xc2\xa0|a\na|  |\xc2\xa0|b\na| "
+        "don|'t|'ve|'|vE\nI|'m|'d|mm\n\xc2\xa0|a\na|  |\xc2\xa0|b\na| "
         "|\xe3\x80\x80|b\ncaf\xc3\xa9|2\xc2\xbd\ne|\xcc\x81|e\n \xff\xfe|a\n"
         "\xe4\xbd\xa0\xe5\xa5\xbd|\xef\xbc\x8c|\xe4\xb8\x96\n";
     Tokenizer *t = tokenizer_new(0, 0);
@@ -712,13 +860,14 @@ static void test_encode_is_bpe(void) {
         char *folder = random_vocabulary((uint64_t)round, 60 + 6 * round, round % 3 == 2);
         char *merges = xprintf("%s/merges.txt", folder);
         Tokenizer *t = tokenizer_load(round % 3 == 0 ? merges : folder);
+        t->plain = true; // texts have <|endoftext|> in them
         check(t->end_of_text == (round % 3 == 2 ? 256 : t->vocab_size - 1), "end of text is %d",
               t->end_of_text);
         for (int run = 0; run < 200; run++) { // texts of all lengths, then long pieces of anything
             Text text = random_text((uint64_t)run + 1000, (size_t)run * 5);
             Ids ours = {0}, literal = {0};
             if (run % 2) {
-                tokenizer_encode(t, &ours, text.data, text.size, false);
+                tokenizer_encode(t, &ours, text.data, text.size);
                 for (size_t at = 0, end; at < text.size; at = end) {
                     end = find_piece(t, text.data, at, text.size);
                     literal_bpe(t, &literal, text.data + at, end - at);
@@ -726,9 +875,7 @@ static void test_encode_is_bpe(void) {
             } else if (text.size > 0) {
                 for (size_t i = 0; i < text.size && run % 4; i++) // few letters: many merges meet
                     text.data[i] = "aaab"[random_bits((uint64_t)run, i) % 4];
-                Encoder *encoder = encoder_take(t);
-                merge_piece(t, encoder, &ours, text.data, text.size);
-                encoder_give_back(t, encoder);
+                merge_piece(t, encoder_of_thread(t), &ours, text.data, text.size);
                 literal_bpe(t, &literal, text.data, text.size);
             }
             check(same_ids(&ours, &literal), "round %d run %d: %zu ids, not %zu", round, run, ours.size,
@@ -758,12 +905,13 @@ static void test_encode_in_parts(void) {
         push_piece_ends(t, &ends, text.data, 0, text.size);
         for (int special = 0; special < 2; special++) {
             whole.size = 0;
-            tokenizer_encode(t, &whole, text.data, text.size, special);
+            t->plain = !special;
+            tokenizer_encode(t, &whole, text.data, text.size);
             for (size_t place = 0; place <= text.size; place++) {
                 size_t cut = tokenizer_cut(t, text.data, place);
                 parts.size = 0;
-                tokenizer_encode(t, &parts, text.data, cut, special);
-                tokenizer_encode(t, &parts, text.data + cut, text.size - cut, special);
+                tokenizer_encode(t, &parts, text.data, cut);
+                tokenizer_encode(t, &parts, text.data + cut, text.size - cut);
                 check(cut <= place && same_ids(&whole, &parts), "round %d: cut at %zu of %zu gives other ids",
                       round, cut, place);
                 cuts += cut > 0;
@@ -786,7 +934,7 @@ static void test_encode_in_parts(void) {
         Ids *ids = n == 1 ? &whole : &parts;
         ids->size = 0;
         ids_push(ids, 77); // what is there stays
-        tokenizer_encode(t, ids, text.data, text.size, true);
+        tokenizer_encode(t, ids, text.data, text.size);
         check(n == 1 || same_ids(&whole, &parts), "%d threads give other ids", n);
     }
     omp_set_num_threads(4);
@@ -795,7 +943,7 @@ static void test_encode_in_parts(void) {
     for (int i = 0; i < 4; i++) { // several callers at once
         Ids ids = {0};
         ids_push(&ids, 77);
-        tokenizer_encode(t, &ids, text.data, text.size, true);
+        tokenizer_encode(t, &ids, text.data, text.size);
         different += !same_ids(&whole, &ids);
         free(ids.data);
     }
@@ -820,7 +968,8 @@ static void test_special_token(void) {
             Ids ids = {0};
             Text text = {0};
             text_append(&text, c + 1, strlen(c + 1));
-            tokenizer_encode(t, &ids, text.data, text.size, special);
+            t->plain = !special;
+            tokenizer_encode(t, &ids, text.data, text.size);
             int marks = 0;
             for (size_t k = 0; k < ids.size; k++) marks += ids.data[k] == t->end_of_text;
             check(marks == (special ? *c - '0' : 0), "\"%s\" has %d end-of-text ids", text.data, marks);
@@ -828,6 +977,19 @@ static void test_special_token(void) {
             free(ids.data);
             free(text.data);
         }
+    tokenizer_free(t);
+
+    Ids ids = {0}; // a vocabulary without it: text like any other
+    Text text = {0};
+    t = tokenizer_new(300, 0);
+    find_byte_ids(t, true, "");
+    tokenizer_encode(t, &ids, "a<|endoftext|>", 14);
+    check(ids.size == 14 && ids.data[0] == 64, "%zu ids without <|endoftext|>", ids.size);
+    int spelled = name_add(t, "<a b>"); // a token that no bytes spell stands for its name
+    tokenizer_decode(t, &text, spelled);
+    check(strcmp(text.data, "<a b>") == 0, "\"<a b>\" is decoded to \"%s\"", text.data);
+    free(text.data);
+    free(ids.data);
     tokenizer_free(t);
 }
 
@@ -854,7 +1016,7 @@ static void test_tokenizer_files(void) {
     write_file(path, tiny, sizeof tiny - 1);
     t = tokenizer_load(path);
     Ids ids = {0};
-    tokenizer_encode(t, &ids, " low low<|endoftext|>", 21, true);
+    tokenizer_encode(t, &ids, " low low<|endoftext|>", 21);
     check(t->vocab_size == 260 && t->end_of_text == 259, "%d tokens", t->vocab_size);
     check(ids.size == 3 && ids.data[0] == 258 && ids.data[1] == 258 && ids.data[2] == 259, "%zu ids",
           ids.size);
@@ -869,13 +1031,12 @@ static void test_tokenizer_files(void) {
     free(copy);
 }
 
-static char damaged_path[4200];
-
-static void load_damaged(void) { tokenizer_free(tokenizer_load(damaged_path)); }
+static void load_damaged(void) { tokenizer_free(tokenizer_load(child_path)); }
 
 static void decode_damaged(void) {
     Text text = {0};
-    tokenizer_decode(tokenizer_load(damaged_path), &text, 1000);
+    Tokenizer *t = tokenizer_load(child_path);
+    tokenizer_decode(t, &text, t->vocab_size);
 }
 
 // What is wrong with a vocabulary or its merges, and what the error says of it.
@@ -890,12 +1051,12 @@ static const struct {
     {NULL, "a b\nb c\nab c\na bc\n", "line 4: expected a merge that makes a new token"},
     {NULL, "a \xff\n", "line 1: expected tokens"},
     {"", "a b\n", "line 1: expected a merge that is new and makes a token of the vocabulary"},
-    {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":257", "", "\"a\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 256"},
-    {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 256"},
+    {"\"a\":64>\"a\":65", "", "\"b\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":4194304", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":-1", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":1.5", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":1e99", "", "\"a\": expected it once, with an id from 0 to 4194303"},
+    {"\"a\":64>\"a\":\"64\"", "", "\"a\": expected it once, with an id from 0 to 4194303"},
     {"\"a\":64>\"b\":64", "", "\"b\": expected it once"},
     {"\"a\":64>\"aa\":64", "", "no token \"a\" for byte 97"},
     {"\"a\":64>\"a\":64,", "", "line 1, column"},
@@ -925,13 +1086,12 @@ static void test_damaged_tokenizers(void) {
         write_file(vocabulary_path, bad.data, bad.size);
         if (damaged_tokenizers[i].merges)
             write_file(merges_path, damaged_tokenizers[i].merges, strlen(damaged_tokenizers[i].merges));
-        snprintf(damaged_path, sizeof damaged_path, "%s",
-                 change                         ? folder
-                 : damaged_tokenizers[i].merges ? merges_path
-                                                : "/nowhere/vocab.bpe");
+        child_path = change                         ? folder
+                     : damaged_tokenizers[i].merges ? merges_path
+                                                    : "/nowhere/vocab.bpe";
         int status = run_child(load_damaged, &said);
         check(status == 1, "case %zu ends with status %d", i, status);
-        check(strstr(said.data, damaged_tokenizers[i].expected) && strstr(said.data, damaged_path),
+        check(strstr(said.data, damaged_tokenizers[i].expected) && strstr(said.data, child_path),
               "case %zu says: %s", i, said.data);
         check(said.size > 0 && strchr(said.data, '\n') == said.data + said.size - 1,
               "case %zu does not say one line", i);
@@ -939,10 +1099,10 @@ static void test_damaged_tokenizers(void) {
         free(said.data);
     }
     write_file(merges_path, "a b\n", 4);
-    snprintf(damaged_path, sizeof damaged_path, "%s", merges_path);
+    child_path = merges_path;
     Text said = {0};
     check(run_child(decode_damaged, &said) == 1, "a wrong id is decoded");
-    check(strstr(said.data, "1000 is not in the vocabulary"), "a wrong id: %s", said.data);
+    check(strstr(said.data, "258 is not in the vocabulary: expected 0 to 257"), "a wrong id: %s", said.data);
     free(said.data);
     free(good.data);
     free(folder);
@@ -958,7 +1118,7 @@ static void test_long_runs(void) {
         while (text.size < 1000000) text_append(&text, units[i], strlen(units[i]));
         Ids ids = {0};
         double begin = now();
-        tokenizer_encode(t, &ids, text.data, text.size, false);
+        tokenizer_encode(t, &ids, text.data, text.size);
         check(now() - begin < 5, "\"%s\" again and again takes %.1f s", units[i], now() - begin);
         check(decodes_to(t, &ids, &text), "\"%s\" again and again is lost", units[i]);
         free(text.data);
@@ -967,49 +1127,69 @@ static void test_long_runs(void) {
     tokenizer_free(t);
 }
 
+// Commands of the program in tokenizer.c, one after the other: exit status, and part of what is printed.
+static const struct {
+    const char *command; // in the temporary folder; $T is the program
+    int status;
+    const char *expected;
+} tokenizer_commands[] = {
+    {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
+     "a.txt",
+     0, "261 tokens"},
+    {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
+    {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
+    {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same", 0,
+     "same"},
+    {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
+     "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
+    {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
+     "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
+    {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
+     "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
+    {"printf 'a<|endoftext|>\\nb\\n<|endoftext|>\\r\\nc\\n' > b.txt; $T shard --tokenizer v --out s2 "
+     "b.txt",
+     0, "\n2 documents\n"}, // inside a line it separates nothing
+    {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
+     "20240520           1           9\n   260   257   258   198\n"},
+    {"printf 'low low' > c.txt; printf low > d.txt; $T count --tokenizer v c.txt d.txt | tr -s ' \\n' ' "
+     "'",
+     0, " 2 7 3.500 c.txt 1 3 3.000 d.txt 3 10 3.333 total "},
+    {"$T info --tokenizer v", 0,
+     "vocab_size 261\nmerges 4\nadded_tokens 1\nend_of_text 260\npad 260\n"
+     "longest_token 260 <|endoftext|>\n"},
+    {"printf 'low<|endoftext|>' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 260 "},
+    {"printf 'low<|endoftext|>' | $T encode --plain --tokenizer v | wc -l | tr -d ' '", 0, "14\n"},
+    // "1", then " 1" to " 3000", and the space at the end, each but the first twice
+    {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
+     " 3002 distinct pieces;"},
+    {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
+    {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
+    {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
+    {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
+    {"$T decode --length 3", 2, "--length does not apply to decode"},
+    {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
+    {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
+    {"$T", 2, "expected a command"},
+};
+
 // The command-line program, which `make` builds beside this one.
 static void test_tokenizer_program(void) {
     const char *slash = strrchr(self_path, '/');
     char *program = xprintf("%.*s/tokenizer", slash ? (int)(slash - self_path) : 1, slash ? self_path : ".");
-    static const struct {
-        const char *command; // in the temporary folder; $T is the program
-        int status;
-        const char *expected;
-    } cases[] = {
-        {"printf 'low low\\n<|endoftext|>\\nlower low lowest\\n' > a.txt; $T train --vocab-size 261 --out v "
-         "a.txt",
-         0, "261 tokens"},
-        {"cat v/merges.txt | tr '\\n' ';'", 0, "#version: 0.2;l o;lo w;Ġ low;e r;"},
-        {"printf 'low low' | $T encode --tokenizer v | tr '\\n' ' '", 0, "257 258 "},
-        {"head -c 99999 $T > x; $T encode --tokenizer v x | $T decode --tokenizer v | cmp - x && echo same",
-         0, "same"},
-        {"printf 'low low' | $T encode --pad left --length 3 --tokenizer v/merges.txt", 0,
-         "{\"input_ids\": [260, 257, 258], \"attention_mask\": [0, 1, 1]}\n"},
-        {"printf 'low low' | $T encode --pad right --length 1 --tokenizer v", 0,
-         "{\"input_ids\": [257], \"attention_mask\": [1]}\n"},
-        {"$T shard --tokenizer v --val-fraction 0.7 --out s 'a.*'", 0,
-         "s_train.bin: 4 tokens\ns_val.bin: 9 tokens\n2 doc"},
-        {"od -An -i -N12 s_val.bin && od -An -t u2 -j1024 s_train.bin", 0,
-         "20240520           1           9\n   260   257   258   198\n"},
-        {"echo 7 x | $T decode --tokenizer v", 1, "line 1: expected ids"},
-        {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
-        {"$T count --tokenizer v nothing-*", 1, "nothing-*: there is no such file"},
-        {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
-        {"$T decode --length 3", 2, "--length does not apply to decode"},
-        {"$T train --vocab-size 12x --out v", 2, "--vocab-size 12x: expected a whole number"},
-        {"$T encode --tokeniser v", 2, "--tokeniser: there is no such option"},
-        {"$T", 2, "expected a command"},
-    };
     check(file_exists(program), "%s is not built; make builds it", program);
-    for (size_t i = 0; i < sizeof cases / sizeof *cases && file_exists(program); i++) {
+    for (size_t i = 0; i < sizeof tokenizer_commands / sizeof *tokenizer_commands && file_exists(program);
+         i++) {
         char *full = realpath(program, NULL);
-        char *command = xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, cases[i].command);
+        char *command =
+            xprintf("cd '%s'; T='%s'; { %s; } 2>&1", temporary_folder(), full, tokenizer_commands[i].command);
         FILE *pipe = popen(command, "r");
         Text out = {0};
         read_stream(&out, pipe, command);
         int status = pclose(pipe);
-        check(WEXITSTATUS(status) == cases[i].status, "%s: status %d", cases[i].command, WEXITSTATUS(status));
-        check(strstr(out.data, cases[i].expected), "%s: %s", cases[i].command, out.data);
+        check(WEXITSTATUS(status) == tokenizer_commands[i].status, "%s: status %d",
+              tokenizer_commands[i].command, WEXITSTATUS(status));
+        check(strstr(out.data, tokenizer_commands[i].expected), "%s: %s", tokenizer_commands[i].command,
+              out.data);
         free(out.data);
         free(command);
         free(full);
@@ -1040,10 +1220,6 @@ static double deviation_of_floats(const float *ours, const float *wanted, size_t
     double *exact = doubles(wanted, count), result = deviation(ours, exact, count);
     free(exact);
     return result;
-}
-
-static bool same_bits(const float *a, const float *b, size_t count) {
-    return memcmp(a, b, count * sizeof(float)) == 0;
 }
 
 static Config tiny_config(int V, int P, int L, int NH, int C, int F, bool tied) {
@@ -1491,7 +1667,8 @@ static void test_cross_entropy(void) {
     cross_entropy(backward, loss, correct, target, true, 0.25f, R, V);
     for (int r = 0; r < R; r++) {
         bool best = true;
-        for (int v = 0; v < V; v++) best = best && (v == target[r] || logits[r * V + v] < logits[r * V + target[r]]);
+        for (int v = 0; v < V; v++)
+            best = best && (v == target[r] || logits[r * V + v] < logits[r * V + target[r]]);
         check(fabs(loss[r] - layer.y[r]) <= 1e-6 * (fabs(layer.y[r]) + 1),
               "row %d: loss %.8g, should be %.8g", r, loss[r], layer.y[r]);
         check(correct[r] == best, "row %d: correct is %d", r, correct[r]);
@@ -1584,6 +1761,11 @@ static void test_dropout_of_steps(void) {
     check(fabs(loss[1][0] - loss[1][1]) > 1e-4, "two steps draw the same masks");
     check(fabs(loss[1][0] - twice) > 1e-4, "two micro-batches draw the same masks");
     check(fabs(loss[1][0] - loss[0][0]) > 1e-4, "dropout changes nothing");
+    Activations a = {0};
+    options_from_text(&options, "--dropout 0.2 --seed 2");
+    Update update = take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0);
+    check(fabs(loss[1][0] - update.loss) > 1e-4, "dropout does not depend on the seed");
+    activations_free(&a);
     batch_free(&batches[0]), batch_free(&batches[1]);
     model_free(model);
 }
@@ -1832,6 +2014,41 @@ static void test_accumulation(void) {
     model_free(whole);
 }
 
+// The row of logits whose highest value is target's alone.
+static bool is_highest(const float *logits, int target, int V) {
+    for (int v = 0; v < V; v++)
+        if (v != target && logits[v] >= logits[target]) return false;
+    return true;
+}
+
+// What an update says of two micro-batches, some of whose rows are not scored.
+static void test_update_counts(void) {
+    enum { V = 5 };
+    Model *model = tiny_model(tiny_config(V, 40, 1, 2, 8, 32, true), 2, NULL);
+    Batch batches[2] = {ragged_batch(4, V, 2, (int[]){30, 12}), ragged_batch(5, V, 1, (int[]){40})};
+    size_t rows = 0, targets = 0, correct = 0;
+    for (int i = 0; i < 2; i++) {
+        float *logits = logits_of(model, &batches[i]);
+        for (int r = 0; r < batches[i].rows; r++, rows++)
+            if (batches[i].target[r] >= 0) {
+                targets++;
+                correct += is_highest(logits + r * V, batches[i].target[r], V);
+            }
+        free(logits);
+    }
+    Activations a = {0};
+    Options options;
+    options_from_text(&options, "");
+    Update update = take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), 0, 0);
+    check(update.rows == rows && update.targets == targets && targets < rows, "%zu rows, %zu targets",
+          update.rows, update.targets);
+    check(correct > 0 && correct < targets && update.accuracy == (double)correct / (double)targets,
+          "accuracy %g, should be %zu of %zu", update.accuracy, correct, targets);
+    activations_free(&a);
+    batch_free(&batches[0]), batch_free(&batches[1]);
+    model_free(model);
+}
+
 // ---- optimizer ----
 
 // Six updates against the formula in double precision, for gradients from 0 through 1e-8, where epsilon
@@ -1898,8 +2115,6 @@ static void test_adamw(void) {
 }
 
 static void update_that_overflows(void) {
-    omp_set_num_threads(1); // after a fork OpenMP must not start threads
-    matmul_kind = MATMUL_BUILTIN;
     // Channel 1 dominates, normalised it is 8. The logits are 1.5e38 · 1e-38 · 8 with both signs: a loss of
     // 24; but the gradient of ln_f.weight is 3e38 · 8: infinite.
     Model *model = tiny_model(tiny_config(23, 40, 1, 2, 64, 8, false), 2, NULL);
@@ -2041,7 +2256,8 @@ static void test_freezing(void) {
         for (int recompute = 0; recompute < 2; recompute++) {
             Activations a = {0};
             Model *model = tiny_model(tiny_config(23, 40, 3, 2, 8, 20, true), 6, lower[i]);
-            size[recompute][i] = activations_lay_out(&a, model, 160, recompute ? KEEP_INPUTS : KEEP_ALL, NULL);
+            size[recompute][i] =
+                activations_lay_out(&a, model, 160, recompute ? KEEP_INPUTS : KEEP_ALL, NULL);
             check(i < 2 || size[recompute][i] < size[recompute][i - 1], "freezing %s saves nothing",
                   lower[i]);
             check(!a.memory, "measuring allocates");
@@ -2174,18 +2390,18 @@ static void test_generation(void) {
         Sample fast[3] = {0}, ended = {0}, drawn[4] = {0};
         for (int i = 0; i < cases[n][1]; i++) ids_push(&prompt, (int)(random_bits(n, i) % V));
         generate_slowly(model, &prompt, COUNT, &slow);
-        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){0, 0, 1, 1, NULL}, fast);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, fast);
         for (int s = 0; s < 3; s++)
             check(begin_alike(&fast[s].ids, &slow, COUNT), "case %d: sample %d differs from the slow way", n,
                   s);
         int end = slow.data[COUNT / 2];
         size_t length = 0;
         while (slow.data[length] != end) length++;
-        generate(model, NULL, &prompt, COUNT, 1, end, &(Sampling){0, 0, 1, 1, NULL}, &ended);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){&end, 1, 0}, &(Sampling){0, 0, 1, 1, NULL}, &ended);
         check(begin_alike(&ended.ids, &slow, length), "case %d: %zu tokens before the end, not %zu", n,
               ended.ids.size, length);
-        generate(model, NULL, &prompt, COUNT, 3, -1, &(Sampling){1, 0, 1, 1, NULL}, drawn);
-        generate(model, NULL, &prompt, COUNT, 1, -1, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, drawn);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
         check(begin_alike(&drawn[3].ids, &drawn[0].ids, COUNT),
               "case %d: a sample depends on how many there are", n);
         check(!begin_alike(&drawn[0].ids, &drawn[1].ids, COUNT) &&
@@ -2232,13 +2448,16 @@ static void test_sampling(void) {
                                      {1, 0, 1e-9, 0, NULL}, {2, 3, 0.999, 0, NULL}, {1e-6, 0, 1, 0, NULL},
                                      {1, 9, 0.5, 0, NULL},  {0, 5, 0.5, 0, NULL}};
     Candidate candidates[V];
-    for (int set = 0; set < 4; set++) {
+    for (int set = 0; set < 5; set++) {
         float logits[V];
-        for (int v = 0; v < V; v++) { // random; one with ties; one with a long flat tail
+        // Random; one with ties; one with a long flat tail; eight alike, of which four reach exactly one
+        // half.
+        for (int v = 0; v < V; v++) {
             logits[v] = set < 2    ? 2 * random_normal((uint64_t)set, v)
                         : set == 2 ? (float)(v * 7 % 4)
                                    : logf(0.045f);
             if (set == 3 && (v == 3 || v == 7)) logits[v] = logf(v == 3 ? 0.2f : 0.4f);
+            if (set == 4) logits[v] = v < 8 ? 0 : -INFINITY;
         }
         for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
             double wanted[V];
@@ -2252,7 +2471,8 @@ static void test_sampling(void) {
                       "logits %d, case %zu: token %d drawn %d times, not %.1f", set, n, v, drawn[v],
                       N * wanted[v]);
             }
-            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && set != 2) || cases[n].top_p < 1e-6)
+            bool ties = set == 2 || set == 4;
+            if (cases[n].temperature == 0 || (cases[n].top_k == 1 && !ties) || cases[n].top_p < 1e-6)
                 check(drawn[best] == N, "logits %d, case %zu is not greedy", set, n);
         }
     }
@@ -2421,7 +2641,7 @@ static bool one_error_line(const Text *text, const char *fragment) {
            strncmp(text->data, "train_gpt2: ", 12) == 0 && strstr(text->data, fragment);
 }
 
-// Runs f in a child and checks that it ends with status 1 and one line that has `fragment`. No OpenMP in f!
+// Runs f in a child and checks that it ends with status 1 and one line that has `fragment`.
 static void expect_death(void (*f)(void), const char *fragment, const char *what) {
     Text printed = {0};
     int status = run_child(f, &printed);
@@ -2512,19 +2732,16 @@ static void make_inputs(void) {
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
     Model *model = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, true});
     model_initialise(model, 5);
-    model_save(model, tokenizer, in_tests("model"));
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("model"));
     model_free(model);
     tokenizer_free(tokenizer);
 }
 
 // ---- JSON ----
 
-static const char *child_text, *child_path; // what a child process is to read
-
 static void child_json(void) { json_free(json_parse(child_text, strlen(child_text), "here")); }
 static void child_safetensors(void) { safetensors_open(child_path); }
 static void child_model(void) {
-    alarm(20); // what must not happen, a parallel region, would hang in a child
     model_free(model_load(child_path));
 }
 static void child_config(void) { config_read(child_path); }
@@ -2557,6 +2774,24 @@ static void test_json_strings(void) {
     Json *json = json_parse("\"a\\u0000b\"", 10, "here");
     check(json->length == 3 && memcmp(json->string, "a\0b", 4) == 0, "a NUL inside a string");
     json_free(json);
+}
+
+// What is written is read again: every byte but NUL.
+static void test_json_written(void) {
+    char bytes[256];
+    for (int i = 0; i < 256; i++) bytes[i] = (char)(i + 1); // a NUL at the end
+    char *written = NULL;
+    size_t size;
+    FILE *file = open_memstream(&written, &size);
+    json_write_string(file, bytes, 127);
+    fclose(file);
+    for (size_t i = 0; i < size; i++)
+        check((unsigned char)written[i] >= 0x20, "byte %d is written", written[i]);
+    Json *json = json_parse(written, size, "here");
+    check(json->length == 127 && memcmp(json->string, bytes, 127) == 0, "%s is read as %s", written,
+          json->string);
+    json_free(json);
+    free(written);
 }
 
 static void test_json_values(void) {
@@ -2753,7 +2988,7 @@ static void test_model_folder(void) {
     const char *folder = in_tests("small");
     for (int tied = 0; tied < 2; tied++) {
         Model *model = small_model(tied);
-        model_save(model, NULL, folder);
+        model_save(model, NULL, &(KeptFiles){0}, folder);
         Model *loaded = model_load(folder);
         check(same_values(model, loaded), "values come back to the bit (tied: %d)", tied);
         check(memcmp(&model->config, &loaded->config, offsetof(Config, tie_word_embeddings)) == 0 &&
@@ -2769,7 +3004,7 @@ static void test_model_folder(void) {
     }
     Model *model = small_model(true);
     model->config.layer_norm_epsilon = 1.2345678e-5f; // takes all its digits
-    model_save(model, NULL, folder);
+    model_save(model, NULL, &(KeptFiles){0}, folder);
     check(config_read(in_tests("small/config.json")).layer_norm_epsilon == model->config.layer_norm_epsilon,
           "layer_norm_epsilon does not come back to the bit");
     model_free(model);
@@ -2811,7 +3046,7 @@ static void test_other_clothes(void) {
     for (int n = 0; n < 8; n++) {
         const int tied = n / 4, dtype = n % 4; // F32, F16, BF16, and the three mixed
         Model *model = small_model(tied);
-        model_save(model, NULL, folder);
+        model_save(model, NULL, &(KeptFiles){0}, folder);
         StoredTensor list[64];
         int count = 0;
         for (int i = 0; i < model->tensor_count; i++, count++) {
@@ -2840,6 +3075,282 @@ static void test_other_clothes(void) {
     }
 }
 
+// ---- a folder's own words ----
+
+// Added tokens with each flag, on top of 256 bytes, "ow", "low", "Ġlow" and <|endoftext|>; é is a token
+// already, the one of byte 0xe9.
+#define FLAGS(l, r, w, n)                                                                                    \
+    "\"lstrip\": " #l ", \"rstrip\": " #r ", \"single_word\": " #w ", \"normalized\": " #n "}"
+static const struct {
+    int id;
+    const char *content, *flags;
+} added_tokens[] = {
+    {259, "<|endoftext|>", FLAGS(false, false, false, false)},
+    {260, "[pad]", FLAGS(false, false, false, false)},
+    {261, "[u]", FLAGS(false, false, false, false)},
+    {262, "ab", FLAGS(false, false, false, true)},
+    {263, "abc", FLAGS(false, false, false, true)},
+    {264, "[L]", FLAGS(true, false, false, false)},
+    {265, "[R]", FLAGS(false, true, false, true)},
+    {266, "zebra", FLAGS(false, false, true, true)},
+    {267, "low low", FLAGS(false, false, false, true)},
+    {165, "é", FLAGS(false, false, false, true)},
+};
+
+// Writes a folder with these tokens: 0: tokenizer.json, 1: added_tokens_decoder in tokenizer_config.json.
+static void make_added_folder(int layout) {
+    const char *folder = in_tests(layout ? "added1" : "added0");
+    char *list = NULL, *vocabulary;
+    size_t size;
+    FILE *file = open_memstream(&list, &size);
+    write_text("tiny.bpe", "o w\nl ow\nĠ low");
+    Tokenizer *t = tokenizer_load(in_tests("tiny.bpe"));
+    tokenizer_save(t, folder);
+    tokenizer_free(t);
+    for (size_t i = 0; i < sizeof added_tokens / sizeof *added_tokens; i++)
+        fprintf(file,
+                layout ? "%s\"%d\": {\"content\": \"%s\", %s" : "%s{\"id\": %d, \"content\": \"%s\", %s",
+                i ? ", " : "", added_tokens[i].id, added_tokens[i].content, added_tokens[i].flags);
+    fclose(file);
+    save_text(folder, "tokenizer_config.json",
+              xprintf("{\"tokenizer_class\": \"GPT2Tokenizer\", \"eos_token\": \"<|endoftext|>\", "
+                      "\"pad_token\": \"[pad]\"%s%s%s}",
+                      layout ? ", \"added_tokens_decoder\": {" : "", layout ? list : "", layout ? "}" : ""));
+    vocabulary = read_file(path_of("%s/vocab.json", folder)).data;
+    if (!layout)
+        save_text(
+            folder, "tokenizer.json",
+            xprintf(
+                "{\"added_tokens\": [%s], \"normalizer\": null, \"pre_tokenizer\": {\"type\": \"ByteLevel\", "
+                "\"add_prefix_space\": false, \"use_regex\": true}, \"post_processor\": {\"type\": "
+                "\"TemplateProcessing\", \"single\": [{\"Sequence\": {\"id\": \"A\"}}]}, \"decoder\": "
+                "{\"type\": "
+                "\"ByteLevel\"}, \"model\": {\"type\": \"BPE\", \"dropout\": null, \"ignore_merges\": false, "
+                "\"end_of_word_suffix\": \"\", \"vocab\": %s, \"merges\": [[\"o\", \"w\"], \"l ow\", \"Ġ "
+                "low\"]}}",
+                list, vocabulary));
+    free(list);
+    free(vocabulary);
+}
+
+// The ids are those of transformers 5.23 with tokenizers 0.23.3, run on the same folder.
+static void test_added_tokens(void) {
+    static const struct {
+        const char *text, *ids;
+    } cases[] = {
+        {"[u]low ab<|endoftext|>", "261 257 220 262 259 "},
+        {"abcab", "263 262 "},
+        {"x [L] [R] \n low", "87 264 220 265 257 "},
+        {"a zebra.", "64 220 266 13 "},
+        {"zebras zebra_ zebra²", "89 68 65 81 64 82 220 89 68 65 81 64 62 220 266 126 110 "},
+        {"a low low low", "64 220 267 258 "},
+        {"[u]é [pad]", "261 165 220 260 "},
+        {"[R][L]  [R] ", "265 264 220 220 265 "},
+        {"ab", "262 "},
+    };
+    for (int layout = 0; layout < 2; layout++) {
+        make_added_folder(layout);
+        Tokenizer *t = tokenizer_load(in_tests(layout ? "added1" : "added0"));
+        check(t->end_of_text == 259 && t->pad == 260 && t->vocab_size == 268, "end %d, pad %d",
+              t->end_of_text, t->pad);
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+            Ids ids = {0};
+            Text got = {0};
+            tokenizer_encode(t, &ids, cases[i].text, strlen(cases[i].text));
+            for (size_t k = 0; k < ids.size; k++) {
+                char *id = xprintf("%d ", ids.data[k]);
+                text_append(&got, id, strlen(id));
+                free(id);
+            }
+            check(strcmp(got.data, cases[i].ids) == 0, "layout %d, %s: %s", layout, cases[i].text, got.data);
+            free(ids.data);
+            free(got.data);
+        }
+        for (int round = 0; round < 300;
+             round++) { // wherever a text may be cut, the ids are those of the whole
+            static const char *const parts[] = {" ",   "\n",  "a",     "ab",      "abc", "[u]",
+                                                "[L]", "[R]", "zebra", "low low", "é",   "["};
+            Text text = {0};
+            Ids whole = {0};
+            for (uint64_t n = 0; n < 12; n++) {
+                const char *part = parts[random_bits((uint64_t)round, n) % 12];
+                text_append(&text, part, strlen(part));
+            }
+            tokenizer_encode(t, &whole, text.data, text.size);
+            for (size_t place = 0; place <= text.size; place++) {
+                Ids cut_ids = {0};
+                size_t cut = tokenizer_cut(t, text.data, place);
+                tokenizer_encode(t, &cut_ids, text.data, cut);
+                tokenizer_encode(t, &cut_ids, text.data + cut, text.size - cut);
+                check(same_ids(&whole, &cut_ids), "'%s' cut at %zu has other ids", text.data, cut);
+                free(cut_ids.data);
+            }
+            free(whole.data);
+            free(text.data);
+        }
+        tokenizer_free(t);
+    }
+    // Many added tokens take no longer than their number.
+    FILE *file = fopen(in_tests("added1/added_tokens.json"), "w");
+    for (int i = 0; i < 20000; i++) fprintf(file, "%c\"<token %d>\": %d", i ? ',' : '{', i, 260 + i);
+    fputs("}", file);
+    fclose(file);
+    unlink(in_tests("added1/tokenizer_config.json"));
+    double start = now();
+    Tokenizer *t = tokenizer_load(in_tests("added1"));
+    check(now() - start < 2 && t->vocab_size == 20260, "20,000 added tokens take %.1f s", now() - start);
+    Ids ids = {0};
+    tokenizer_encode(t, &ids, "<token 19999><token 0>", 22);
+    check(ids.size == 2 && ids.data[0] == 20259 && ids.data[1] == 260, "the last and the first of 20,000");
+    free(ids.data);
+    tokenizer_free(t);
+}
+
+static void child_tokenizer(void) { tokenizer_load(child_path); }
+
+// What tokenizer.json and tokenizer_config.json ask for beyond GPT-2's rules is refused by name.
+static void test_other_rules(void) {
+    static const char *const changes[][3] = {
+        {"\"use_regex\": true", "\"use_regex\": false", "pre_tokenizer: use_regex"},
+        {"\"add_prefix_space\": false", "\"add_prefix_space\": true", "pre_tokenizer: add_prefix_space"},
+        {"\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer"},
+        {"[{\"Sequence\"", "[{\"SpecialToken\": {\"id\": \"x\"}}, {\"Sequence\"", "post_processor"},
+        {"\"decoder\": {\"type\": \"ByteLevel\"}", "\"decoder\": {\"type\": \"Fuse\"}", "decoder"},
+        {"\"ignore_merges\": false", "\"ignore_merges\": true", "ignore_merges"},
+        {"\"end_of_word_suffix\": \"\"", "\"end_of_word_suffix\": \"x\"", "end_of_word_suffix"},
+        {"\"dropout\": null", "\"dropout\": 0.1", "dropout"},
+        {"\"BPE\"", "\"Unigram\"", "model: type"},
+        {"\"id\": 262", "\"id\": 300", "none has 262"},
+        {"\"id\": 165", "\"id\": 9", "but 165 in the vocabulary"},
+    };
+    make_added_folder(0);
+    child_path = in_tests("added0");
+    Text good = read_file(in_tests("added0/tokenizer.json"));
+    for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
+        const char *place = strstr(good.data, changes[i][0]);
+        save_text(in_tests("added0"), "tokenizer.json",
+                  xprintf("%.*s%s%s", (int)(place - good.data), good.data, changes[i][1],
+                          place + strlen(changes[i][0])));
+        expect_death(child_tokenizer, changes[i][2], changes[i][1]);
+    }
+    write_file(in_tests("added0/tokenizer.json"), good.data, good.size);
+    write_text("added0/tokenizer_config.json", "{\"add_prefix_space\": true}");
+    expect_death(child_tokenizer, "add_prefix_space true is not supported", "a prefix space");
+    free(good.data);
+}
+
+// Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three
+// merges, <pad> <s> </s>, no <|endoftext|>.
+static void make_own_folder(const char *name, int rows, int token, const char *generation_config) {
+    const char *folder = in_tests(name);
+    write_text("tiny.bpe", "o w\nl ow\nĠ low");
+    Tokenizer *t = tokenizer_load(in_tests("tiny.bpe"));
+    tokenizer_save(t, folder);
+    Text vocabulary = read_file(path_of("%s/vocab.json", folder));
+    char *end = strstr(vocabulary.data, ",\"<|endoftext|>\"");
+    save_text(folder, "vocab.json",
+              xprintf("%.*s,\"<pad>\":259,\"<s>\":260,\"</s>\":261}", (int)(end - vocabulary.data),
+                      vocabulary.data));
+    Model *model = model_new((Config){rows, 16, 1, 2, 16, 64, 1e-5f, true});
+    model_initialise(model, 5);
+    for (int i = 0; i < 16; i++) {
+        model_tensor(model, LN_F_WEIGHT, 0)->value[i] = 0;
+        model_tensor(model, LN_F_BIAS, 0)->value[i] = 3;
+        model_tensor(model, WTE, 0)->value[16 * token + i] = 1; // the others are near 0
+    }
+    model_save(model, NULL, &(KeptFiles){0}, folder);
+    save_text(
+        folder, "config.json",
+        xprintf("{\"model_type\": \"gpt2\", \"torch_dtype\": \"float16\", \"vocab_size\": %d, "
+                "\"n_positions\": 16,\n\t\"n_embd\": 16, "
+                "\"n_layer\": 1, \"n_head\": 2, \"eos_token_id\": 261, \"task\": {\"dtype\": \"kept\"}}",
+                rows));
+    save_text(folder, "generation_config.json", xstrdup(generation_config));
+    model_free(model);
+    tokenizer_free(t);
+    free(vocabulary.data);
+}
+
+// The end of text is what the folder says; rows of wte without a token are never drawn; what is written is
+// what was read, but for the weights.
+static void test_own_words(void) {
+    static const char *const files[] = {
+        "vocab.json",        "merges.txt",       "generation_config.json", "tokenizer_config.json",
+        "added_tokens.json", "model.safetensors"};
+    Text printed = {0};
+    make_inputs();
+    make_own_folder("own", 262, 261, "{\"eos_token_id\": [7, 261], \"x\": 1}");
+    write_text(
+        "own.jsonl",
+        "{\"prompt\": \"a\", \"completion\": \"xyz\"}\n{\"prompt\": \"b\", \"completion\": \"uvw\"}\n");
+    write_text("own/tokenizer_config.json", "{ \"eos_token\": \"</s>\",\"model_max_length\": 5 }");
+    write_text("own/added_tokens.json", "{\"<pad>\": 259}");
+    expect_run(0, &printed, "--init $D/own --eval --val $D/own.jsonl --quiet");
+    check(strstr(printed.data, "of 8 tokens") != NULL, "two completions of three and their ends: %s",
+          printed.data);
+    expect_run(0, &printed, "--init $D/own --generate 5 --temperature 0 --prompt hi --quiet");
+    check(strcmp(printed.data, "hi\n") == 0, "the end of text ends it: '%s'", printed.data);
+    expect_run(0, &printed,
+               "--init $D/own --train $D/own.jsonl --out $D/own-out --learning-rate 0 --steps 2 "
+               "--val-fraction 0 --quiet");
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        char *before = xprintf("own/%s", files[i]), *after = xprintf("own-out/%s", files[i]);
+        check(same_files(before, after), "%s comes back to the byte", files[i]);
+        free(before);
+        free(after);
+    }
+    Text before = read_file(in_tests("own/config.json")), after = read_file(in_tests("own-out/config.json"));
+    char *type = strstr(before.data, "float16");
+    char *expected = xprintf("%.*sfloat32%s", (int)(type - before.data), before.data, type + 7);
+    check(strcmp(expected, after.data) == 0, "config.json: %s", after.data);
+    expect_run(0, &printed,
+               "--init d4 --tokenizer $D/own --n-layer 1 --n-embd 8 --n-head 1 --n-positions 8 --train "
+               "$D/own.jsonl --out $D/own-new --steps 1 --val-fraction 0 --quiet");
+    check(same_files("own/tokenizer_config.json", "own-new/tokenizer_config.json") &&
+              same_files("own/added_tokens.json", "own-new/added_tokens.json"),
+          "a random start takes the tokenizer's files along");
+
+    make_own_folder("padded", 320, 300, "{\"eos_token_id\": 261}");
+    expect_run(0, &printed, "--init $D/padded --generate 40 --prompt hi --quiet");
+    make_own_folder("second", 262, 7, "{\"eos_token_id\": [7, 261]}");
+    expect_run(0, &printed, "--init $D/second --generate 5 --temperature 0 --prompt hi --quiet");
+    check(strcmp(printed.data, "hi\n") == 0, "either end of text ends it: '%s'", printed.data);
+    free(expected);
+    free(before.data);
+    free(after.data);
+    free(printed.data);
+}
+
+// A head beside wte that differs from it is used although config.json says that they are tied, as
+// transformers 5.23 does; and one that stands alone is wte.
+static void test_stored_heads(void) {
+    for (int only = 0; only < 2; only++) {
+        Model *model = small_model(false);
+        model_save(model, NULL, &(KeptFiles){0}, in_tests("heads"));
+        Model *as_tied = small_model(true);
+        save_config(&as_tied->config, -1, in_tests("heads"));
+        StoredTensor list[64];
+        size_t count = 0;
+        for (int i = 0; i < model->tensor_count; i++)
+            if (!only || i != WTE) list[count++] = stored_tensor(&model->tensors[i], STORE_VALUE);
+        safetensors_write(in_tests("heads/model.safetensors"), list, count);
+        int kept = dup(2), quiet = open("/dev/null", O_WRONLY);
+        dup2(quiet, 2);
+        Model *loaded = model_load(in_tests("heads"));
+        dup2(kept, 2);
+        close(kept);
+        close(quiet);
+        const Tensor *head = model_head(model);
+        check(loaded->config.tie_word_embeddings == only, "tied: %d", only);
+        check(memcmp(model_head(loaded)->value, head->value, head->size * sizeof(float)) == 0,
+              "the stored head, %d", only);
+        for (size_t i = 0; i < count; i++) free((char *)list[i].name);
+        model_free(loaded);
+        model_free(as_tied);
+        model_free(model);
+    }
+}
+
 // Saves the small model with one tensor changed in the list of what is written.
 static void save_changed(StoredTensor change, const char *name) {
     Model *model = small_model(true);
@@ -2862,19 +3373,16 @@ static void save_changed(StoredTensor change, const char *name) {
     model_free(model);
 }
 
-static Model *undamaged; // what child_same_model compares with
-
-// Status 0: loaded, and the same to the bit; 3: loaded, but something else.
+// Status 0: loaded, and the same as small_model(true) to the bit; 3: loaded, but something else.
 static void child_same_model(void) {
-    alarm(20);
-    if (!same_values(model_load(child_path), undamaged)) _exit(3);
+    if (!same_values(model_load(child_path), small_model(true))) _exit(3);
 }
 
 // A weights file that ends too early.
 static void test_cut_weights(void) {
     Model *model = small_model(true);
     const char *weights = in_tests("small/model.safetensors");
-    model_save(model, NULL, in_tests("small"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("small"));
     model_free(model);
     child_path = in_tests("small");
     Text good = read_file(weights);
@@ -2896,8 +3404,9 @@ static void test_cut_weights(void) {
 // the end it may be something else that is right; then the model is the same.
 static void test_wrong_header(void) {
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
-    undamaged = small_model(true);
-    model_save(undamaged, NULL, folder);
+    Model *undamaged = small_model(true);
+    model_save(undamaged, NULL, &(KeptFiles){0}, folder);
+    model_free(undamaged);
     child_path = folder;
     Text good = read_file(weights), printed = {0};
     uint64_t header;
@@ -2922,13 +3431,12 @@ static void test_wrong_header(void) {
     check(refused > 250 && harmless > 5, "%d headers were refused, %d loaded", refused, harmless);
     free(printed.data);
     free(good.data);
-    model_free(undamaged);
 }
 
 static void test_wrong_tensors(void) {
     const char *weights = in_tests("small/model.safetensors");
     Model *model = small_model(true);
-    model_save(model, NULL, in_tests("small"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("small"));
     child_path = in_tests("small");
     const char *name = "transformer.h.1.mlp.c_fc.weight"; // [8, 24]
     save_changed((StoredTensor){name, "F32", 2, {24, 8}, 192, 768, NULL}, name);
@@ -3021,21 +3529,23 @@ static Dataset *load_quietly(const char *name, int seq_len) {
     return data;
 }
 
-// Spells all examples, with $ for <|endoftext|>, | before the first scored token, a space between examples,
-// and compares. A byte's id is what GPT-2 gives it.
+// Spells all examples, with $ for <|endoftext|>, | where scored tokens begin or end, a space between
+// examples, and compares. A byte's id is what GPT-2 gives it.
 static void expect_examples(const Dataset *data, const char *expected, const char *what) {
     Text got = {0};
     text_append(&got, "", 0);
     for (size_t i = 0; i < data->count; i++) {
         text_append(&got, " ", i > 0);
         for (int t = 0; t < data->examples[i].size; t++) {
-            int id = dataset_token(data, &data->examples[i], t);
+            int stored = dataset_token(data, &data->examples[i], t), id = stored < 0 ? ~stored : stored;
+            bool now = t > 0 && stored >= 0,
+                 before = t > 1 && dataset_token(data, &data->examples[i], t - 1) >= 0;
             const char c = id < 94     ? (char)(id + 33)
                            : id == 198 ? '/'
                            : id == 220 ? '_'
                            : id == 258 ? '$'
                                        : '?';
-            text_append(&got, "|", t == data->examples[i].prompt);
+            text_append(&got, "|", now != before);
             text_append(&got, &c, 1);
         }
     }
@@ -3058,14 +3568,12 @@ static void test_text_data(void) {
     expect_data("d.txt", "ab\n<|endoftext|>\n\n<|endoftext|>\n<|endoftext|>\ncd", 16, "$|ab/$/$cd");
     expect_data("d.txt", "ab\n<|endoftext|>\r\ncd", 16, "$|ab/$cd");
     Dataset *data;
-    write_text("d.txt",
-               "a <|endoftext|>\nb\n <|endoftext|>\n<|endoftext|>c\n"); // not alone on their lines: text
-    data = load_quietly("d.txt", 64);
-    size_t marks = 0;
-    for (int t = 0; t < data->examples[0].size; t++)
-        marks += dataset_token(data, &data->examples[0], t) == 258;
-    check(data->count == 1 && marks == 1, "<|endoftext|> inside a line is text");
-    dataset_free(data);
+    // Not alone on their lines: tokens inside a document, as AutoTokenizer has it.
+    expect_data("d.txt", "a <|endoftext|>\nb\n <|endoftext|>\n<|endoftext|>c\n", 64, "$|a_$/b/_$/$c/");
+    expect_data("d.txt",
+                "\xef\xbb\xbf"
+                "ab",
+                16, "$|ab"); // a byte order mark is passed over
 
     // Windows share a token; each token but the first is a target exactly once, whatever the sizes.
     expect_data("d.txt", "abcdefg", 3, "$|abc c|def f|g");
@@ -3091,7 +3599,12 @@ static void test_text_data(void) {
         }
     }
 
-    // Several files, in the order of their names, each with windows of its own; and splitting off the end.
+}
+
+// Several files, in the order of their names, each with windows of its own; and splitting off the end.
+static void test_globs_and_splits(void) {
+    make_inputs();
+    Dataset *data;
     write_text("part-1.txt", "abcd");
     write_text("part-2.txt", "xy");
     expect_data("part-[3].txt", "abc", 3, "$|abc"); // a name, not a glob
@@ -3107,6 +3620,9 @@ static void test_text_data(void) {
     data = load_quietly("d.txt", 1);
     part = dataset_split(data, 0.001);
     check(part->count == 1 && data->count == 9, "at least one example is split off");
+    dataset_free(part);
+    part = dataset_split(data, 0.4); // 3.6 of the 9 that are left
+    check(part->count == 4 && data->count == 5, "split: %zu and %zu", data->count, part->count);
     dataset_free(part);
     dataset_free(data);
 }
@@ -3125,13 +3641,33 @@ static void test_jsonl_data(void) {
         {"{\"text\": \"ab\"}\n{\"prompt\": \"ab\", \"completion\": \"\"}\n{\"text\": \"\"}", 16, "$|ab$",
          "d.jsonl:2: nothing"},
         {"{\"prompt\": \"abcdefgh\", \"completion\": \"xy\"}", 5, "fgh|xy$",
-         "d.jsonl:1: 10 tokens, cut to --seq-len 5"},
-        {"{\"prompt\": \"abc\", \"completion\": \"tuvwxyz\"}", 5, "c|tuvwx", "d.jsonl:1: 10 tokens, cut"},
-        {"{\"prompt\": \"abc\", \"completion\": \"uvwxy\"}", 5, "c|uvwxy", "d.jsonl:1: 8 tokens, cut"},
+         "d.jsonl:1: 10 tokens are more than --seq-len 5: the beginning cut off"},
+        {"{\"prompt\": \"abc\", \"completion\": \"tuvwxyz\"}", 5, "c|tuvwx",
+         "10 tokens are more than --seq-len 5: the beginning and the end, with its end of text, cut off"},
+        {"{\"prompt\": \"abc\", \"completion\": \"uvwxy\"}", 5, "c|uvwxy",
+         "8 tokens are more than --seq-len 5: the beginning and the end, with its end of text, cut off"},
         {"{\"prompt\": \"ab\", \"completion\": \"wxy\"}", 5, "ab|wxy$", ""}, // just fits
-        {"{\"text\": \"abcdef\"}", 3, "$|abc", "d.jsonl:1: 7 tokens, cut"},
+        {"{\"text\": \"abcdef\"}", 3, "$|abc",
+         "d.jsonl:1: 7 tokens are more than --seq-len 3: the end, with its end of text, cut off"},
         {"{\"text\": \"abcdef\"}\n{\"text\": \"\"}\n{\"text\": \"abcdef\"}\n{\"text\": \"a\"}", 3,
-         "$|abc $|abc $|a$", "d.jsonl: 3 examples, 2 of them cut to --seq-len 3; 1 more skipped\n"},
+         "$|abc $|abc $|a$",
+         "d.jsonl: 3 examples; cut to --seq-len 3: 2 lost the end of what is scored and the end of text, 0 "
+         "the "
+         "beginning of the prompt; 1 more skipped\n"},
+        {"\xef\xbb\xbf{\"text\": \"a\"}\n", 16, "$|a$", ""},                              // a byte order mark
+        {"{\"text\": null, \"prompt\": \"a\", \"completion\": \"b\"}\n", 16, "a|b$", ""}, // null is absent
+        {"{\"prompt\": \"x\", \"completion\": \"b\", \"prompt\": \"a\"}", 16, "a|b$", ""}, // the last wins
+        {"{\"prompt\": \"a<|endoftext|>b\", \"completion\": \"c\"}", 16, "a$b|c$", ""},    // the token
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"ab\"}, {\"role\": \"assistant\", \"content\": "
+         "\"c\"}, "
+         "{\"role\": \"user\", \"content\": \"d\"}, {\"role\": \"assistant\", \"content\": \"ef\"}]}",
+         16, "ab$|c$|d$|ef$", ""},
+        {"{\"messages\": [{\"role\": \"assistant\", \"content\": \"ab\"}]}", 16, "$|ab$", ""},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"abc\"}, {\"role\": \"assistant\", \"content\": "
+         "\"xyz\"}]}",
+         4, "$|xyz$", "the beginning cut off"},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n{\"text\": \"b\"}", 16, "$|b$",
+         "d.jsonl:1: nothing"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         expect_data("d.jsonl", cases[i].text, cases[i].seq_len, cases[i].expected);
@@ -3154,6 +3690,61 @@ static void test_jsonl_data(void) {
               memcmp(batch.target, target, sizeof target) == 0 && data->prompts,
           "rows of prompt and completion");
     batch_free(&batch);
+    dataset_free(data);
+}
+
+static void child_data(void) {
+    Tokenizer *tokenizer = tokenizer_load(child_text);
+    dataset_load(child_path, tokenizer, 16, tokenizer->vocab_size);
+}
+
+// What is no JSONL or no UTF-8 is refused with what to do instead.
+static void test_refused_data(void) {
+    static const struct {
+        const char *name, *text;
+        size_t size;
+        const char *said;
+    } cases[] = {
+        {"r.jsonl", "[{\"text\": \"a\"}]", 0, "a JSON array: expected an object a line"},
+        {"r.jsonl", "{\n  \"text\": \"a\"\n}", 0, "an object that goes on in the next line"},
+        {"r.jsonl", "{\"text\": \"a\",\n\"x\": 1}", 0, "jq -c . '"},
+        {"r.jsonl", "{\"instruction\": \"a\", \"output\": \"b\"}", 0,
+         "\"instruction\" and \"output\" are not the keys"},
+        {"r.jsonl", "{\"prompt\": \"a\", \"completion\": 7}", 0, "is a number: expected a string, \"7\""},
+        {"r.jsonl", "{\"prompt\": \"a\", \"completion\": null}", 0, "expected"},
+        {"r.jsonl", "{\"prompt\": null, \"completion\": \"b\"}", 0, "expected"},
+        {"r.jsonl", "{\"text\": \"a\", \"completion\": \"b\"}", 0,
+         "only one of completion, text and messages"},
+        {"r.jsonl", "{\"messages\": [{\"role\": \"user\"}]}", 0, "a message is {\"role\":"},
+        {"r.jsonl", "{\"messages\": {}}", 0, "\"messages\" must be an array"},
+        {"r.jsonl", "{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}", 0,
+         "byte 27, line 2; probably ISO-8859-1: iconv -f ISO-8859-1 -t UTF-8"},
+        {"r.txt", "\x93quoted\x94", 0, "byte 0, line 1; probably WINDOWS-1252: iconv -f WINDOWS-1252"},
+        {"r.txt",
+         "\xff\xfe"
+         "a\0b\0",
+         6, "iconv -f UTF-16LE"},
+        {"r.txt", "a\0b\0", 4, "iconv -f UTF-16LE"},
+        {"r.txt", "\0a\0b", 4, "iconv -f UTF-16BE"},
+        {"r.txt", "ab\ncd \xf0\x9f\x98", 0, "byte 6, line 2"},
+    };
+    make_inputs();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        put_file(in_tests(cases[i].name), cases[i].text,
+                 cases[i].size ? cases[i].size : strlen(cases[i].text));
+        char *path = xstrdup(in_tests(cases[i].name)), *merges = xstrdup(in_tests("merges.txt"));
+        child_path = path, child_text = merges;
+        expect_death(child_data, cases[i].said, cases[i].text);
+        free(path), free(merges);
+    }
+    write_text("part[1].txt", "ab"); // the name as it stands, though a glob finds the other
+    write_text("part1.txt", "xyz");
+    Dataset *data = load_quietly("part[1].txt", 16);
+    expect_examples(data, "$|ab", "a name with brackets");
+    dataset_free(data);
+    unlink(in_tests("part[1].txt"));
+    data = load_quietly("part[1].txt", 16);
+    expect_examples(data, "$|xyz", "a glob with brackets");
     dataset_free(data);
 }
 
@@ -3191,6 +3782,15 @@ static void test_dataset_order(void) {
     }
     for (int i = 0; i < 4; i++) free(orders[i]);
     free(data.examples);
+    // All orders are drawn alike: then one example of ten stands at its own place, on average.
+    Dataset ten = {.count = 10};
+    int unmoved = 0;
+    for (long epoch = 0; epoch < 1000; epoch++) {
+        size_t *order = dataset_order(&ten, 3, epoch);
+        for (size_t i = 0; i < 10; i++) unmoved += order[i] == i;
+        free(order);
+    }
+    check(abs(unmoved - 1000) < 5 * 32, "%d places unmoved in 1000 orders", unmoved);
 }
 
 static void test_shards(void) {
@@ -3233,7 +3833,7 @@ static void make_wrong_inputs(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model->config.n_embd = 8; // does not fit the weights
-    model_save(model, NULL, in_tests("narrow"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("narrow"));
     model_free(model);
     Text weights = read_file(in_tests("model/model.safetensors")),
          config = read_file(in_tests("model/config.json"));
@@ -3259,11 +3859,18 @@ static const struct {
     {2, "unknown option -Z", "-Z"},
     {2, "unknown option -Z;", "-Z5"},
     {2, "unknown option -Z;", "-yZ"},
-    {2, "--quiet=1: this option takes no value", "--quiet=1"},
-    {2, "--resume=1: this option takes no value", "--resume=1"},
+    {2, "--quiet takes no value", "--quiet=1"},
+    {2, "--resume takes no value", "--resume=1"},
     {2, "'text.txt' is not an option", "text.txt"},
     {2, "--steps needs a value", "--steps"},
-    {2, "-x needs a value", "-x"},
+    {2, "--steps needs a value", "-x"},
+    {2, "--steps needs a value", "-yx"},
+    {2, "unknown option --;", "--"},
+    {2, "'-' is not an option", "-"},
+    {2, "--train is given twice", "--train a.txt --steps 3 -i b.txt"},
+    {2, "--val is given twice", "--val=a.txt --val=a.txt"},
+    {2, "--stop is given twice", "--generate 1 --stop a --stop b"},
+    {2, "--epsilon 0: a number from 1e-30", "--epsilon 0"},
     {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
     {2, "--steps 0:", "--steps 0"},
     {2, "--steps ten:", "--steps ten"},
@@ -3307,13 +3914,17 @@ static const struct {
      "--init $D/model --eval --val $D/val.txt --seq-len 17"},
     {2, "regular expression '('", "$TINY --train $D/text.txt --freeze '('"},
     {2, "regular expression 'a['", "$TINY --train $D/text.txt --no-decay 'a['"},
+    {2, "--freeze 'lnf' matches no tensor; near it are",
+     "$TINY --train $D/text.txt --freeze wte --freeze lnf"},
+    {2, "near it are transformer.h.*.attn.c_attn.weight, transformer.h.*.attn.c_attn.bias.",
+     "$TINY --train $D/text.txt --no-decay atn.c_attn"},
     {2, "--freeze leaves nothing to train", "$TINY --train $D/text.txt --freeze ."},
     {2, "--warmup-steps 5x: steps, or a share", "$TINY --train $D/text.txt --warmup-steps 5x"},
     {2, "--epochs 0: less than one update", "$TINY --train $D/text.txt --epochs 0"},
     {1, "too few", "$TINY --train $D/d.txt"},
     {2, "for a random start, not for a model folder", "--init $D/model --n-layer 2 --train $D/text.txt"},
     {1, "n_embd 16 is not a multiple of n_head 3", "$TINY --n-head 3 --train $D/text.txt"},
-    {1, "merges.txt: folder cannot be made", "$TINY --train $D/text.txt --out $D/merges.txt"},
+    {1, "merges.txt: cannot be read: Not a directory", "$TINY --train $D/text.txt --out $D/merges.txt"},
 };
 
 static void test_wrong_input(void) {
@@ -3441,6 +4052,15 @@ static void test_plan(void) {
     free(plan.data);
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --steps 40 --out $D/never");
     check(!strstr(plan.data, "freezing"), "--plan: nothing is frozen");
+    check(strstr(plan.data, "evaluation every 2, checkpoint every 2\n") != NULL, "--plan: %s", plan.data);
+    free(plan.data);
+    long updates = 0, an_epoch = 0;
+    expect_run(0, &plan, "$TINY --train $D/text.txt --plan --epochs 2.5 --batch-size 3 --out $D/never");
+    const char *said = strstr(plan.data, " updates of ");
+    while (said && said > plan.data && isdigit((unsigned char)said[-1])) said--;
+    check(said && sscanf(said, "%ld updates of 1 x 3 examples, %ld an epoch", &updates, &an_epoch) == 2 &&
+              updates == (5 * an_epoch + 1) / 2,
+          "--epochs 2.5: %s", plan.data);
     free(plan.data);
     // A block of 128 channels has 198272 parameters; of three blocks, two keep 10 C + NH + 4 floats in 32
     // rows.
@@ -3454,6 +4074,38 @@ static void test_plan(void) {
         free(plan.data);
         free(words);
     }
+}
+
+// The number of warm-up updates, of 200 in all, 80 an epoch.
+static void test_warmup(void) {
+    static const struct {
+        const char *words;
+        long steps, warmup;     // of the run; expected
+    } cases[] = {{"", 200, 20}, // a random start: 10 %
+                 {"--init some-folder", 200, 80},
+                 {"--init some-folder", 80, 8}, // no longer than an epoch
+                 {"--warmup-steps 7", 200, 7},
+                 {"--warmup-steps 2.5%", 200, 5},
+                 {"--warmup-steps 1.5ep", 200, 120},
+                 {"--warmup-steps 5ep", 200, 200},
+                 {"--warmup-steps 0 --init some-folder", 200, 0}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Options options;
+        options_from_text(&options, cases[i].words);
+        long warmup = warmup_of(&options, cases[i].steps, 80);
+        check(warmup == cases[i].warmup, "'%s': %ld updates, should be %ld", cases[i].words, warmup,
+              cases[i].warmup);
+    }
+}
+
+// The rows of the largest batch are those of the longest examples.
+static void test_largest_batch(void) {
+    Example examples[] = {{.size = 3}, {.size = 9}, {.size = 5}, {.size = 9}, {.size = 2}};
+    Dataset data = {.examples = examples, .count = 5};
+    static const int rows[] = {8, 16, 20, 22, 23, 23};
+    for (int B = 1; B <= 6; B++)
+        check(largest_batch(&data, B, 8) == rows[B - 1], "%d examples: %d rows, should be %d", B,
+              largest_batch(&data, B, 8), rows[B - 1]);
 }
 
 // What freezing skips, against the products counted by hand for two blocks of 16 channels, V = 259: a block's
@@ -3482,6 +4134,56 @@ static void test_skipped_work(void) {
         free(share);
         free(words);
     }
+}
+
+// What is printed between the two goes to the file "stdout" in the tests' folder.
+static int begin_capture(void) {
+    fflush(stdout);
+    int kept = dup(1), file = open(in_tests("stdout"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    dup2(file, 1);
+    close(file);
+    return kept;
+}
+
+static Text end_capture(int kept) {
+    fflush(stdout);
+    dup2(kept, 1);
+    close(kept);
+    return read_file(in_tests("stdout"));
+}
+
+// Text as it streams: half a character waits for its other half, what may become --stop for what follows.
+static void test_stream(void) {
+    static const char *const parts[] = {"caf", "\xc3", "\xa9 th", "at t", "h"};
+    static const char *const shown[] = {"caf", "caf", "caf\xc3\xa9 ", "caf\xc3\xa9 that ",
+                                        "caf\xc3\xa9 that th"};
+    Text text = {0};
+    size_t printed = 0;
+    int kept = begin_capture();
+    for (int i = 0; i < 5; i++) {
+        text_append(&text, parts[i], strlen(parts[i]));
+        stream_text(&text, &printed, "the", i == 4);
+        Text seen = read_file(in_tests("stdout"));
+        check(strcmp(seen.data, shown[i]) == 0, "part %d: '%s', not '%s'", i, seen.data,
+              shown[i]);
+        free(seen.data);
+    }
+    free(end_capture(kept).data);
+    free(text.data);
+}
+
+// 60 of 100 steps are left, each takes 2 seconds: two minutes.
+static void test_time_left(void) {
+    Options options;
+    options_from_text(&options, "--steps 100");
+    Run run = {.options = &options, .step = 40, .steps_per_epoch = 16};
+    int kept = begin_capture();
+    show_update(&run, &(Update){.loss = 1.25, .norm = 3, .learning_rate = 1e-4, .rows = 198}, 2);
+    Text printed = end_capture(kept);
+    const char *wanted =
+        "step 40/100  loss 1.2500  0:02:00 left  epoch 2.50  lr 1.00e-04  norm 3.000  99 tok/s\n";
+    check(strcmp(printed.data, wanted) == 0, "'%s', not '%s'", printed.data, wanted);
+    free(printed.data);
 }
 
 // The progress line on a terminal of 40 and of 200 columns: one column stays free, what is over is cut, what
@@ -3590,9 +4292,9 @@ typedef struct {
     double loss;
 } LogLine;
 
-// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order. Returns how
-// many lines. essence (unless NULL) gets what must be the same after a resume: all but the timing, and of
-// evaluations all but the rate.
+// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order, seconds that
+// never fall, and at an evaluation the rate of the update before. Returns how many lines. essence (unless
+// NULL) gets what must be the same after a resume: all but the timing, and of evaluations all but the rate.
 static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     char *path = xprintf("%s/log.csv", in_tests(out));
     Text text = file_exists(path) ? read_file(path) : (Text){0};
@@ -3600,6 +4302,8 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     bool whole = text.data && strncmp(text.data, header, strlen(header)) == 0;
     size_t count = 0;
     long trained = 0, evaluated = -1;
+    double seconds = 0;
+    const char *rate = "0"; // of the last update
     for (char *at = text.data + strlen(header), *line;
          whole && (line = strsep(&at, "\n")) && *line && count < 500;) {
         char *rest = line, *field, *fields[16] = {0};
@@ -3610,6 +4314,9 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
         if (!whole) break;
         *l = (LogLine){atol(fields[0]), fields[2][0] == 'v', atof(fields[3])};
         whole = l->val ? l->step > evaluated && l->step == trained && !*fields[6] : l->step == trained + 1;
+        whole = whole && atof(fields[8]) >= seconds && (!l->val || strcmp(fields[5], rate) == 0);
+        seconds = atof(fields[8]);
+        if (!l->val) rate = fields[5];
         *(l->val ? &evaluated : &trained) = l->step;
         for (int i = 0; i < (l->val ? 5 : 7) && essence; i++) {
             text_append(essence, fields[i], strlen(fields[i]));
@@ -3626,7 +4333,7 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
 static void test_without_tokenizer(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
-    model_save(model, NULL, in_tests("bare"));
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("bare"));
     model_free(model);
     uint16_t shard[512 + 200] = {0};
     const int32_t header[3] = {20240520, 1, 200};
@@ -3648,6 +4355,66 @@ static void test_without_tokenizer(void) {
     expect_refusal(1, "text needs a tokenizer",
                    "--init $D/bare-run --eval --val $D/val.txt --matmul builtin");
     free(missing);
+}
+
+// Loss, accuracy and exact match against what the logits of each example alone give: nine examples, of which
+// every third says what the model would, the next ones are random from their first scored row on, and the
+// others end otherwise. With --val-batches 3 only the first six count.
+static void test_evaluate(void) {
+    enum { V = 11, COUNT_OF_EXAMPLES = 9, SIZE = 9 };
+    Model *model = tiny_model(tiny_config(V, 40, 2, 2, 8, 32, true), 12, NULL);
+    Source source = {0};
+    Example examples[COUNT_OF_EXAMPLES];
+    for (int e = 0; e < COUNT_OF_EXAMPLES; e++) {
+        Ids prompt = {0}, greedy = {0};
+        const int P = e % 2 ? 1 : 3; // tokens of the prompt
+        for (int i = 0; i < P; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
+        generate_slowly(model, &prompt, SIZE - P, &greedy);
+        examples[e] = (Example){0, source.ids.size, SIZE, SIZE - P};
+        for (int i = 0; i < P; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
+        for (int i = 0; i < SIZE - P; i++) {
+            bool other = e % 3 == 1 || (e % 3 == 2 && i == SIZE - P - 1);
+            int shift = other ? 1 + (int)(random_bits((uint64_t)e, 50 + (uint64_t)i) % (V - 1)) : 0;
+            ids_push(&source.ids, (greedy.data[i] + shift) % V);
+        }
+        free(prompt.data), free(greedy.data);
+    }
+    Dataset data = {.sources = &source, .examples = examples, .source_count = 1, .count = COUNT_OF_EXAMPLES};
+    Batch batch = {0};
+    Options options;
+    options_from_text(&options, "--batch-size 2");
+    Run run = {.options = &options, .model = model, .val = &data};
+    double loss = 0;
+    size_t targets = 0, correct = 0, exact = 0;
+    for (size_t e = 0; e < COUNT_OF_EXAMPLES; e++) {
+        size_t right = 0;
+        dataset_batch(&data, NULL, e, 1, &batch);
+        float *logits = logits_of(model, &batch);
+        double *exactly = doubles(logits, (size_t)batch.rows * V);
+        for (int r = 0; r < batch.rows; r++) {
+            if (batch.target[r] < 0) continue;
+            targets++;
+            right += is_highest(logits + r * V, batch.target[r], V);
+            loss += oracle_cross_entropy(exactly + r * V, batch.target[r], V);
+        }
+        correct += right;
+        exact += right == (size_t)examples[e].targets;
+        free(logits), free(exactly);
+        if (e != 5 && e != 8) continue;
+        options.val_batches = e == 5 ? 3 : 0;
+        Evaluation result = evaluate(&run);
+        check(fabs(result.loss - loss / (double)targets) < 1e-5, "loss %g, should be %g", result.loss,
+              loss / (double)targets);
+        check(result.accuracy == (double)correct / (double)targets && result.targets == targets,
+              "accuracy %g of %zu, should be %zu of %zu", result.accuracy, result.targets, correct, targets);
+        check(exact == (e + 1) / 3 && result.exact == (double)exact / (double)(e + 1) &&
+                  result.examples == e + 1,
+              "exact match %g of %zu, should be %zu of %zu", result.exact, result.examples, exact, e + 1);
+    }
+    free(source.ids.data);
+    batch_free(&batch);
+    activations_free(&run.activations);
+    model_free(model);
 }
 
 // Weights in other formats: one line with the command that converts them.
@@ -3677,7 +4444,7 @@ static void test_other_formats(void) {
     make_folder(in_tests("both")); // one that holds both is a model folder
     Model *model = model_load(in_tests("model"));
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
-    model_save(model, tokenizer, in_tests("both"));
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("both"));
     tokenizer_free(tokenizer);
     model_free(model);
     write_text("both/pytorch_model.bin", "");
@@ -3696,8 +4463,8 @@ static void test_stop(void) {
             model_tensor(model, WTE, 0)->value[v * 8 + i] = 0;
     Ids prompt = {0};
     Sample whole[S] = {0};
-    tokenizer_encode(tokenizer, &prompt, "the cat", 7, false);
-    generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, NULL}, whole);
+    tokenizer_encode(tokenizer, &prompt, "the cat", 7);
+    generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, whole);
     int shortened = 0;
     for (int n = 0; n < 24; n++) {
         char stop[8] = "the cat";
@@ -3706,7 +4473,7 @@ static void test_stop(void) {
         if (n > 0) snprintf(stop, sizeof stop, "%.*s", length, from->data + from->size / 2 + (size_t)n / 3);
         if (stop[0] == 0) continue;
         Sample ended[S] = {0};
-        generate(model, tokenizer, &prompt, COUNT, S, -1, &(Sampling){1, 0, 1, 1, stop}, ended);
+        generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, stop}, ended);
         for (int s = 0; s < S; s++) {
             size_t wanted = 0, size = whole[s].text.size, stop_size = strlen(stop);
             while (wanted + stop_size <= size && memcmp(whole[s].text.data + wanted, stop, stop_size) != 0)
@@ -3763,8 +4530,9 @@ static void test_run(void) {
     free(printed.data);
     write_text("mixed.jsonl", "{\"text\": \"the cat saw the bird\"}\n{\"text\": \"\"}\n{\"text\": \"a\"}\n");
     expect_run(0, &printed, "--init $D/run --eval --val $D/mixed.jsonl --seq-len 5 --matmul builtin");
-    check(strstr(printed.data, "mixed.jsonl (1 examples cut, 1 skipped)\n") != NULL, "--eval: %s",
-          printed.data);
+    check(strstr(printed.data, "mixed.jsonl (of 1 the end was cut off, of 0 the beginning; 1 skipped)\n") !=
+              NULL,
+          "--eval: %s", printed.data);
     free(printed.data);
     expect_run(0, &printed,
                "$TINY --train $D/text.txt --val $D/val.txt --steps 4 --val-every 4 --out $D/quiet --quiet "
@@ -3822,6 +4590,35 @@ static void expect_stops(const Text *all, const char *seed) {
         free(line), free(wanted), free(stopped.data);
     }
     check(stops >= 5, "--stop ended %d of 11 texts", stops);
+}
+
+// Without a prompt text begins behind the end of a text, as a document does; behind another token this model
+// goes on otherwise.
+static void test_no_prompt(void) {
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = tiny_model(tiny_config(tokenizer->vocab_size, 30, 2, 2, 8, 32, true), 3, NULL);
+    model_save(model, NULL, &(KeptFiles){0}, in_tests("lively"));
+    Text printed;
+    expect_run(0, &printed,
+               "--init $D/lively --tokenizer $D/merges.txt --generate 20 --temperature 0 --matmul builtin");
+    for (int other = 0; other < 2; other++) {
+        Ids prompt = {0};
+        Sample sample = {0};
+        ids_push(&prompt, other ? 0 : tokenizer->end_of_text);
+        int kept = begin_capture();
+        generate(model, tokenizer, &prompt, 20, 1, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+        free(end_capture(kept).data);
+        bool same = printed.size == sample.text.size + 1 &&
+                    memcmp(printed.data, sample.text.data, sample.text.size) == 0;
+        check(same == !other, "without a prompt: %s; behind %d: %s", printed.data, prompt.data[0],
+              sample.text.data);
+        free(prompt.data);
+        sample_free(&sample);
+    }
+    free(printed.data);
+    tokenizer_free(tokenizer);
+    model_free(model);
 }
 
 static void test_generate(void) {
@@ -3922,6 +4719,7 @@ static void stop_run(const char *out, int signal_number) {
         pid_t child = start_trainer(0, words);
         wait_for_lines(out, 5, child);
         kill(child, signal_number);
+        if (signal_number == SIGHUP) kill(child, signal_number); // shells and the system both send it
         status = wait_for(child);
     }
     Text printed = read_file(in_tests("printed"));
@@ -3947,9 +4745,9 @@ static void test_resume(void) {
     static const struct {
         const char *out;
         int signal;
-    } stops[] = {{"terminated", SIGTERM}, {"interrupted", SIGINT}};
+    } stops[] = {{"terminated", SIGTERM}, {"interrupted", SIGINT}, {"hung-up", SIGHUP}};
     make_whole_run();
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         stop_run(stops[i].out, stops[i].signal);
         // With --resume leftovers are swept away.
         make_folder(in_tests("leftover"));
@@ -4045,7 +4843,7 @@ static void test_best_and_patience(void) {
             last = lines[i].loss;
         }
     check(count == 56 && rising == 6, "%zu of 6 losses rise", rising);
-    long *steps = list_checkpoints(in_tests("keep"), &found, false);
+    long *steps = list_checkpoints(in_tests("keep"), &found);
     check(found == 2 && steps[0] == 10 && steps[1] == 50, "the best and the last stay: %zu", found);
     free(steps);
     check(same_files("keep/model.safetensors", "keep/checkpoint-000010/model.safetensors"),
@@ -4123,7 +4921,7 @@ static void test_diverging(void) {
         "--learning-rate 1e3 --weight-decay 1e3 --schedule constant --quiet --out $D/diverges");
     check(one_error_line(&error, " is not finite"), "not finite: %s", error.data);
     free(error.data);
-    long *steps = list_checkpoints(in_tests("diverges"), &found, false);
+    long *steps = list_checkpoints(in_tests("diverges"), &found);
     for (size_t i = 0; i < found; i++) {
         char *path = xstrdup(checkpoint_path(in_tests("diverges"), steps[i]));
         Model *saved = model_load(path);
@@ -4145,15 +4943,516 @@ static void test_diverging(void) {
     for (size_t i = 0; i < steep->tensors[steep->tensor_count - 1].size; i++)
         model_tensor(steep, LM_HEAD, 0)->value[i] = random_bits(8, i) & 1 ? 3e38f : -3e38f;
     for (int i = 0; i < 16; i++) model_tensor(steep, LN_F_WEIGHT, 0)->value[i] = 1e-37f;
-    model_save(steep, tokenizer, in_tests("steep"));
+    model_save(steep, tokenizer, &(KeptFiles){0}, in_tests("steep"));
     model_free(steep);
     tokenizer_free(tokenizer);
     write_text("a.txt", "a");
     expect_refusal(1, ": step 1: the gradient of transformer.",
                    "--init $D/steep --train $D/a.txt --val-fraction 0 --steps 2 --quiet --matmul builtin "
                    "--out $D/steps");
-    free(list_checkpoints(in_tests("steps"), &found, false));
+    free(list_checkpoints(in_tests("steps"), &found));
     check(found == 0, "saved in spite of a gradient that is not finite");
+}
+
+// ---- whole runs: what is around the heart ----
+
+// Runs `'test_gpt2' --trainer ARGUMENTS`, in words of a shell that may redirect its streams, for at most 60
+// seconds. Its exit status; what it left in $D/said is returned.
+static int __attribute__((format(printf, 2, 3))) run_shell(Text *said, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    char *words = NULL;
+    if (vasprintf(&words, format, arguments) < 0) die("out of memory");
+    va_end(arguments);
+    setenv("T", self_path, 1);
+    put_file(in_tests("said"), "", 0);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(60);
+        execl("/bin/sh", "sh", "-c", words, (char *)NULL);
+        _exit(127);
+    }
+    int status = wait_for(child);
+    free(words);
+    *said = read_file(in_tests("said"));
+    return status;
+}
+
+// Two runs in one --out: the second is refused with the first's process id, in whatever state the first is; when
+// it was killed the next one goes on at once.
+static void test_lock(void) {
+    make_inputs();
+    const char *words =
+        "$TINY --train $D/text.txt --val-fraction 0 --save-every 3 --quiet --out $D/locked --steps";
+    char *first = xprintf("%s 100000", words), *second = xprintf("%s 300", words);
+    pid_t child = start_trainer(0, first);
+    wait_for_lines("locked", 9, child);
+    char *refusal = xprintf("/locked: process %d is training there", (int)child);
+    char *resumed = xprintf("%s 300 --resume", words);
+    expect_refusal(1, refusal, second);
+    expect_refusal(1, refusal, resumed);
+    expect_refusal(1, refusal, "$TINY --train $D/text.txt --overfit --steps 3 --out $D/locked");
+    kill(child, SIGKILL);
+    wait_for(child);
+    Text log = read_file(in_tests("locked/log.csv"));
+    char *more = xprintf("%s %zu --resume", words, count_of(log.data, "\n") + 3);
+    expect_run(0, NULL, more);
+    free(log.data), free(more), free(refusal), free(resumed), free(first), free(second);
+    // Started together, in a folder that is not there: one trains, the other leaves it alone.
+    words = "$TINY --train $D/text.txt --val-fraction 0 --steps 40 --save-every 9 --quiet --out $D/together";
+    expect_run(0, NULL,
+               "$TINY --train $D/text.txt --val-fraction 0 --steps 40 --save-every 9 --quiet --out $D/alone");
+    for (int i = 0; i < 4; i++) {
+        remove_folder(in_tests("together"));
+        pid_t first = start_trainer(0, words), second = start_trainer(0, words);
+        int a = wait_for(first), b = wait_for(second);
+        check((a == 0 && b > 0) || (b == 0 && a > 0), "two runs in one folder ended with %d and %d", a, b);
+        check(same_files("together/model.safetensors", "alone/model.safetensors"),
+              "two runs became a third one");
+        LogLine lines[500];
+        check(read_log("together", lines, NULL) == 40, "two runs in one log");
+    }
+}
+
+// A number that tells apart which names a folder has.
+static uint64_t names_in(const char *path) {
+    uint64_t sum = 0;
+    DIR *folder = opendir(path);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        uint64_t name = 0;
+        for (const char *c = entry->d_name; *c; c++) name = mix_bits(name ^ (unsigned char)*c);
+        sum += mix_bits(name);
+    }
+    if (folder) closedir(folder);
+    return sum;
+}
+
+// What --out is after a fault, besides the model that was there before and the one that the run makes.
+typedef enum { OLD_MODEL, NEW_MODEL, NO_MODEL, MIXED_MODEL } Outcome;
+
+static Outcome outcome(const char *out) {
+    static const char *const names[] = {"config.json", "model.safetensors", "vocab.json", "merges.txt"};
+    int old = 0, new = 0;
+    for (int i = 0; i < 4; i++) {
+        uint64_t found = fingerprint(path_of("%s/%s", in_tests(out), names[i]));
+        old += found == fingerprint(path_of("%s/%s", in_tests("old"), names[i]));
+        new += found == fingerprint(path_of("%s/%s", in_tests("sound"), names[i]));
+    }
+    bool loads = file_exists(path_of("%s/config.json", in_tests(out)));
+    return !loads ? NO_MODEL : new == 4 ? NEW_MODEL : old == 4 ? OLD_MODEL : MIXED_MODEL;
+}
+
+// Trains in $D/OUT, which holds an older model of another vocabulary; FAULT is "" or as in fault(). Returns the
+// program's status.
+static int run_with_fault(const char *out, const char *fault_at, bool resume, Text *said) {
+    const char *begin = "rm -rf $O; mkdir $O; cp $D/old/*.* $O; rm $O/log.csv; touch $O/tokenizer.json;";
+    return run_shell(
+        said,
+        "O=$D/%s; %s %s $T --trainer $TINY --train $D/short.txt --val-fraction 0.2 --steps 6 --val-every 2 "
+        "--keep 1 --dropout 0.1 --quiet --out $O %s >$D/said 2>&1",
+        out, resume ? "" : begin, fault_at, resume ? "--resume" : "");
+}
+
+// A run that is killed at one of its calls that change files, or in which that call fails: --out is the old model, the
+// new one, or none at all; and --resume ends as the run that nothing happened to, without leftovers.
+static void test_faults(void) {
+    make_inputs();
+    Text said, whole = {0};
+    LogLine lines[500];
+    write_text("other.txt", "#version: 0.2\na t\nb i\nbi r\n");
+    expect_run(0, NULL,
+               "$TINY --tokenizer $D/other.txt --train $D/short.txt --val-fraction 0 --steps 1 --quiet --out "
+               "$D/old");
+    int status = run_with_fault("sound", "", false, &said), calls = 1, ends[2] = {0}, outcomes[4] = {0};
+    check(status == 0, "the sound run: %s", said.data);
+    check(!file_exists(in_tests("sound/tokenizer.json")), "a tokenizer of an older model stays");
+    free(said.data);
+    read_log("sound", lines, &whole);
+    for (int step = 256; step > 0;
+         calls += status == 128 + SIGKILL ? step : 0, step /= 2) { // how many there are
+        status = run_with_fault("hit", path_of("FAULT=kill:%d", calls + step), false, &said);
+        free(said.data);
+    }
+    const uint64_t stream = (uint64_t)(1e9 * now()); // other ones at each run; half of them near the end
+    for (int i = 0; i < 20; i++) {
+        long n = 1 + (long)(random_bits(stream, i) % (uint64_t)calls);
+        if (i % 4 > 1) n = calls - n % 24;
+        bool kills = i % 2;
+        char *fault_at = xprintf("FAULT=%s:%ld", kills ? "kill" : "error", n);
+        status = run_with_fault("hit", fault_at, false, &said);
+        check(kills ? status == 128 + SIGKILL
+                    : status == 0 || (status == 1 && count_of(said.data, "train_gpt2: ") == 1),
+              "%s of %d: status %d, %s", fault_at, calls, status, said.data);
+        free(said.data);
+        ends[kills] += status != 0;
+        outcomes[outcome("hit")]++;
+        status = run_with_fault("hit", "", true, &said);
+        check(status == 0 && outcome("hit") == NEW_MODEL, "%s, resumed: %s", fault_at, said.data);
+        Text parts = {0};
+        read_log("hit", lines, &parts);
+        check(whole.size == parts.size && memcmp(whole.data, parts.data, whole.size) == 0,
+              "%s, resumed: another log", fault_at);
+        check(names_in(in_tests("hit")) == names_in(in_tests("sound")), "%s, resumed: leftovers", fault_at);
+        free(said.data), free(parts.data), free(fault_at);
+    }
+    check(calls > 60 && calls < 511 && ends[0] > 4 && ends[1] == 10, "%d calls, %d errors, %d kills", calls,
+          ends[0], ends[1]);
+    check(outcomes[MIXED_MODEL] == 0 && outcomes[NO_MODEL] > 0, "%d mixtures of two models, %d times none",
+          outcomes[MIXED_MODEL], outcomes[NO_MODEL]);
+    free(whole.data);
+}
+
+// A log that cannot be written ends the run. An evaluation that a signal cut short is made up for once, not at
+// each --resume.
+static void test_log(void) {
+    make_inputs();
+    int status = wait_for(
+        start_trainer(2500, "$TINY --train $D/text.txt --val-fraction 0 --steps 300 --save-every 299 "
+                            "--quiet --out $D/full-log"));
+    Text printed = read_file(in_tests("printed"));
+    check(status == 1 && one_error_line(&printed, "/full-log/log.csv: could not be written: "),
+          "a log on a full disk: status %d, %s", status, printed.data);
+    free(printed.data);
+
+    Text text = {0}, whole = {0}, again = {0};
+    for (int i = 0; i < 60; i++) text_append(&text, "the cat saw the hat.\nthe bird met a dog.\n", 41);
+    put_file(in_tests("long.txt"), text.data, text.size);
+    free(text.data);
+    LogLine lines[500];
+    const char *words =
+        "$TINY --train $D/short.txt --val $D/long.txt --steps 3 --val-every 3 --batch-size 1 --quiet "
+        "--out $D/cut-short";
+    for (int attempt = 0; attempt < 5 && status != 128 + SIGTERM; attempt++) {
+        remove_folder(in_tests("cut-short"));
+        pid_t child = start_trainer(0, words);
+        wait_for_lines("cut-short", 5, child); // header, evaluation, three updates
+        kill(child, SIGTERM);
+        status = wait_for(child);
+    }
+    check(status == 128 + SIGTERM && read_log("cut-short", lines, NULL) == 4,
+          "not stopped in the last evaluation");
+    expect_run(0, NULL, "--resume --quiet --out $D/cut-short");
+    check(read_log("cut-short", lines, &whole) == 5 && lines[4].val, "the evaluation was not made up for");
+    expect_run(0, NULL, "--resume --quiet --out $D/cut-short");
+    size_t count = read_log("cut-short", lines, &again);
+    check(count == 5 && strcmp(whole.data, again.data) == 0, "it was made up for again: %s", again.data);
+    free(whole.data), free(again.data);
+}
+
+static const char ODD[] =
+    "$TINY --train $D/text.txt --val-fraction 0 --steps 4 --save-every 2 --keep 1 --quiet "
+    "--out $D/odd";
+
+// --out that cannot be read is not an empty one; of a checkpoint that is a symbolic link only the link is deleted.
+static void test_odd_folders(void) {
+    make_inputs();
+    Text said;
+    expect_run(0, NULL, ODD);
+    check(symlink("loop", in_tests("loop")) == 0, "symlink");
+    expect_refusal(1, "/loop", "$TINY --train $D/text.txt --out $D/loop --resume --quiet");
+#ifdef __linux__ // root reads everything, but for a root that gave up this right
+    chmod(in_tests("odd"), 0333);
+    uint64_t log = fingerprint(in_tests("odd/log.csv"));
+    pid_t child = fork();
+    if (child == 0) {
+        prctl(PR_CAPBSET_DROP, 1, 0, 0, 0); // CAP_DAC_OVERRIDE
+        prctl(PR_CAPBSET_DROP, 2, 0, 0, 0); // CAP_DAC_READ_SEARCH
+        execl("/bin/sh", "sh", "-c", path_of("exec '%s' --trainer %s --resume >$D/said 2>&1", self_path, ODD),
+              (char *)NULL);
+        _exit(127);
+    }
+    int status = wait_for(child);
+    chmod(in_tests("odd"), 0755);
+    said = read_file(in_tests("said"));
+    check(status == 1 && one_error_line(&said, "/odd: cannot be read: Permission denied") &&
+              fingerprint(in_tests("odd/log.csv")) == log,
+          "--out that cannot be read: status %d, %s", status, said.data);
+    free(said.data);
+#endif
+
+    run_shell(&said,
+              "cp -r $D/odd/checkpoint-000004 $D/elsewhere; ln -s $D/elsewhere $D/odd/checkpoint-000001");
+    free(said.data);
+    uint64_t elsewhere = fingerprint(in_tests("elsewhere"));
+    expect_run(0, NULL, "--resume --steps 6 --quiet --out $D/odd");
+    check(fingerprint(in_tests("elsewhere")) == elsewhere, "files behind a link were deleted");
+    check(!file_exists(in_tests("odd/checkpoint-000001")) && !file_exists(in_tests("odd/checkpoint-000004")),
+          "the link is still there");
+}
+
+// A run that is finished says so; with other options it is refused, and changes nothing.
+static void test_finished(void) {
+    make_inputs();
+    Text printed;
+    remove_folder(in_tests("odd"));
+    expect_run(0, NULL, ODD);
+    expect_run(0, NULL, "--resume --steps 6 --quiet --out $D/odd");
+    expect_run(0, &printed, "--resume --quiet --out $D/odd");
+    check(strstr(printed.data, "/odd: finished already, 6 of 6 updates") != NULL, "finished: %s",
+          printed.data);
+    free(printed.data);
+    static const struct {
+        const char *error, *words;
+    } others[] = {
+        {"is finished (6 of 6 updates), so that --learning-rate 0.02 (was 0.01) would change nothing. To "
+         "start anew",
+         "--learning-rate 2e-2"},
+        {"so that --train ", "--train $D/val.txt"},
+        {"--val-fraction 0.5 (was 0), --steps 3 (was 6) would change nothing",
+         "--steps 3 --val-fraction 0.5"},
+        {"a run cannot change how it began: --init $D/model (was d4)", "--init $D/model"},
+        {"a run cannot change how it began: --n-layer 2 (was 1)", "--steps 9 --n-layer 2"},
+    };
+    uint64_t before = fingerprint(in_tests("odd"));
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        char *line = xprintf("--resume --quiet --out $D/odd %s", others[i].words);
+        const char *place = strstr(others[i].error, "$D");
+        char *error = place ? xprintf("%.*s%s%s", (int)(place - others[i].error), others[i].error,
+                                      temporary_folder(), place + 2)
+                            : xstrdup(others[i].error);
+        expect_refusal(2, error, line);
+        free(line), free(error);
+    }
+    check(fingerprint(in_tests("odd")) == before, "a refused run changed its folder");
+    expect_run(0, &printed, "--resume --steps 7 --learning-rate 2e-2 --out $D/odd");
+    check(strstr(printed.data,
+                 "changed since that checkpoint: --steps 7 (was 6), --learning-rate 0.02 (was 0.01)\n") !=
+              NULL,
+          "changes are not said: %s", printed.data);
+    free(printed.data);
+}
+
+// Numbers out of trainer_state.json are what they can be.
+static void test_damaged_state(void) {
+    make_inputs();
+    remove_folder(in_tests("odd"));
+    expect_run(0, NULL, ODD);
+    const char *state = "odd/checkpoint-000004/trainer_state.json";
+    Text good = read_file(in_tests(state));
+    static const char *const numbers[][2] = {
+        {"step", "2e52"},  {"best_step", "-1"},  {"stale", "1e300"},         {"evaluated_step", "5"},
+        {"seconds", "-5"}, {"best_step", "0.5"}, {"evaluated_step", "null"}, {"seconds", "1e999"}};
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        const char *at = strstr(good.data, path_of("\"%s\": ", numbers[i][0])) + strlen(numbers[i][0]) + 4;
+        char *bad =
+            xprintf("%.*s%s%s", (int)(at - good.data), good.data, numbers[i][1], at + strcspn(at, ",\n"));
+        write_text(state, bad);
+        expect_refusal(1, "trainer_state.json: ", "--resume --steps 9 --quiet --out $D/odd");
+        free(bad);
+    }
+    free(good.data);
+}
+
+// Output that goes nowhere: a closed stream's number is given to no file, a full device is an error, and a reader
+// that goes away ends training as SIGTERM does: saved.
+static void test_output(void) {
+    make_inputs();
+    Text said;
+    LogLine lines[500];
+    const char *run = "$TINY --train $D/text.txt --val $D/val.txt --steps 6 --out $D";
+    int status = run_shell(&said, "$T --trainer %s/closed <&- >&- 2>&-", run);
+    check(status == 0, "closed streams: status %d", status);
+    free(said.data);
+    check(read_log("closed", lines, NULL) == 6 + 7, "a log with other lines in it");
+    if (file_exists("/dev/full")) {
+        static const char *const ways[] = {"--init $D/closed --eval --val $D/val.txt",
+                                           "--init $D/closed --generate 3", "--help"};
+        for (int i = 0; i < 3; i++) {
+            status = run_shell(&said, "$T --trainer %s >/dev/full 2>$D/said", ways[i]);
+            check(status == 1 && one_error_line(&said, "standard output: not all could be written"),
+                  "%s into a full device: status %d, %s", ways[i], status, said.data);
+            free(said.data);
+        }
+        status = run_shell(&said, "$T --trainer %s/into-full >/dev/full 2>$D/said", run);
+        check(status == 1 && file_exists(in_tests("into-full/model.safetensors")),
+              "training into a full device");
+        free(said.data);
+    }
+    run_shell(&said,
+              "($T --trainer %s/head --steps 100000 --val-every 50; echo $? >$D/said) | head -n 9 >/dev/null",
+              run);
+    check(atoi(said.data) == 128 + SIGPIPE, "a reader that went away: status %s", said.data);
+    free(said.data);
+    size_t count = read_log("head", lines, NULL);
+    check(
+        count > 0 && count < 400 &&
+            file_exists(in_tests(path_of("head/checkpoint-%06ld/trainer_state.json", lines[count - 1].step))),
+        "%zu lines in the log, and what they speak of is not saved", count);
+}
+
+// A model file that is cut off while it is mapped ends the program with its name; one that is written over is
+// noticed before anything is saved; one that is replaced does no harm.
+static void test_changed_files(void) {
+    make_inputs();
+    static const struct {
+        const char *change, *error;
+    } changes[] = {
+        {": >$D/mine/model.safetensors", "/mine/model.safetensors: can no longer be read: it was cut off"},
+        {"printf x | dd of=$D/mine/model.safetensors bs=1 seek=9000 conv=notrunc 2>/dev/null",
+         "/mine/model.safetensors: was changed while it was in use"},
+        {"rm $D/mine/model.safetensors; cp $D/model/config.json $D/mine/model.safetensors", NULL}};
+    Text said;
+    for (int i = 0; i < 3; i++) {
+        run_shell(&said, "rm -rf $D/mine $D/changed; cp -r $D/model $D/mine");
+        free(said.data);
+        pid_t child = start_trainer(
+            0, "--init $D/mine --train $D/text.txt --val $D/val.txt --steps 100000 --val-every 40 "
+               "--freeze 'wte|wpe' --matmul builtin --quiet --out $D/changed");
+        wait_for_lines("changed", 8, child);
+        run_shell(&said, "%s", changes[i].change);
+        free(said.data);
+        if (!changes[i].error) {
+            wait_for_lines("changed", 200, child);
+            kill(child, SIGTERM);
+        }
+        int status = wait_for(child);
+        Text printed = read_file(in_tests("printed"));
+        const char *error = strstr(printed.data, "train_gpt2: ");
+        bool named = changes[i].error && error && strstr(error, changes[i].error);
+        check(changes[i].error ? status == 1 && named : status == 128 + SIGTERM, "%s: status %d, %s",
+              changes[i].change, status, printed.data);
+        free(printed.data);
+    }
+}
+
+// Numbers that are not finite are an error wherever they come up. All logits alike are no hit.
+static void test_not_finite(void) {
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = model_load(in_tests("model"));
+    for (int i = 0; i < 3; i++) {
+        float *ln_f = model_tensor(model, LN_F_WEIGHT, 0)->value;
+        ln_f[3] = i == 0 ? NAN : i == 1 ? INFINITY : 0;
+        if (i == 2)
+            for (int t = 0; t < model->tensor_count; t++)
+                memset(model->tensors[t].value, 0, model->tensors[t].size * sizeof(float));
+        model_save(model, tokenizer, &(KeptFiles){0}, in_tests(i == 2 ? "zeros" : "nan"));
+        if (i == 2) break;
+        expect_refusal(1, "val.txt: the loss is not finite, nor are all values of transformer.ln_f.weight",
+                       "--init $D/nan --eval --val $D/val.txt --matmul builtin");
+        expect_refusal(1, "logits are not finite", "--init $D/nan --generate 3 --prompt '' --matmul builtin");
+        expect_refusal(1, "logits are not finite",
+                       "--init $D/nan --generate 3 --prompt '' --temperature 0 --samples 2 --matmul builtin");
+        expect_refusal(
+            1, "the loss is not finite",
+            "--init $D/nan --train $D/text.txt --val $D/val.txt --steps 2 --quiet --out $D/nan-run "
+            "--matmul builtin");
+        check(!file_exists(in_tests("nan-run/model.safetensors")), "a model of NaN was saved");
+        remove_folder(in_tests("nan-run"));
+    }
+    model_free(model);
+    tokenizer_free(tokenizer);
+    Text printed;
+    expect_run(0, &printed, "--init $D/zeros --eval --val $D/val.txt --matmul builtin");
+    check(strstr(printed.data, "accuracy 0.000 %") != NULL, "all logits alike: %s", printed.data);
+    free(printed.data);
+    expect_run(1, &printed,
+               "--init $D/zeros --train $D/text.txt --overfit --steps 1 --learning-rate 0 --val-fraction 0 "
+               "--quiet --matmul builtin --out $D/zeros-run");
+    free(printed.data);
+    // The last update makes a weight so that no loss has seen: the last position's, which no sequence reaches.
+    tokenizer = tokenizer_load(in_tests("merges.txt"));
+    model = model_load(in_tests("model"));
+    model_tensor(model, WPE, 0)->value[15 * 16] = 1e35f;
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("steep-end"));
+    model_free(model);
+    tokenizer_free(tokenizer);
+    expect_refusal(
+        1, "step 1: transformer.wpe.weight is not finite",
+        "--init $D/steep-end --train $D/text.txt --val-fraction 0 --steps 1 --warmup-steps 0 --seq-len 8 "
+        "--weight-decay 1e3 --learning-rate 1e3 --quiet --out $D/last-step --matmul builtin");
+    check(!file_exists(in_tests("last-step/model.safetensors")), "infinite weights were saved");
+}
+
+// Which matmul is taken follows from the machine and the BLAS, the same each time.
+static void test_matmul_choice(void) {
+    make_inputs();
+    const Option *schedule = find_option("schedule", 8, 0), *matmul_option = find_option("matmul", 6, 0);
+    check(strcmp(choice_word(schedule, SCHEDULE_LINEAR), "linear") == 0 &&
+              strcmp(choice_word(schedule, SCHEDULE_COSINE), "cosine") == 0 &&
+              strcmp(choice_word(schedule, SCHEDULE_CONSTANT), "constant") == 0 &&
+              strcmp(choice_word(matmul_option, AUTO_CHOICE), "auto") == 0 &&
+              strcmp(choice_word(matmul_option, OPENBLAS_CHOICE), "openblas") == 0 &&
+              strcmp(choice_word(matmul_option, BUILTIN_CHOICE), "builtin") == 0,
+          "the words of a choice do not stand in the order of its numbers");
+#ifdef USE_OPENBLAS
+    static const struct {
+        const char *core;
+        int parallel, threads,
+            lanes; // lanes: with built-in vectors of more than these the built-in one is better
+    } choices[] = {{"SkylakeX", 2, 4, 16}, {"Cooperlake", 2, 4, 16}, {"SapphireRapids", 2, 4, 16},
+                   {"Zen", 2, 4, 8},       {"Haswell", 2, 4, 8},     {"Nehalem", 2, 4, 4},
+                   {"Prescott", 2, 4, 4},  {"armv8", 2, 4, 4},       {"SkylakeX", 0, 4, 0},
+                   {"SkylakeX", 1, 4, 0},  {"SkylakeX", 0, 1, 16}};
+    for (size_t i = 0; i < sizeof choices / sizeof *choices; i++)
+        check(builtin_is_better(choices[i].core, choices[i].parallel, choices[i].threads) ==
+                  (LANES > choices[i].lanes),
+              "the choice for %s", choices[i].core);
+#endif
+    // Eight equal commands at once, more threads than cores: one model.
+    pid_t children[8];
+    for (int i = 0; i < 8; i++)
+        children[i] = start_trainer(
+            0,
+            path_of("--threads 2 --tokenizer $D/merges.txt --n-layer 1 --n-embd 64 --n-positions 64 "
+                    "--batch-size 4 "
+                    "--train $D/text.txt --val-fraction 0 --steps 3 --save-every 9 --quiet --out $D/equal-%d",
+                    i));
+    for (int i = 0; i < 8; i++) {
+        check(wait_for(children[i]) == 0, "one of eight runs at once");
+        check(same_files("equal-0/model.safetensors", path_of("equal-%d/model.safetensors", i)),
+              "equal commands gave different models");
+    }
+}
+
+// Fewer threads than asked for, and little memory: no waiting for ever.
+static void test_scarce_machine(void) {
+    make_inputs();
+    Text said;
+    const char *limits[] = {"OMP_THREAD_LIMIT=1", "OMP_MAX_ACTIVE_LEVELS=0"};
+    for (int i = 0; i < 2; i++) {
+        int status =
+            run_shell(&said,
+                      "%s OMP_NUM_THREADS=2 $T --trainer --tokenizer $D/merges.txt --n-layer 1 --n-embd 64 "
+                      "--train $D/text.txt --val-fraction 0 --steps 1 --out $D/limited-%d >$D/said 2>&1",
+                      limits[i], i);
+        check(status == 0, "%s: status %d, %s", limits[i], status, said.data);
+        free(said.data);
+    }
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+    int status = run_shell(&said, "ulimit -v 100000; $T --trainer --help >$D/said 2>&1");
+#ifdef USE_OPENBLAS
+    check(status == 1 && one_error_line(&said, "address space: raise the limit"), "ulimit -v: status %d, %s",
+          status, said.data);
+#else
+    check(status == 0, "ulimit -v: status %d, %s", status, said.data);
+#endif
+    free(said.data);
+#endif
+}
+
+static void test_denormals(void) {
+    make_inputs();
+#if defined(__SSE__) || defined(__aarch64__)
+    Text said;
+    // Logits that are denormal weights times huge ones: with denormals taken for 0 they are all 0, the loss log V.
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, false});
+    model_initialise(model, 5);
+    for (int c = 0; c < 16; c++) model_tensor(model, LN_F_WEIGHT, 0)->value[c] = 1e-39f;
+    for (size_t i = 0; i < model_tensor(model, LM_HEAD, 0)->size; i++)
+        model_tensor(model, LM_HEAD, 0)->value[i] *= 1e38f;
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("denormal"));
+    double loss = 0, wanted = log(tokenizer->vocab_size);
+    model_free(model);
+    tokenizer_free(tokenizer);
+    expect_run(0, &said, "--init $D/denormal --eval --val $D/val.txt --threads 2");
+    const char *at = strstr(said.data, "loss ");
+    check(at && sscanf(at, "loss %lf", &loss) == 1 && fabs(loss - wanted) < 1e-5, "denormals: %s, not %f",
+          said.data, wanted);
+    free(said.data);
+#endif
 }
 
 // ---- documents ----
@@ -4191,15 +5490,109 @@ static void test_documents(void) {
     free(list.data);
 }
 
+// What dev/outline.awk says of train_gpt2.c: where each function, type, table and row of an enum stands.
+typedef struct {
+    char kind[16], name[64]; // a part's prose: kind "prose"
+    int first, last;         // lines; of prose: how many lines, and how many with prose
+} Entry;
+
+static const Entry *outline(size_t *count) {
+    static Entry *entries;
+    static size_t size, capacity;
+    FILE *pipe = size ? NULL : popen("awk -f dev/outline.awk train_gpt2.c", "r");
+    for (Entry e; pipe && fscanf(pipe, "%15s %63s %d %d", e.kind, e.name, &e.first, &e.last) == 4;) {
+        entries = grow(entries, size + 1, &capacity, sizeof *entries);
+        entries[size++] = e;
+    }
+    if (pipe) pclose(pipe);
+    *count = size;
+    return entries;
+}
+
+// The first entry of this name, or one that stands nowhere. kind: NULL for any but prose.
+static Entry find_entry(const char *kind, const char *name) {
+    size_t count;
+    const Entry *entries = outline(&count);
+    for (const Entry *e = entries; e < entries + count; e++)
+        if (strcmp(e->name, name) == 0 && (kind ? strcmp(e->kind, kind) == 0 : strcmp(e->kind, "prose") != 0))
+            return *e;
+    return (Entry){0};
+}
+
+// The file reads from the model outward: what a reader wants stands early, and no function is too long to be
+// seen as a whole.
+static void test_layout(void) {
+    size_t count;
+    const Entry *entries = outline(&count);
+    const int model = find_entry("function", "model_forward").first;
+    int functions = 0, types = 0;
+    for (const Entry *e = entries; e < entries + count; e++) {
+        bool is_function = strcmp(e->kind, "function") == 0;
+        functions += is_function && e->first < model;
+        types += strcmp(e->kind, "type") == 0 && e->first < model;
+        check(!is_function || e->last - e->first < 60, "%s has %d lines, more than 60", e->name,
+              e->last - e->first + 1);
+    }
+    const int attention = find_entry("function", "attention_forward").first;
+    const int step = find_entry("function", "take_update").last;
+    const Entry prose = find_entry("prose", "I"); // Part I
+    check(attention > 0 && attention <= 950, "attention_forward is in line %d, after 950", attention);
+    check(model > 0 && model <= 1350, "model_forward is in line %d, after 1350", model);
+    check(step > 0 && step <= 1550, "take_update ends in line %d, after 1550", step);
+    check(functions <= 85 && types <= 25, "%d functions and %d types stand before model_forward", functions,
+          types);
+    check(4 * prose.last >= prose.first && prose.first > 0, "of %d lines of Part I only %d carry prose",
+          prose.first, prose.last);
+}
+
+// Links into train_gpt2.c, [name](train_gpt2.c#L123), point at what they name; `make links` repairs them, and
+// refuses a name that is nowhere.
+static void test_links(void) {
+    Text text = read_file("README.md");
+    for (char *at = text.data, *link; (link = strstr(at, "](train_gpt2.c#L")); at = link + 1) {
+        char name[64];
+        const char *start = link;
+        while (start > text.data && *start != '[' && *start != '\n') start--;
+        snprintf(name, sizeof name, "%.*s", (int)(link - start - 1), start + 1);
+        if (*name == '`') memmove(name, name + 1, strlen(name)), name[strcspn(name, "`")] = 0;
+        int line = find_entry(NULL, name).first, said = atoi(link + strlen("](train_gpt2.c#L"));
+        check(line > 0 && said == line, "README.md: [%s] is in line %d, not %d: make links", name, line,
+              said);
+    }
+    free(text.data);
+
+    const char *wrong =
+        "a [warn](train_gpt2.c#L1), [`Batch`](train_gpt2.c#L0) [WTE](train_gpt2.c#L7)b\n[x](y)\n";
+    char *wanted =
+        xprintf("a [warn](train_gpt2.c#L%d), [`Batch`](train_gpt2.c#L%d) [WTE](train_gpt2.c#L%d)b\n[x](y)\n",
+                find_entry("function", "warn").first, find_entry("type", "Batch").first,
+                find_entry("row", "WTE").first);
+    make_inputs();
+    write_text("links.md", wrong);
+    check(system("sh dev/links.sh $D/links.md") == 0, "links cannot be repaired");
+    Text repaired = read_file(in_tests("links.md"));
+    check(strcmp(repaired.data, wanted) == 0, "links become %s, not %s", repaired.data, wanted);
+    free(repaired.data);
+    write_text("links.md", "[nowhere](train_gpt2.c#L1)");
+    uint64_t before = fingerprint(in_tests("links.md"));
+    check(system("sh dev/links.sh $D/links.md 2>/dev/null") != 0 &&
+              fingerprint(in_tests("links.md")) == before,
+          "a name that is nowhere is linked");
+    free(wanted);
+}
+
 // ---- the list of tests ----
 
 static const struct {
     const char *name;
     void (*function)(void);
 } tests[] = {
-    {"matmul: 400 random shapes against double precision", test_matmul_shapes},
-    {"matmul: the same bits for any number of threads", test_matmul_threads},
-    {"matmul: NaN stays in its row and column", test_matmul_poison},
+    {"matmul in float32: shapes, threads, NaN", test_matmul_float32},
+    {"matmul in bfloat16: rounding", test_bfloat16_rounding},
+    {"matmul in bfloat16: the float32 product rounds", test_matmul_rounded},
+    {"matmul in bfloat16: pairs", test_matmul_pairs},
+    {"matmul in bfloat16: AMX, where it is or is emulated", test_matmul_amx},
+    {"matmul in bfloat16: few rows, from copies", test_matmul_copied},
     {"tokenizer: Unicode classes", test_unicode_classes},
     {"tokenizer: UTF-8, whole and broken", test_utf8},
     {"tokenizer: pieces by GPT-2's rules", test_pieces},
@@ -4224,6 +5617,7 @@ static const struct {
     {"model: NaN and changes do not reach what is masked", test_poison},
     {"model: padded batches equal sequences alone", test_padding},
     {"model: micro-batches, and none with targets", test_accumulation},
+    {"model: rows, targets and accuracy of an update", test_update_counts},
     {"optimizer: AdamW", test_adamw},
     {"optimizer: gradient norm and clipping", test_norm_and_clipping},
     {"optimizer: schedules", test_schedule},
@@ -4238,30 +5632,43 @@ static const struct {
     {"tensors: GPT-2's four sizes", test_parameter_counts},
     {"tensors: patterns of names", test_patterns},
     {"JSON: strings", test_json_strings},
+    {"JSON: what is written is read again", test_json_written},
     {"JSON: numbers, nesting, members", test_json_values},
     {"JSON: errors with their place", test_wrong_json},
     {"safetensors: round trip", test_safetensors},
     {"safetensors: wrong headers", test_wrong_safetensors},
     {"model folder: round trip to the bit", test_model_folder},
     {"model folder: 16 bits, other names, tensors that are not read", test_other_clothes},
+    {"model folder: added tokens, cut anywhere, many", test_added_tokens},
+    {"model folder: rules that are not GPT-2's", test_other_rules},
+    {"model folder: its own end of text; written back as it came", test_own_words},
+    {"model folder: heads beside wte and alone", test_stored_heads},
     {"model folder: cut weights end in one line", test_cut_weights},
     {"model folder: a wrong header ends in one line", test_wrong_header},
     {"model folder: wrong tensors end in one line", test_wrong_tensors},
     {"config.json: defaults, refused variants, sizes", test_config},
-    {"text: documents, windows, globs, a split", test_text_data},
+    {"text: documents, windows", test_text_data},
+    {"text: globs, a split", test_globs_and_splits},
     {"JSONL: prompts, lengths, rows", test_jsonl_data},
+    {"data: what is refused", test_refused_data},
     {"order of examples: each once an epoch, whatever its length", test_dataset_order},
     {"token shards: llm.c's, and wrong ones", test_shards},
     {"command line: wrong input is one line, and changes nothing", test_wrong_input},
     {"command line: every option, its letter, --help", test_options},
     {"command line: options that a checkpoint remembers", test_remembered_options},
     {"command line: --plan", test_plan},
+    {"command line: warm-up in steps, percent and epochs", test_warmup},
+    {"command line: rows of the largest batch", test_largest_batch},
     {"command line: --plan's share of work that freezing skips", test_skipped_work},
     {"command line: weights in other formats name the converter", test_other_formats},
     {"progress: cut to the terminal's width, no escape sequences", test_progress},
+    {"progress: the time that is left", test_time_left},
+    {"generation: text as it streams", test_stream},
+    {"generation: without a prompt", test_no_prompt},
 #if defined(__linux__) && defined(_OPENMP)
     {"threads: each has a core of its own, if there are as many", test_pin_threads},
 #endif
+    {"a run: loss, accuracy and exact match of an evaluation", test_evaluate},
     {"a run: token shards and no tokenizer", test_without_tokenizer},
     {"a run: log, loss, --eval, progress, --quiet", test_run},
     {"a run: --freeze and --overfit", test_freeze_and_overfit},
@@ -4272,12 +5679,32 @@ static const struct {
     {"checkpoints: the best stays and is the result; --patience", test_best_and_patience},
     {"checkpoints: a full disk leaves the older one whole", test_full_disk},
     {"checkpoints: nothing that is not finite is saved", test_diverging},
+    {"one run at a time: a lock on --out that any death releases", test_lock},
+    {"faults: killed at a call that changes files, or that fails", test_faults},
+    {"log.csv: a full disk, a signal in the last evaluation", test_log},
+    {"--out: unreadable, a link in it", test_odd_folders},
+    {"--out: a finished run, and other options", test_finished},
+    {"--out: damaged trainer_state.json", test_damaged_state},
+    {"output: closed, full, a reader that goes away", test_output},
+    {"mapped files: cut off, written over, replaced", test_changed_files},
+    {"not finite: an error in --eval, --generate and training", test_not_finite},
+    {"the machine: --matmul auto takes the same each time", test_matmul_choice},
+    {"the machine: fewer threads, little memory", test_scarce_machine},
+    {"the machine: denormals count as 0", test_denormals},
     {"documents: the functions and tests that they name exist", test_documents},
+    {"documents: the model stands early, functions are short", test_layout},
+    {"documents: links point at what they name", test_links},
 };
 
 int main(int argc, char **argv) {
     snprintf(self_path, sizeof self_path, "%s", argv[0]);
     if (argc > 1 && strcmp(argv[1], "--trainer") == 0) return train_gpt2_main(argc - 1, argv + 1);
+    if (argc > 2 && strcmp(argv[1], "--child") == 0) {
+        child_text = getenv("CHILD_TEXT");
+        child_path = getenv("CHILD_PATH");
+        ((void (*)(void))((char *)run_child + atol(argv[2])))();
+        return 0;
+    }
     if (argc > 1 && strcmp(argv[1], "--reference") == 0) {
         const char *dump = argc > 3 && strcmp(argv[argc - 2], "--dump") == 0 ? argv[argc - 1] : NULL;
         int folders = argc - 2 - (dump ? 2 : 0), failed = 0;

@@ -12,10 +12,11 @@
 #define TRAIN_GPT2_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "train_gpt2.c"
+#include <getopt.h>
 
 typedef struct {
     const char *command, *tokenizer, *pad, *out;
-    bool special;
+    bool plain;
     long length, vocab_size, threads;
     double val_fraction;
 } Settings;
@@ -61,28 +62,14 @@ static void reader_add(Reader *reader, size_t stop) {
     }
 }
 
-// Looks for the next separator line; returns where it starts, or the buffer's size, and where it ends. If
-// more text must be read to tell, *end is 0.
-static size_t find_separator(const Reader *reader, bool file_ended, size_t *end) {
-    const char *text = reader->buffer.data;
-    size_t size = reader->buffer.size, at = reader->done;
-    for (const char *found; (found = memmem(text + at, size - at, END_OF_TEXT, END_OF_TEXT_SIZE)); at++) {
-        at = (size_t)(found - text);
-        if (at > reader->done ? text[at - 1] != '\n' : !reader->starts_document) continue;
-        size_t after = at + END_OF_TEXT_SIZE;
-        if (after < size && text[after] == '\r') after++;
-        *end = after < size ? after + 1 : file_ended ? size : 0;
-        if (after >= size || text[after] == '\n') return at;
-    }
-    *end = size;
-    return size;
-}
-
 // Turns the buffer into spans: all of it where a file has ended, otherwise up to the last safe cut.
 static void reader_split(Reader *reader, bool file_ended) {
     while (reader->done < reader->buffer.size) {
         size_t end = reader->buffer.size;
-        size_t stop = reader->documents ? find_separator(reader, file_ended, &end) : end;
+        size_t stop = end;
+        if (reader->documents)
+            stop = find_separator(reader->buffer.data, end, reader->done, reader->starts_document, file_ended,
+                                  &end);
         bool separator = stop < reader->buffer.size && end > 0;
         if (!separator && !file_ended)
             stop = reader->done +
@@ -139,20 +126,16 @@ static void reader_free(Reader *reader) {
 }
 
 // The files that the arguments name: each is a file, a quoted glob, or "-"; none means standard input.
-static char **find_files(char **arguments, int count) {
+static char **list_files(char **arguments, int count) {
     static char *standard_input[] = {"-"};
-    if (count == 0) return find_files(standard_input, 1);
+    if (count == 0) return list_files(standard_input, 1);
     char **files = NULL;
     size_t n = 0, capacity = 0;
     for (int i = 0; i < count; i++) {
-        glob_t found = {0};
-        bool plain = strcmp(arguments[i], "-") == 0 || file_exists(arguments[i]);
-        if (!plain && glob(arguments[i], 0, NULL, &found) != 0)
-            die("%s: there is no such file, and no file matches it", arguments[i]);
-        files = grow(files, n + found.gl_pathc + 2, &capacity, sizeof *files);
-        if (plain) files[n++] = xstrdup(arguments[i]);
+        glob_t found = find_files(arguments[i]);
+        files = grow(files, n + found.gl_pathc + 1, &capacity, sizeof *files);
         for (size_t k = 0; k < found.gl_pathc; k++) files[n++] = xstrdup(found.gl_pathv[k]);
-        if (!plain) globfree(&found);
+        globfree(&found);
     }
     files[n] = NULL;
     return files;
@@ -185,16 +168,15 @@ static void text_append_line(Text *text, int number) {
     text_append(text, at, (size_t)(digits + sizeof digits - at));
 }
 
-// Encodes one group of spans; with `marks`, each document starts with <|endoftext|>. The work is done on a copy
+// Encodes one group of spans; with `marks`, each document starts with the end of text. The work is done on a copy
 // of *result: the results of groups lie side by side, and threads would fight for the cache line they share.
-static void encode_group(Tokenizer *t, const Reader *reader, int group, bool special, bool marks,
-                         Ids *result) {
+static void encode_group(Tokenizer *t, const Reader *reader, int group, bool marks, Ids *result) {
     Ids ids = *result;
     ids.size = 0;
     for (size_t i = reader->groups[group]; i < reader->groups[group + 1]; i++) {
         Span span = reader->spans[i];
         if (span.starts_document && marks) ids_push(&ids, t->end_of_text);
-        tokenizer_encode(t, &ids, reader->buffer.data + span.start, span.size, special);
+        tokenizer_encode(t, &ids, reader->buffer.data + span.start, span.size);
     }
     *result = ids;
 }
@@ -208,14 +190,14 @@ static void format_ids(const Ids *ids, Text *result) {
 }
 
 // encode: one id per line. The threads also write the digits, which takes as long as finding the ids.
-static void command_encode(Tokenizer *t, const Settings *settings, char **files) {
+static void command_encode(Tokenizer *t, char **files) {
     Reader reader = {.t = t, .paths = files};
     Ids ids[GROUPS] = {{0}};
     Text lines[GROUPS] = {{0}};
     while (reader_next(&reader)) {
 #pragma omp parallel for schedule(dynamic, 1)
         for (int g = 0; g < GROUPS; g++) {
-            encode_group(t, &reader, g, settings->special, false, &ids[g]);
+            encode_group(t, &reader, g, false, &ids[g]);
             format_ids(&ids[g], &lines[g]);
         }
         for (int g = 0; g < GROUPS; g++) write_text(&lines[g]);
@@ -229,7 +211,7 @@ static void command_encode(Tokenizer *t, const Settings *settings, char **files)
 }
 
 // count: how many ids and bytes each file has, like wc.
-static void command_count(Tokenizer *t, const Settings *settings, char **files) {
+static void command_count(Tokenizer *t, char **files) {
     size_t all_tokens = 0, all_bytes = 0;
     printf("%12s %14s %11s  file\n", "tokens", "bytes", "bytes/token");
     for (char **path = files; *path; path++) {
@@ -241,7 +223,7 @@ static void command_count(Tokenizer *t, const Settings *settings, char **files) 
             bytes += reader.done;
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : tokens)
             for (int g = 0; g < GROUPS; g++) {
-                encode_group(t, &reader, g, settings->special, false, &ids[g]);
+                encode_group(t, &reader, g, false, &ids[g]);
                 tokens += ids[g].size;
             }
         }
@@ -304,8 +286,8 @@ static void print_ids(const char *name, const int *ids, long count) {
     putchar(']');
 }
 
-// encode --pad: each line is an example of exactly `length` ids, cut on the right, filled up with
-// <|endoftext|> on one side; the mask has 1 for ids and 0 for filling, as transformers gives with
+// encode --pad: each line is an example of exactly `length` ids, cut on the right, filled up with the pad token
+// (GPT-2 has none: then the end of text) on one side; the mask has 1 for ids and 0 for filling, as transformers gives with
 // padding="max_length".
 //   "Hello world", --pad left --length 3 -> {"input_ids": [50256, 15496, 995], "attention_mask": [0, 1, 1]}
 static void command_pad(Tokenizer *t, const Settings *settings, char **files) {
@@ -321,11 +303,11 @@ static void command_pad(Tokenizer *t, const Settings *settings, char **files) {
         for (ssize_t size; (size = getline(&line, &capacity, file)) >= 0 && !ferror(stdout);) {
             size -= size > 0 && line[size - 1] == '\n';
             ids.size = 0;
-            tokenizer_encode(t, &ids, line, (size_t)size, settings->special);
+            tokenizer_encode(t, &ids, line, (size_t)size);
             long used = (long)ids.size < length ? (long)ids.size : length, first = left ? length - used : 0;
             for (long i = 0; i < length; i++) {
                 mask[i] = i >= first && i < first + used;
-                row[i] = mask[i] ? ids.data[i - first] : t->end_of_text;
+                row[i] = mask[i] ? ids.data[i - first] : t->pad;
             }
             putchar('{');
             print_ids("input_ids", row, length);
@@ -381,7 +363,7 @@ static void command_shard(Tokenizer *t, const Settings *settings, char **files) 
     size_t total = 0, documents = 0;
     while (reader_next(&reader)) {
 #pragma omp parallel for schedule(dynamic, 1)
-        for (int g = 0; g < GROUPS; g++) encode_group(t, &reader, g, settings->special, true, &ids[g]);
+        for (int g = 0; g < GROUPS; g++) encode_group(t, &reader, g, true, &ids[g]);
         for (int g = 0; g < GROUPS; g++) {
             for (size_t i = 0; i < ids[g].size; i++) {
                 uint16_t token = (uint16_t)ids[g].data[i];
@@ -425,11 +407,13 @@ static void command_shard(Tokenizer *t, const Settings *settings, char **files) 
 }
 
 static void command_info(const Tokenizer *t) {
-    int longest = 0;
-    for (int id = 1; id < t->vocab_size; id++)
-        if (strlen(t->names[id]) > strlen(t->names[longest])) longest = id;
-    printf("vocab_size %d\nmerges %d\n", t->vocab_size, t->merge_count);
-    printf("end_of_text %d\n", t->end_of_text);
+    int longest = t->byte_ids[0], tokens = 0;
+    for (int id = 0; id < t->vocab_size; id++) {
+        tokens += t->names[id] != NULL;
+        if (t->names[id] && strlen(t->names[id]) > strlen(t->names[longest])) longest = id;
+    }
+    printf("vocab_size %d\nmerges %d\nadded_tokens %zu\n", tokens, t->merge_count, t->added_count);
+    printf("end_of_text %d\npad %d\n", t->end_of_text, t->pad);
     printf("longest_token %d %s\n", longest, t->names[longest]);
     finish_output();
 }
@@ -781,8 +765,8 @@ static const char HELP[] =
     "\n"
     "options\n"
     "  --tokenizer WHAT     a folder with vocab.json and merges.txt, or a merges file alone (vocab.bpe)\n"
-    "  --special            encode, count, shard: <|endoftext|> in the text becomes its id (else it is "
-    "text)\n"
+    "  --plain              encode, count, shard: added tokens in the text, <|endoftext|> among them, are "
+    "text\n"
     "  --pad left|right     encode: make every line --length ids long, filled up on this side\n"
     "  --length N           encode --pad: how many ids; longer lines lose their end\n"
     "  --vocab-size N       train: tokens in all: 256 bytes, N - 257 merges, <|endoftext|>\n"
@@ -810,9 +794,9 @@ static double parse_number(const char *option, const char *text, double least, d
 }
 
 int main(int count, char **arguments) {
-    enum { TOKENIZER = 1, SPECIAL, PAD, LENGTH, VOCAB_SIZE, OUT, VAL_FRACTION, THREADS, HELP_WANTED };
+    enum { TOKENIZER = 1, PLAIN, PAD, LENGTH, VOCAB_SIZE, OUT, VAL_FRACTION, THREADS, HELP_WANTED };
     static const struct option options[] = {{"tokenizer", required_argument, NULL, TOKENIZER},
-                                            {"special", no_argument, NULL, SPECIAL},
+                                            {"plain", no_argument, NULL, PLAIN},
                                             {"pad", required_argument, NULL, PAD},
                                             {"length", required_argument, NULL, LENGTH},
                                             {"vocab-size", required_argument, NULL, VOCAB_SIZE},
@@ -827,16 +811,17 @@ int main(int count, char **arguments) {
         const char *name;
         unsigned takes;
     } commands[] = {
-        {"encode", 1 << TOKENIZER | 1 << SPECIAL | 1 << PAD | 1 << LENGTH},
+        {"encode", 1 << TOKENIZER | 1 << PLAIN | 1 << PAD | 1 << LENGTH},
         {"decode", 1 << TOKENIZER},
-        {"count", 1 << TOKENIZER | 1 << SPECIAL},
-        {"shard", 1 << TOKENIZER | 1 << SPECIAL | 1 << OUT | 1 << VAL_FRACTION},
+        {"count", 1 << TOKENIZER | 1 << PLAIN},
+        {"shard", 1 << TOKENIZER | 1 << PLAIN | 1 << OUT | 1 << VAL_FRACTION},
         {"train", 1 << VOCAB_SIZE | 1 << OUT},
         {"info", 1 << TOKENIZER},
     };
     enum { COMMANDS = sizeof commands / sizeof *commands };
 
     program_name = "tokenizer";
+    keep_standard_streams();
     if (count < 2)
         die_usage("expected a command: encode, decode, count, shard, train or info; --help tells more");
     Settings settings = {.command = arguments[1]};
@@ -863,8 +848,8 @@ int main(int count, char **arguments) {
                       settings.command);
         if (option == TOKENIZER)
             settings.tokenizer = optarg;
-        else if (option == SPECIAL)
-            settings.special = true;
+        else if (option == PLAIN)
+            settings.plain = true;
         else if (option == PAD)
             settings.pad = optarg;
         else if (option == LENGTH)
@@ -899,23 +884,25 @@ int main(int count, char **arguments) {
         die_usage("%s: info takes no file", arguments[optind]);
     if (settings.threads) omp_set_num_threads((int)settings.threads);
 
-    char **files = find_files(arguments + optind, count - optind);
+    char **files = list_files(arguments + optind, count - optind);
     if (strcmp(settings.command, "train") == 0) {
         command_train(&settings, files);
         free_files(files);
         return 0;
     }
     Tokenizer *t = tokenizer_load(settings.tokenizer);
-    if ((settings.pad || strcmp(settings.command, "shard") == 0) && t->end_of_text < 0)
-        die("%s: expected a vocabulary with %s", settings.tokenizer, END_OF_TEXT);
+    t->plain = settings.plain;
+    if ((settings.pad ? t->pad : strcmp(settings.command, "shard") == 0 ? t->end_of_text : 0) < 0)
+        die("%s: expected a tokenizer with %s", settings.tokenizer,
+            settings.pad ? "a pad token" : "an end of text");
     if (settings.pad)
         command_pad(t, &settings, files);
     else if (strcmp(settings.command, "encode") == 0)
-        command_encode(t, &settings, files);
+        command_encode(t, files);
     else if (strcmp(settings.command, "decode") == 0)
         command_decode(t, files);
     else if (strcmp(settings.command, "count") == 0)
-        command_count(t, &settings, files);
+        command_count(t, files);
     else if (strcmp(settings.command, "shard") == 0)
         command_shard(t, &settings, files);
     else

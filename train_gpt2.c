@@ -50,7 +50,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <glob.h>
 #include <limits.h>
 #include <math.h>
@@ -347,6 +346,8 @@ typedef struct {
     size_t size;
 } Mapping;
 
+static void unmap_file(Mapping *mapping);
+
 typedef struct {
     Config config;
     int tensor_count;
@@ -403,10 +404,6 @@ static Model *model_new(Config config) {
         }
     }
     return model;
-}
-
-static void unmap_file(Mapping *mapping) {
-    if (mapping->data) munmap(mapping->data, mapping->size);
 }
 
 static void model_free(Model *model) {
@@ -1562,6 +1559,12 @@ static void ids_push(Ids *ids, int id) {
     ids->data[ids->size++] = id;
 }
 
+static bool ids_have(const Ids *ids, int id) {
+    for (size_t i = 0; i < ids->size; i++)
+        if (ids->data[i] == id) return true;
+    return false;
+}
+
 static void text_append(Text *text, const char *bytes, size_t size) {
     text->data = grow(text->data, text->size + size + 1, &text->capacity, 1);
     if (size) memcpy(text->data + text->size, bytes, size);
@@ -1634,6 +1637,33 @@ static const int letter_and_number_runs[] = {
 };
 // clang-format on
 
+// Where a character is part of a word (\w) though it is neither letter nor number (a mark, an underscore), or
+// is none though it is one (U+00B2). Read in pairs: skip so many code points, then so many differ.
+// clang-format off
+static const int word_exception_runs[] = {
+    95,1,82,2,5,1,2,3,577,112,275,7,263,45,1,1,1,2,1,2,1,1,72,11,48,21,16,1,101,7,2,6,2,2,1,4,35,1,30,27,
+    91,11,58,9,9,1,24,4,1,9,1,3,1,5,43,3,59,9,42,24,1,33,54,3,1,18,1,7,10,2,29,3,56,1,1,7,2,2,2,3,9,1,10,2,
+    16,6,4,1,2,3,56,1,1,5,4,2,2,3,3,1,30,2,3,1,11,3,56,1,1,8,1,3,1,3,20,2,22,6,1,3,56,1,1,7,2,2,2,3,7,3,10,2,
+    14,6,10,1,59,5,3,3,1,4,9,1,24,3,13,5,55,1,1,7,1,3,1,4,7,2,11,2,20,7,2,3,56,1,1,7,1,3,1,4,7,2,11,2,15,1,
+    12,4,55,2,1,7,1,3,1,4,9,8,3,2,12,9,8,3,70,1,4,6,1,1,1,8,18,2,61,1,2,7,12,8,98,1,2,9,11,7,73,2,16,10,1,1,
+    1,1,1,1,4,2,49,20,1,2,5,11,1,36,9,1,100,20,23,4,4,3,1,3,2,7,3,4,13,12,1,1,10,4,703,3,9,20,917,4,28,3,29,2,
+    30,2,64,32,9,1,18,10,17,3,1,1,117,2,34,1,118,12,4,12,158,1,60,5,57,10,1,29,2,1,48,31,49,5,47,17,38,9,12,3,
+    30,13,56,14,48,20,152,3,1,21,4,1,6,1,2,3,198,64,524,2,49,2,19,1,27,1,3,6,6,10,70,33,95,16,41,1,726,60,
+    26,74,630,30,1371,3,11,1,129,1,96,32,554,6,105,2,247,4,138,10,30,8,1,15,32,10,39,15,29615,4,1,10,32,2,
+    80,2,272,1,3,1,4,1,23,5,4,1,3,6,74,2,50,18,26,18,13,1,38,8,25,13,44,4,47,14,36,1,67,14,12,1,8,2,45,3,50,1,
+    1,3,2,2,5,2,1,1,41,5,5,2,236,8,1,2,20272,1,737,16,16,16,3,2,24,3,239,1,455,45,65,4,17,2,113,1,226,28,36,4,
+    82,5,1245,8,25,7,39,9,75,5,22,6,160,2,2,16,2,46,1,3,1,2,5,4,40,3,4,10,52,2,30,3,69,2,4,5,104,8,24,8,41,7,
+    330,6,36,4,65,5,242,31,44,2,79,4,29,10,31,15,45,4,63,7,52,3,53,15,11,20,10,1,2,2,10,4,45,11,7,1,61,3,
+    36,14,16,2,44,1,12,3,48,14,8,4,1,2,17,20,55,12,6,1,2,1,157,12,21,4,55,2,1,7,2,2,2,3,9,1,10,2,2,7,3,5,67,9,
+    1,1,2,1,1,4,1,5,1,1,14,2,82,18,23,1,81,20,235,7,2,9,27,2,82,17,106,13,101,15,14,2,240,15,175,9,61,6,1,2,
+    2,4,1,1,1,2,141,7,2,7,3,1,28,10,40,7,1,4,8,1,9,11,46,16,405,8,1,8,26,19,37,22,1,14,122,6,3,1,1,2,1,7,1,1,
+    66,5,1,2,1,5,347,4,9,2,1,1,48,7,3,5,23,1,101,21,5227,1,6,15,11464,18,2496,5,59,7,36,7,798,23,184,1,1,55,
+    7,4,81,1,11,2,19627,2,4705,46,2,23,542,5,3,6,8,8,2,7,30,4,148,3,123,20,12,20,108,25,1671,55,4,50,8,1,14,1,
+    22,5,1,15,1360,7,1,17,2,7,1,2,1,5,100,1,160,7,375,1,61,4,508,4,254,2,727,16,109,7,806,59,1,3,1,4,76,45,
+    1,15,962,13,35,26,6,26,6,26,790390,240,
+};
+// clang-format on
+
 // Unfolds the table into one byte per code point. Pages that are never looked at cost no memory.
 static unsigned char *classes_make(void) {
     static const unsigned short spaces[] = {0x09,   0x0a,   0x0b,   0x0c,   0x0d,   0x20,   0x85,
@@ -1677,16 +1707,24 @@ static int utf8_read(const char *bytes, size_t size, unsigned *code) {
 }
 
 // The length of the longest prefix that does not end inside a character: what a stream may show already.
-// "caf\xc3" -> 3, since \xa9 may follow and make it é; "caf\xff" -> 4, since no byte can make \xff valid.
+// "caf\xc3" -> 3, since \xa9 may follow and make it é; "caf\xff" -> 4, since \xff never begins a character.
 static size_t utf8_whole(const char *bytes, size_t size) {
     for (size_t back = 1; back <= 3 && back <= size; back++) {
-        char low[4] = {'\x80', '\x80', '\x80', '\x80'}, high[4] = {'\xbf', '\xbf', '\xbf', '\xbf'};
-        memcpy(low, bytes + size - back, back);
-        memcpy(high, bytes + size - back, back);
-        unsigned code;
-        if (utf8_read(low, 4, &code) > (int)back || utf8_read(high, 4, &code) > (int)back) return size - back;
+        unsigned char c = (unsigned char)bytes[size - back];
+        if ((c & 0xc0) == 0x80) continue; // not the first byte of a character
+        size_t length = c < 0xc0 ? 1 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf8 ? 4 : 1;
+        return length > back ? size - back : size;
     }
     return size;
+}
+
+// Where the character that ends before text[at] starts (at > 0), and what it is. A byte that is not part of
+// valid UTF-8 is a character of its own, U+FFFD.
+static size_t previous_character(const char *text, size_t at, unsigned *code) {
+    for (size_t length = 1; length <= 4 && length <= at; length++)
+        if (utf8_read(text + at - length, length, code) == (int)length) return at - length;
+    *code = 0xfffd;
+    return at - 1;
 }
 
 // ---- the tokenizer ----
@@ -1701,17 +1739,45 @@ typedef struct {
 
 typedef struct Encoder Encoder;
 
+// A token that no merges make: wherever its name stands in a text, it is cut out whole before the rules for
+// pieces see the text. Models get such tokens for turns of a talk, say, or for words of their trade.
 typedef struct {
-    int vocab_size, merge_count;
-    int end_of_text;               // id of <|endoftext|>, or -1
-    char **names;                  // [vocab_size] each token as vocab.json spells it
+    int id;
+    size_t size;         // bytes of its name
+    bool single_word;    // only where no character of a word touches it
+    bool lstrip, rstrip; // white space on this side of it is dropped
+    bool normalized;     // looked for in the second pass, in what the first pass has left
+} AddedToken;
+
+enum { PASSES = 2, MAX_THREADS = 1024 };
+
+// The names of added tokens as a tree: a node stands for the bytes on the way to it from its pass's root.
+typedef struct {
+    int parent, byte; // which node it comes from, and by which byte
+    int token;        // the added token whose name ends here, or -1
+} TrieNode;
+
+typedef struct {
+    int vocab_size, merge_count; // vocab_size: the largest id, plus 1
+    int end_of_text;             // the id that ends a text, or -1
+    int pad;                     // the id that fills up short examples, or -1
+    bool plain;                  // added tokens in a text are ordinary text
+    size_t names_capacity;
+    char **names;                  // [vocab_size] each token as vocab.json spells it; NULL: no such token
     Merge *merges;                 // [merge_count] in order of rank
     int *name_slots, *merge_slots; // hash tables: name -> id, left and right -> rank; -1 in empty slots
     size_t name_mask, merge_mask;  // slots in each table, less 1
     short spelled[SPELLING_CODES]; // the byte that each character of a name spells, or -1
     int byte_ids[256];             // the token of each single byte
     unsigned char *classes;        // [CODE_POINTS]
-    Encoder *idle;                 // scratch memory that no thread works with now
+    AddedToken *added;             // [added_count]
+    TrieNode *nodes;               // [node_count] node 0 and 1 are the roots of the two passes
+    size_t added_count, added_capacity, node_count, node_capacity, longest_added;
+    int *node_slots; // hash table: parent and byte -> node; -1 in empty slots
+    size_t node_mask;
+    Ids firsts[PASSES];             // with which bytes the names that a pass looks for begin
+    bool begins[PASSES][1 << 16];   // whether one begins with these two bytes, first byte lowest
+    Encoder *encoders[MAX_THREADS]; // scratch memory of each thread
 } Tokenizer;
 
 // ---- cutting text into pieces ----
@@ -1757,18 +1823,78 @@ static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t
     return end < size && last > at ? last : end;
 }
 
+// ---- added tokens ----
+// The rules are those of Hugging Face's tokenizers: at each place the longest name wins; after it the search
+// goes on behind it, even where it was refused for a neighbour (single_word).
+//   "[user]hi resto_bombay" -> [user], "hi " as ordinary text, resto_bombay
+
+// The slot that holds the node to which `byte` leads from `node`, or -1 when it leads nowhere.
+static int *node_slot(const Tokenizer *t, int node, int byte) {
+    uint64_t hash = ((uint64_t)(unsigned)node << 8 | (unsigned)byte) * 0x9e3779b97f4a7c15u;
+    for (size_t i = (size_t)(hash >> 32) & t->node_mask;; i = (i + 1) & t->node_mask) {
+        int next = t->node_slots[i];
+        if (next < 0 || (t->nodes[next].parent == node && t->nodes[next].byte == byte))
+            return &t->node_slots[i];
+    }
+}
+
+// The longest added token of a pass whose name begins at text[at], or NULL.
+static const AddedToken *added_token_at(const Tokenizer *t, int pass, const char *text, size_t at,
+                                        size_t size) {
+    const AddedToken *found = NULL;
+    for (int node = pass; at < size && (node = *node_slot(t, node, (unsigned char)text[at])) >= 0; at++)
+        if (t->nodes[node].token >= 0) found = &t->added[t->nodes[node].token];
+    return found;
+}
+
+// Whether a text may be cut at text[at] as far as added tokens go: none may begin before and reach up to here,
+// since it would be torn or lose the white space behind it (rstrip); and none that begins here may ask for the
+// character before. Where the text ends inside a name, that name may still come.
+static bool cut_spares_added(const Tokenizer *t, const char *text, size_t at, size_t size) {
+    for (size_t start = at > t->longest_added ? at - t->longest_added : 0; start <= at; start++)
+        for (int pass = 0; pass < PASSES && t->added_count > 0; pass++) {
+            size_t end = start;
+            for (int node = pass; (node = *node_slot(t, node, (unsigned char)text[end])) >= 0;) {
+                int token = t->nodes[node].token;
+                if (++end == size) return false;
+                if (token >= 0 && (start < at ? end >= at : t->added[token].single_word)) return false;
+            }
+        }
+    return true;
+}
+
 // The last place in the text where it may be cut, so that the parts' ids put together are the ids of the
 // whole; 0 if there is none. That is before white space which follows something else: every piece ends there,
-// whatever comes before or after, and <|endoftext|> has no white space inside.
+// whatever comes before or after, and so does every strip of white space that an added token drops.
 // "one two  th" -> 7: "one two" can be encoded now, "  th" must wait for more text.
 static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size) {
     for (size_t length, at = size; at-- > 1;) {
+        unsigned before;
         if (class_at(t, text, at, size, &length) != CLASS_SPACE) continue;
-        size_t before = at - 1; // where the character before starts; white space has 1 to 3 bytes
-        while (before > 0 && at - before < 3 && (text[before] & 0xc0) == 0x80) before--;
-        if (class_at(t, text, before, size, &length) != CLASS_SPACE || before + length != at) return at;
+        previous_character(text, at, &before);
+        if (t->classes[before] != CLASS_SPACE && cut_spares_added(t, text, at, size)) return at;
     }
     return 0;
+}
+
+// Whether a character is part of a word.
+static bool is_word_character(const Tokenizer *t, unsigned code) {
+    bool usual = t->classes[code] == CLASS_LETTER || t->classes[code] == CLASS_NUMBER;
+    unsigned at = 0; // where the run at work ends
+    for (size_t i = 0; i < sizeof word_exception_runs / sizeof(int); i += 2) {
+        at += (unsigned)word_exception_runs[i];
+        if (code < at) return usual;
+        at += (unsigned)word_exception_runs[i + 1];
+        if (code < at) return !usual;
+    }
+    return usual;
+}
+
+// Whether a character of a word touches text[start .. end - 1].
+static bool touches_word(const Tokenizer *t, const char *text, size_t start, size_t end, size_t size) {
+    unsigned code;
+    if (start > 0 && (previous_character(text, start, &code), is_word_character(t, code))) return true;
+    return end < size && utf8_read(text + end, size - end, &code) > 0 && is_word_character(t, code);
 }
 
 // ---- encoding ----
@@ -1793,28 +1919,16 @@ struct Encoder {
     Symbol *symbols;
     uint64_t *queue; // a binary heap of merges that may be done, each rank << 32 | position of its left token
     size_t symbol_capacity, queue_capacity, queued;
-    Encoder *next; // in the list of idle ones
 };
 
-// Takes an idle encoder, or makes one: any number of threads may encode at once with one tokenizer.
-static Encoder *encoder_take(Tokenizer *t) {
-    Encoder *encoder;
-#pragma omp critical(idle_encoders)
-    {
-        encoder = t->idle;
-        t->idle = encoder ? encoder->next : NULL;
-    }
-    if (!encoder) // where a cache line starts, so that no slot lies in two
-        encoder = memset(xfloats(sizeof *encoder / sizeof(float)), 0, sizeof *encoder);
-    return encoder;
-}
-
-static void encoder_give_back(Tokenizer *t, Encoder *encoder) {
-#pragma omp critical(idle_encoders)
-    {
-        encoder->next = t->idle;
-        t->idle = encoder;
-    }
+// The calling thread's own.
+static Encoder *encoder_of_thread(Tokenizer *t) {
+    int thread = omp_get_thread_num();
+    if (thread >= MAX_THREADS) die("at most %d threads can encode text", MAX_THREADS);
+    Encoder **encoder = &t->encoders[thread];
+    if (!*encoder) // where a cache line starts, so that no slot lies in two
+        *encoder = memset(xfloats(sizeof **encoder / sizeof(float)), 0, sizeof **encoder);
+    return *encoder;
 }
 
 // The slot that holds the rank of a pair's merge, or -1 when the two are never joined.
@@ -1886,7 +2000,7 @@ static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
     for (int i = 0; i >= 0; i = symbols[i].next) ids_push(ids, symbols[i].id);
 }
 
-// Appends the ids of text without special tokens.
+// Appends the ids of text without added tokens.
 static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *text, size_t size) {
     for (size_t at = 0, end; at < size; at = end) {
         end = find_piece(t, text, at, size);
@@ -1920,29 +2034,54 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
     }
 }
 
-// Appends the ids of a text; with `special`, "<|endoftext|>" in it becomes its one id.
-static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special) {
-    Encoder *encoder = encoder_take(t);
-    const char *end = text + size, *found;
-    while (special && t->end_of_text >= 0 &&
-           (found = memmem(text, (size_t)(end - text), END_OF_TEXT, END_OF_TEXT_SIZE))) {
-        encode_plain(t, encoder, ids, text, (size_t)(found - text));
-        ids_push(ids, t->end_of_text);
-        text = found + END_OF_TEXT_SIZE;
+// Appends the ids of a text from which the passes before `pass` have cut their added tokens.
+static void encode_pass(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *text, size_t size,
+                        int pass) {
+    while (pass < PASSES && t->firsts[pass].size == 0) pass++;
+    if (pass == PASSES) {
+        encode_plain(t, encoder, ids, text, size);
+        return;
     }
-    encode_plain(t, encoder, ids, text, (size_t)(end - text));
-    encoder_give_back(t, encoder);
+    const Ids *firsts = &t->firsts[pass];
+    const unsigned char *bytes = (const unsigned char *)text;
+    size_t done = 0; // up to here it is encoded
+    for (size_t at = 0, end; at < size; at = end) {
+        if (firsts->size == 1) { // the usual case: GPT-2 has one added token
+            const char *found = memchr(text + at, firsts->data[0], size - at);
+            at = found ? (size_t)(found - text) : size;
+        }
+        while (at + 1 < size && !t->begins[pass][bytes[at] | bytes[at + 1] << 8]) at++;
+        const AddedToken *token = added_token_at(t, pass, text, at, size);
+        end = at + (token ? token->size : 1);
+        if (!token || (token->single_word && touches_word(t, text, at, end, size))) continue;
+        size_t start = at, stop = end;
+        for (unsigned code; token->lstrip && start > done; start = at) {
+            at = previous_character(text, start, &code);
+            if (t->classes[code] != CLASS_SPACE) break;
+        }
+        if (token->lstrip && start < done) start = done;
+        if (token->rstrip) stop = run_end(t, text, end, size, CLASS_SPACE);
+        if (start >= stop) continue; // it is white space that went with the token before
+        if (start > done) encode_pass(t, encoder, ids, text + done, start - done, pass + 1);
+        ids_push(ids, token->id);
+        done = stop;
+    }
+    if (done < size) encode_pass(t, encoder, ids, text + done, size - done, pass + 1);
 }
 
-// Appends the ids of a text to `ids`. Several threads may call this at once with the same tokenizer; outside
-// a parallel region a large text is cut into parts that the threads share, and the ids are the same.
-// special: "<|endoftext|>" in the text becomes its id; otherwise it is text like any other.
-//   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>", special -> 31373 220 50256
-static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size, bool special) {
+static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size) {
+    encode_pass(t, encoder_of_thread(t), ids, text, size, t->plain || t->added_count == 0 ? PASSES : 0);
+}
+
+// Appends the ids of a text to `ids`: those that AutoTokenizer gives, or with t->plain tiktoken's
+// encode_ordinary. Several threads of a parallel region may call this at once with the same tokenizer; outside
+// of one a large text is cut into parts that the threads share, and the ids are the same.
+//   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>" -> 31373 220 50256
+static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size) {
     enum { PART_BYTES = 1 << 17 };
     size_t part_count = size / PART_BYTES;
     if (part_count < 2 || omp_get_max_threads() == 1 || omp_in_parallel()) {
-        encode_part(t, ids, text, size, special);
+        encode_part(t, ids, text, size);
         return;
     }
     Ids *parts = xcalloc(part_count, sizeof *parts);
@@ -1952,7 +2091,7 @@ static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t si
     starts[part_count] = size;
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t i = 0; i < part_count; i++)
-        encode_part(t, &parts[i], text + starts[i], starts[i + 1] - starts[i], special);
+        encode_part(t, &parts[i], text + starts[i], starts[i + 1] - starts[i]);
     for (size_t i = 0; i < part_count; i++) {
         ids->data = grow(ids->data, ids->size + parts[i].size, &ids->capacity, sizeof(int));
         if (parts[i].size) memcpy(ids->data + ids->size, parts[i].data, parts[i].size * sizeof(int));
@@ -1976,12 +2115,14 @@ static int *slots_make(size_t count, size_t *mask) {
 // A tokenizer that knows characters and spelling, with room for so many tokens and merges, and none yet.
 static Tokenizer *tokenizer_new(size_t tokens, size_t merges) {
     Tokenizer *t = xcalloc(1, sizeof *t);
-    t->end_of_text = -1;
+    t->end_of_text = t->pad = -1;
     t->name_slots = slots_make(tokens, &t->name_mask);
     t->merge_slots = slots_make(merges, &t->merge_mask);
-    t->names = xcalloc(tokens, sizeof *t->names);
+    t->node_slots = slots_make(0, &t->node_mask);
     t->merges = xcalloc(merges, sizeof *t->merges);
     t->classes = classes_make();
+    t->nodes = grow(NULL, PASSES, &t->node_capacity, sizeof *t->nodes);
+    for (int pass = 0; pass < PASSES; pass++) t->nodes[t->node_count++] = (TrieNode){-1, -1, -1};
     memset(t->spelled, -1, sizeof t->spelled);
     for (int byte = 0, hidden = 0x100; byte < 256; byte++) {
         bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
@@ -1992,17 +2133,21 @@ static Tokenizer *tokenizer_new(size_t tokens, size_t merges) {
 
 static void tokenizer_free(Tokenizer *t) {
     if (!t) return;
-    for (Encoder *encoder = t->idle, *next; encoder; encoder = next) {
-        next = encoder->next;
-        free(encoder->symbols);
-        free(encoder->queue);
-        free(encoder);
+    for (int thread = 0; thread < MAX_THREADS; thread++) {
+        if (!t->encoders[thread]) continue;
+        free(t->encoders[thread]->symbols);
+        free(t->encoders[thread]->queue);
+        free(t->encoders[thread]);
     }
     for (int id = 0; id < t->vocab_size; id++) free(t->names[id]);
     free(t->names);
     free(t->merges);
+    for (int pass = 0; pass < PASSES; pass++) free(t->firsts[pass].data);
+    free(t->added);
+    free(t->nodes);
     free(t->name_slots);
     free(t->merge_slots);
+    free(t->node_slots);
     free(t->classes);
     free(t);
 }
@@ -2017,14 +2162,68 @@ static int *name_slot(const Tokenizer *t, const char *name) {
     }
 }
 
+// Gives a name that has no id yet this one, which no other name may have.
+static void name_set(Tokenizer *t, int *slot, const char *name, int id) {
+    size_t known = (size_t)t->vocab_size;
+    if ((size_t)id >= known) {
+        t->names = grow(t->names, (size_t)id + 1, &t->names_capacity, sizeof *t->names);
+        memset(t->names + known, 0, ((size_t)id + 1 - known) * sizeof *t->names);
+        t->vocab_size = id + 1;
+    }
+    t->names[id] = xstrdup(name);
+    *slot = id;
+}
+
 // Gives the next id to a name that has none yet; returns the name's id.
 static int name_add(Tokenizer *t, const char *name) {
     int *slot = name_slot(t, name);
-    if (*slot < 0) {
-        *slot = t->vocab_size++;
-        t->names[*slot] = xstrdup(name);
-    }
+    if (*slot < 0) name_set(t, slot, name, t->vocab_size);
     return *slot;
+}
+
+static bool token_exists(const Tokenizer *t, int id) {
+    return id >= 0 && id < t->vocab_size && t->names[id] != NULL;
+}
+
+// The node to which a byte leads, made if there is none yet. Of the slots at most half are in use.
+static int node_add(Tokenizer *t, int node, int byte) {
+    int *slot = node_slot(t, node, byte);
+    if (*slot >= 0) return *slot;
+    t->nodes = grow(t->nodes, t->node_count + 1, &t->node_capacity, sizeof *t->nodes);
+    t->nodes[t->node_count] = (TrieNode){node, byte, -1};
+    *slot = (int)t->node_count++;
+    if (2 * t->node_count <= t->node_mask) return (int)t->node_count - 1;
+    free(t->node_slots);
+    t->node_slots = slots_make(t->node_count, &t->node_mask); // twice as many
+    for (int i = PASSES; i < (int)t->node_count; i++) *node_slot(t, t->nodes[i].parent, t->nodes[i].byte) = i;
+    return (int)t->node_count - 1;
+}
+
+// The last node of a name in a pass: *token is the added token of that name, or -1.
+static int *added_slot(Tokenizer *t, const char *name, int pass) {
+    int node = pass;
+    for (const char *c = name; *c; c++) node = node_add(t, node, (unsigned char)*c);
+    return &t->nodes[node].token;
+}
+
+// Makes token.id, which has a name, an added token; what was said of it before is replaced.
+static void token_add(Tokenizer *t, AddedToken token) {
+    const char *name = t->names[token.id];
+    int *other = added_slot(t, name, !token.normalized), known = *other;
+    *other = -1;
+    int *slot = added_slot(t, name, token.normalized);
+    known = *slot >= 0 ? *slot : known >= 0 ? known : (int)t->added_count;
+    if ((size_t)known == t->added_count)
+        t->added = grow(t->added, ++t->added_count, &t->added_capacity, sizeof *t->added);
+    token.size = strlen(name);
+    t->added[known] = token;
+    *slot = known;
+    t->longest_added = token.size > t->longest_added ? token.size : t->longest_added;
+    bool *begins = t->begins[token.normalized];
+    unsigned char first = (unsigned char)name[0], second = (unsigned char)name[1];
+    if (!ids_have(&t->firsts[token.normalized], first)) ids_push(&t->firsts[token.normalized], first);
+    for (int byte = 0; byte < 256; byte++)
+        if (token.size == 1 || byte == second) begins[first | byte << 8] = true;
 }
 
 // ---- decoding ----
@@ -2035,6 +2234,7 @@ static int name_add(Tokenizer *t, const char *name) {
 static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
     if (id < 0 || id >= t->vocab_size)
         die("token id %d is not in the vocabulary: expected 0 to %d", id, t->vocab_size - 1);
+    if (!t->names[id]) die("token id %d: the vocabulary has no token with this id", id);
     const char *name = t->names[id];
     size_t size = strlen(name), before = text->size;
     for (size_t at = 0, length; at < size; at += length) {
@@ -2137,14 +2337,18 @@ static float kth_largest(const float *x, int n, int k) {
 static int sample_token(const float *logits, int V, const Sampling *sampling, float draw,
                         Candidate *candidates) {
     int best = 0, count = 0, kept = 0;
-    for (int v = 1; v < V; v++)
+    bool finite = true;
+    for (int v = 0; v < V; v++) {
+        finite = finite && !isnan(logits[v]);
         if (logits[v] > logits[best]) best = v;
+    }
+    if (!finite || !isfinite(logits[best])) die("the model's logits are not finite: its weights are damaged");
     if (sampling->temperature == 0) return best;
     bool cut = sampling->top_k > 0 && sampling->top_k < V;
     float lowest = cut ? kth_largest(logits, V, sampling->top_k) : -INFINITY;
     double sum = 0, reached = 0;
     for (int v = 0; v < V; v++)
-        if (logits[v] >= lowest) {
+        if (logits[v] >= lowest && logits[v] > -INFINITY) {
             candidates[count] =
                 (Candidate){(float)exp((logits[v] - logits[best]) / sampling->temperature), v};
             sum += candidates[count++].probability;
@@ -2187,12 +2391,21 @@ static void stream_text(const Text *text, size_t *printed, const char *stop, boo
     *printed = size;
 }
 
+// Draws a token from logits (V). One that the tokenizer does not have is never drawn: the embedding may have
+// more rows than there are tokens, to be a multiple of 64, say.
+static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sampling *sampling, float draw,
+                      Candidate *candidates) {
+    for (int v = 0; tokenizer && v < V; v++)
+        if (v >= tokenizer->vocab_size || !tokenizer->names[v]) logits[v] = -INFINITY;
+    return sample_token(logits, V, sampling, draw, candidates);
+}
+
 // Continues the prompt by up to `count` tokens, `samples` times at once, in outputs[0 .. samples - 1],
-// which are empty. A sample ends at end_of_text (-1: never) or at sampling->stop. Text longer than the
+// which are empty. A sample ends at one of the ids in `ends` or at sampling->stop. Text longer than the
 // context goes on from its last half. Without a tokenizer there is no text, only ids; with one, a single
 // sample is printed as it comes.
 static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
-                     int samples, int end_of_text, const Sampling *sampling, Sample *outputs) {
+                     int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
     const Config *config = &model->config;
     const int V = config->vocab_size, P = config->n_positions;
     Activations a = {0};
@@ -2239,8 +2452,8 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
             if (row == 0)
                 head_forward(model, &a, last_row + n, alive - n < LOGIT_ROWS ? alive - n : LOGIT_ROWS);
             float draw = random_uniform(random_stream(sampling->seed, (uint64_t)s), (uint64_t)made);
-            int token = sample_token(a.logits + (size_t)row * V, V, sampling, draw, candidates);
-            if (token != end_of_text && sample_append(&outputs[s], token, tokenizer, sampling->stop))
+            int token = draw_token(a.logits + (size_t)row * V, V, tokenizer, sampling, draw, candidates);
+            if (!ids_have(ends, token) && sample_append(&outputs[s], token, tokenizer, sampling->stop))
                 running[still++] = s;
         }
         alive = still;
@@ -2298,6 +2511,17 @@ static bool ends_with(const char *string, const char *ending) {
     return n >= m && strcmp(string + n - m, ending) == 0;
 }
 
+// Finds the line at *at, without its end, and moves *at behind it. Returns false at the end of the text.
+static bool next_line(const char **at, const char *end, const char **line, size_t *length) {
+    if (*at >= end) return false;
+    const char *newline = memchr(*at, '\n', (size_t)(end - *at));
+    *line = *at;
+    *length = (size_t)((newline ? newline : end) - *line);
+    *at = newline ? newline + 1 : end;
+    *length -= *length > 0 && (*line)[*length - 1] == '\r';
+    return true;
+}
+
 // Appends what is left in `file` to `text`; `path` only names it in errors.
 static void read_stream(Text *text, FILE *file, const char *path) {
     char buffer[1 << 16];
@@ -2315,6 +2539,64 @@ static Text read_file(const char *path) {
     return text;
 }
 
+// Other programs can change a file while it is mapped here. So each mapping is remembered: when a page of it can
+// no longer be read (SIGBUS) the file is named, and check_mapped_files() sees what was written over in place.
+static struct MappedFile {
+    char *path, *data;
+    size_t size;
+    struct stat status; // when it was mapped
+} * mapped_files;
+static size_t mapped_count, mapped_capacity;
+
+#ifdef __APPLE__
+#define st_mtim st_mtimespec
+#endif
+
+// The handler of SIGBUS. It only calls what a signal handler may.
+static void lost_page(int signal_number, siginfo_t *info, void *context) {
+    const char *address = info->si_addr;
+    (void)context;
+    for (size_t i = mapped_count; i > 0; i--) { // the newest first: addresses are used again
+        const struct MappedFile *file = &mapped_files[i - 1];
+        if (address < file->data || address >= file->data + file->size) continue;
+        const char *const parts[] = {
+            progress_line_open ? "\n" : "", program_name, ": ", file->path,
+            ": can no longer be read: it was cut off while it was in use, or its disk "
+            "fails. The last checkpoint stays\n"};
+        for (int part = 0; part < 5; part++)
+            if (write(2, parts[part], strlen(parts[part])) < 0) break;
+        _exit(1);
+    }
+    signal(signal_number, SIG_DFL); // no file of ours: this ends the program as if there were no handler
+}
+
+// Ends the program when a mapped file has been written to since. One that was deleted or replaced by another of
+// its name is no harm: the mapping keeps the old one.
+static void check_mapped_files(void) {
+    struct stat now;
+    for (struct MappedFile *file = mapped_files; file < mapped_files + mapped_count; file++) {
+        const struct stat *then = &file->status;
+        if (file->data && stat(file->path, &now) == 0 && now.st_ino == then->st_ino &&
+            now.st_dev == then->st_dev &&
+            (now.st_size != then->st_size || now.st_mtim.tv_sec != then->st_mtim.tv_sec ||
+             now.st_mtim.tv_nsec != then->st_mtim.tv_nsec))
+            die("%s: was changed while it was in use, so nothing that was computed since can be trusted or "
+                "saved. Put new files in place by renaming them",
+                file->path);
+    }
+}
+
+// A mapping that is given up, or whose bytes have been copied, need no longer stay as it is.
+static void forget_mapping(const Mapping *mapping) {
+    for (size_t i = 0; i < mapped_count; i++)
+        if (mapped_files[i].data == mapping->data) mapped_files[i].data = NULL;
+}
+
+static void unmap_file(Mapping *mapping) {
+    forget_mapping(mapping);
+    if (mapping->data) munmap(mapping->data, mapping->size);
+}
+
 static Mapping map_file(const char *path) {
     int descriptor = open(path, O_RDONLY);
     struct stat status;
@@ -2326,7 +2608,41 @@ static Mapping map_file(const char *path) {
     mapping.data = mmap(NULL, mapping.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
     if (mapping.data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(descriptor);
+    mapped_files = grow(mapped_files, mapped_count + 1, &mapped_capacity, sizeof *mapped_files);
+    mapped_files[mapped_count++] = (struct MappedFile){xstrdup(path), mapping.data, mapping.size, status};
+    sigaction(SIGBUS, &(struct sigaction){.sa_sigaction = lost_page, .sa_flags = SA_SIGINFO}, NULL);
     return mapping;
+}
+
+// Brings what was written to the disk itself, where a power cut cannot reach it. A folder of a file system that
+// has no such thing for folders (EINVAL) is as good as it gets.
+static bool sync_to_disk(int descriptor) {
+#ifdef F_FULLFSYNC // macOS: its fsync() stops at the disk's own memory
+    if (fcntl(descriptor, F_FULLFSYNC) == 0) return true;
+#endif
+    return fsync(descriptor) == 0 || errno == EINVAL;
+}
+
+// Makes the names in a folder last: what was created, renamed or deleted there.
+static void sync_folder(const char *path) {
+    int descriptor = open(path, O_RDONLY);
+    if (descriptor < 0 || !sync_to_disk(descriptor))
+        die("%s: this folder could not be brought to the disk: %s", path, strerror(errno));
+    close(descriptor);
+}
+
+// The folder that a path lies in. Free it.
+static char *folder_of(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return !slash ? xstrdup(".") : xprintf("%.*s", slash > path ? (int)(slash - path) : 1, path);
+}
+
+// Gives a file or folder another name, for good.
+static void rename_for_good(const char *from, const char *to) {
+    char *folder = folder_of(to);
+    if (rename(from, to) != 0) die("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
+    sync_folder(folder);
+    free(folder);
 }
 
 // Files are written under a temporary name, and get their own only when all bytes are on the disk: under a
@@ -2338,9 +2654,9 @@ static FILE *create_file(const char *path) {
 }
 
 static void finish_file(FILE *file, const char *path) {
-    bool failed = ferror(file) || fflush(file) != 0 || fsync(fileno(file)) != 0;
-    if (fclose(file) != 0 || failed || rename(path_of("%s.tmp", path), path) != 0)
+    if (ferror(file) || fflush(file) != 0 || !sync_to_disk(fileno(file)) || fclose(file) != 0)
         die("%s: could not be written whole: %s", path, strerror(errno));
+    rename_for_good(path_of("%s.tmp", path), path);
 }
 
 static void write_file(const char *path, const void *bytes, size_t size) {
@@ -2351,64 +2667,59 @@ static void write_file(const char *path, const void *bytes, size_t size) {
 
 // Makes a folder and those above it.
 static void make_folder(const char *path) {
-    char *above = xstrdup(path), *slash = strrchr(above, '/');
-    if (slash && slash > above) {
-        *slash = 0;
-        make_folder(above);
-    }
-    free(above);
-    if (!is_folder(path) && mkdir(path, 0777) < 0)
+    if (is_folder(path)) return;
+    char *above = folder_of(path);
+    make_folder(above);
+    if (mkdir(path, 0777) < 0 && !is_folder(path))
         die("%s: folder cannot be made: %s", path, strerror(errno));
+    sync_folder(above);
+    free(above);
 }
 
-// Deletes a folder with what is in it; one that is not there is no error.
+// Deletes a folder with what is in it, but of a symbolic link only the link; what is not there is no error.
 static void remove_folder(const char *path) {
+    if (unlink(path) == 0 || errno == ENOENT) return;
     DIR *folder = opendir(path);
     for (struct dirent *entry; folder && (entry = readdir(folder));) {
         char *inside = xprintf("%s/%s", path, entry->d_name);
-        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0 && unlink(inside) != 0)
-            remove_folder(inside);
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) remove_folder(inside);
         free(inside);
     }
     if (folder) closedir(folder);
-    rmdir(path);
-}
-
-// Makes the renames and deletions in a folder last through a power cut.
-static void sync_folder(const char *path) {
-    int descriptor = open(path, O_RDONLY);
-    if (descriptor >= 0) {
-        fsync(descriptor);
-        close(descriptor);
-    }
+    if (rmdir(path) != 0 && errno != ENOENT) warn("%s: cannot be deleted: %s", path, strerror(errno));
 }
 
 // ---- JSON (RFC 8259) ----
-// A file becomes a tree of nodes; members of an object and elements of an array are chained by `next`.
+// A text becomes a tree of nodes in one block of memory: a node for each value, then a copy of the text, in which
+// each string is written over its spelling, since it is never longer. Members and elements are chained by `next`.
 
 typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonKind;
 
 typedef struct Json {
+    const char *key; // name of this member inside its object, or NULL
+    struct Json *next;
+    union { // by kind
+        double number;
+        const char *string; // UTF-8, NUL-terminated; length counts NULs inside
+        struct Json *child; // the first member or element, or NULL
+    };
+    unsigned length;
     JsonKind kind;
-    char *key;    // name of this member inside its object, or NULL
-    char *string; // UTF-8, NUL-terminated; length counts NULs inside
-    size_t length;
-    double number;
-    struct Json *child, *next;
 } Json;
 
 typedef struct {
-    const char *text, *at; // the whole, which a NUL ends, and where the reader is
-    const char *where;     // file, or file:line, for errors
+    const char *source, *where; // the text as it came, and file, or file:line: both for errors
+    char *text, *at;            // the copy, which a NUL ends, and where the reader is
+    Json *free;                 // the next node that is not in use
 } JsonReader;
 
 static void __attribute__((noreturn)) json_die(const JsonReader *reader, const char *expected) {
     size_t line = 1;
-    const char *start = reader->text; // of the line
-    for (const char *p = reader->text; p < reader->at; p++)
+    const char *start = reader->source, *stop = start + (reader->at - reader->text); // start: of the line
+    for (const char *p = start; p < stop; p++)
         if (*p == '\n') line++, start = p + 1;
-    die("%s: not valid JSON at line %zu, column %td: expected %s", reader->where, line,
-        reader->at - start + 1, expected);
+    die("%s: not valid JSON at line %zu, column %td: expected %s", reader->where, line, stop - start + 1,
+        expected);
 }
 
 // The character that comes next, white space passed over; 0 at the end.
@@ -2435,7 +2746,7 @@ static unsigned json_hex4(JsonReader *reader) {
 static unsigned json_code_point(JsonReader *reader) {
     unsigned code = json_hex4(reader);
     if (code >= 0xd800 && code < 0xdc00 && strncmp(reader->at, "\\u", 2) == 0) {
-        const char *before = reader->at;
+        char *before = reader->at;
         reader->at += 2;
         unsigned low = json_hex4(reader);
         if (low >= 0xdc00 && low < 0xe000) return 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
@@ -2445,66 +2756,84 @@ static unsigned json_code_point(JsonReader *reader) {
 }
 
 // Reads a string, its opening quote already taken.
-static Text json_string(JsonReader *reader) {
-    Text string = {0};
+static const char *json_string(JsonReader *reader, unsigned *length) {
+    char *string = reader->at, *to = string;
     for (;;) {
-        const char *plain = reader->at;
+        char *plain = reader->at;
         while ((unsigned char)*reader->at >= 0x20 && *reader->at != '"' && *reader->at != '\\') reader->at++;
-        text_append(&string, plain, (size_t)(reader->at - plain));
+        if (to != plain) memmove(to, plain, (size_t)(reader->at - plain));
+        to += reader->at - plain;
         if (*reader->at == '"') {
             reader->at++;
+            *to = 0;
+            *length = (unsigned)(to - string);
             return string;
         }
         if (*reader->at != '\\')
             json_die(reader, *reader->at ? "an escape such as \\n in place of a control character"
                                          : "the string's closing quote");
-        char escape = *++reader->at, bytes[4];
+        char escape = *++reader->at;
         const char *known = "\"\\/bfnrtu", *found = strchr(known, escape);
         if (!escape || !found)
             json_die(reader,
                      escape ? "one of \" \\ / b f n r t u after a backslash" : "the string's closing quote");
         reader->at++;
-        bytes[0] = "\"\\/\b\f\n\r\t"[found - known];
-        text_append(&string, bytes, escape == 'u' ? (size_t)utf8_write(bytes, json_code_point(reader)) : 1);
+        if (escape == 'u')
+            to += utf8_write(to, json_code_point(reader));
+        else
+            *to++ = "\"\\/\b\f\n\r\t"[found - known];
     }
 }
 
-static Json *json_value(JsonReader *reader, int depth) {
-    Json *node = xcalloc(1, sizeof *node);
-    if (depth > 200) json_die(reader, "at most 200 levels of nesting");
-    char c = json_peek(reader);
-    if (c == '{' || c == '[') {
-        node->kind = c == '{' ? JSON_OBJECT : JSON_ARRAY;
-        reader->at++;
-        for (Json **tail = &node->child; !json_accept(reader, c == '{' ? '}' : ']'); tail = &(*tail)->next) {
-            if (node->child && !json_accept(reader, ','))
-                json_die(reader, c == '{' ? "',' or '}'" : "',' or ']'");
-            char *key = NULL;
-            if (c == '{') {
-                if (!json_accept(reader, '"')) json_die(reader, "a name in double quotes");
-                key = json_string(reader).data;
-                if (!json_accept(reader, ':')) json_die(reader, "':'");
-            }
-            *tail = json_value(reader, depth + 1);
-            (*tail)->key = key;
+static Json *json_value(JsonReader *reader, int depth);
+
+// Reads the members or elements up to `close`, their opening bracket already taken.
+static Json *json_children(JsonReader *reader, char close, int depth) {
+    Json *first = NULL;
+    for (Json **tail = &first; !json_accept(reader, close); tail = &(*tail)->next) {
+        const char *key = NULL;
+        unsigned length;
+        if (first && !json_accept(reader, ',')) json_die(reader, close == '}' ? "',' or '}'" : "',' or ']'");
+        if (close == '}') {
+            if (!json_accept(reader, '"')) json_die(reader, "a name in double quotes");
+            key = json_string(reader, &length);
+            if (!json_accept(reader, ':')) json_die(reader, "':'");
         }
+        *tail = json_value(reader, depth + 1);
+        (*tail)->key = key;
+    }
+    return first;
+}
+
+static double json_digits(JsonReader *reader) {
+    // strtod reads more than JSON allows: 0x1p3, infinity, 01, .5 and 5.
+    const char *whole = reader->at + (*reader->at == '-'), *point = whole + strspn(whole, "0123456789");
+    char *end;
+    double number = strtod(reader->at, &end);
+    if (end != reader->at + strspn(reader->at, "+-.eE0123456789") || point == whole ||
+        (*whole == '0' && point > whole + 1) || (*point == '.' && !isdigit((unsigned char)point[1])))
+        json_die(reader, "a number");
+    reader->at = end;
+    return number;
+}
+
+static Json *json_value(JsonReader *reader, int depth) {
+    static const char *const words[] = {"null", "false", "true"}; // as JsonKind begins
+    char c = json_peek(reader);
+    Json *node = reader->free++;
+    *node = (Json){.kind = JSON_NULL};
+    if (depth > 200) json_die(reader, "at most 200 levels of nesting");
+    if (c == '{' || c == '[') {
+        reader->at++;
+        node->kind = c == '{' ? JSON_OBJECT : JSON_ARRAY;
+        node->child = json_children(reader, c == '{' ? '}' : ']', depth);
     } else if (json_accept(reader, '"')) {
-        Text string = json_string(reader);
         node->kind = JSON_STRING;
-        node->string = string.data;
-        node->length = string.size;
+        node->string = json_string(reader, &node->length);
     } else if (c == '-' || isdigit((unsigned char)c)) {
-        // strtod reads more than JSON allows: 0x1p3, infinity, 01, .5 and 5.
-        const char *whole = reader->at + (c == '-'), *point = whole + strspn(whole, "0123456789");
-        char *end;
         node->kind = JSON_NUMBER;
-        node->number = strtod(reader->at, &end);
-        if (end != reader->at + strspn(reader->at, "+-.eE0123456789") || point == whole ||
-            (*whole == '0' && point > whole + 1) || (*point == '.' && !isdigit((unsigned char)point[1])))
-            json_die(reader, "a number");
-        reader->at = end;
+        node->number = json_digits(reader);
     } else {
-        static const char *const words[] = {"null", "false", "true"}; // as JsonKind begins
         while (strncmp(reader->at, words[node->kind], strlen(words[node->kind])) != 0)
             if (++node->kind > JSON_TRUE) json_die(reader, "a value");
         reader->at += strlen(words[node->kind]);
@@ -2512,16 +2841,26 @@ static Json *json_value(JsonReader *reader, int depth) {
     return node;
 }
 
+// As many values as a text can have at most: each is the only one, or follows one of these characters.
+static size_t json_most_values(const char *text, size_t size) {
+    size_t values = 1;
+    for (size_t i = 0; i < size; i++) values += text[i] == ',' || text[i] == '[' || text[i] == '{';
+    return values;
+}
+
 // Reads one JSON value that fills the text; ends the program with file, line and column when it is not valid.
 static Json *json_parse(const char *text, size_t size, const char *where) {
-    Text copy = {0}; // which a NUL ends
-    text_append(&copy, text, size);
-    JsonReader reader = {copy.data, copy.data, where};
-    Json *node = json_value(&reader, 1);
+    size_t values = json_most_values(text, size);
+    if (size > INT_MAX) die("%s: %zu bytes of JSON are too many: expected less than 2 GB", where, size);
+    Json *nodes = xmalloc(values * sizeof *nodes + size + 1);
+    char *copy = (char *)(nodes + values);
+    if (size) memcpy(copy, text, size);
+    copy[size] = 0;
+    JsonReader reader = {text, where, copy, copy, nodes};
+    json_value(&reader, 1);
     json_peek(&reader);
-    if (reader.at != copy.data + size) json_die(&reader, "nothing more");
-    free(copy.data);
-    return node;
+    if (reader.at != copy + size) json_die(&reader, "nothing more");
+    return nodes;
 }
 
 static Json *json_read_file(const char *path) {
@@ -2531,35 +2870,52 @@ static Json *json_read_file(const char *path) {
     return node;
 }
 
-static void json_free(Json *node) {
-    while (node) {
-        Json *next = node->next;
-        json_free(node->child);
-        free(node->key);
-        free(node->string);
-        free(node);
-        node = next;
-    }
+// Where a string begins, behind its quote, in the text that json_parse made the tree `root` of.
+static size_t json_place(const Json *root, const Text *text, const char *string) {
+    return (size_t)(string - (const char *)(root + json_most_values(text->data, text->size)));
 }
 
-// The member called `key`, or NULL (also when `object` is NULL or no object).
+// Frees the whole tree of a node that json_parse gave.
+static void json_free(Json *root) { free(root); }
+
+// The first member or element of a node, or NULL when it has none, is no object or array, or is NULL itself.
+static const Json *json_child(const Json *node) {
+    return node && (node->kind == JSON_OBJECT || node->kind == JSON_ARRAY) ? node->child : NULL;
+}
+
+// The member called `key`, or NULL (also when `object` is NULL or no object). Of two the last one counts, as in
+// Python.
 static const Json *json_get(const Json *object, const char *key) {
+    const Json *found = NULL;
     if (!object || object->kind != JSON_OBJECT) return NULL;
     for (const Json *member = object->child; member; member = member->next)
-        if (strcmp(member->key, key) == 0) return member;
-    return NULL;
+        if (strcmp(member->key, key) == 0) found = member;
+    return found;
+}
+
+// The text of a string; NULL when it is no string.
+static const char *json_text(const Json *node) {
+    return node && node->kind == JSON_STRING ? node->string : NULL;
 }
 
 static bool json_is_text(const Json *node, const char *text) {
-    return node && node->kind == JSON_STRING && strcmp(node->string, text) == 0;
+    return json_text(node) && strcmp(node->string, text) == 0;
 }
+
+static bool json_is_null(const Json *node) { return !node || node->kind == JSON_NULL; }
 
 // The number called `key`, or `otherwise` when it is missing or null. `where` names the file in errors.
 static double json_number(const Json *object, const char *key, double otherwise, const char *where) {
     const Json *member = json_get(object, key);
-    if (!member || member->kind == JSON_NULL) return otherwise;
+    if (json_is_null(member)) return otherwise;
     if (member->kind != JSON_NUMBER) die("%s: \"%s\" must be a number", where, key);
     return member->number;
+}
+
+// The switch called `key`, or `otherwise` when it is missing or null.
+static bool json_is_true(const Json *object, const char *key, bool otherwise) {
+    const Json *member = json_get(object, key);
+    return json_is_null(member) ? otherwise : member->kind == JSON_TRUE;
 }
 
 // Writes a string with its quotes; bytes that are not ASCII pass through.
@@ -2590,95 +2946,234 @@ static void find_byte_ids(Tokenizer *t, bool add, const char *path) {
     }
 }
 
-// Takes {"token": id, ...}, in any order, for all the tokenizer's tokens.
-static void load_vocabulary(Tokenizer *t, const Json *json, size_t count, const char *path) {
+enum { MOST_TOKENS = 1 << 22 };
+
+// Takes {"token": id, ...}, in any order.
+static void load_vocabulary(Tokenizer *t, const Json *json, const char *path) {
+    if (!json || json->kind != JSON_OBJECT) die("%s: expected an object {\"token\": id, ...}", path);
     for (const Json *token = json->child; token; token = token->next) {
-        double id = token->number;
+        double id = token->kind == JSON_NUMBER ? token->number : -1;
         int *slot = name_slot(t, token->key);
-        if (token->kind != JSON_NUMBER || !(id >= 0 && id < (double)count) || id != floor(id) ||
-            t->names[(int)id] || *slot >= 0)
-            die("%s: token \"%s\": expected it once, with an id from 0 to %zu that no other token has", path,
-                token->key, count - 1);
-        *slot = (int)id;
-        t->names[*slot] = xstrdup(token->key);
+        if (!(id >= 0 && id < MOST_TOKENS) || id != floor(id) || token_exists(t, (int)id) || *slot >= 0)
+            die("%s: token \"%s\": expected it once, with an id from 0 to %d that no other token has", path,
+                token->key, MOST_TOKENS - 1);
+        name_set(t, slot, token->key, (int)id);
     }
-    t->vocab_size = (int)count;
 }
 
 static size_t most_merges(const Text *lines) { return lines->size / 4 + 1; } // "a b\n" is the shortest line
 
-// Takes the lines of merges.txt. Without a vocabulary each merge makes a token, which gets the next id.
+// Takes a line of merges.txt, which is ours to write into. Without a vocabulary the merge makes a token, which
+// gets the next id. `where` is file and line.
+static void load_merge(Tokenizer *t, char *line, size_t length, bool has_vocabulary, const char *where) {
+    line[length] = 0; // in place of the line's end
+    char *right = strchr(line, ' ');
+    if (!right || right == line || !right[1] || strchr(right + 1, ' ') || strlen(line) != length)
+        die("%s: expected two tokens with one space between them", where);
+    *right++ = 0;
+    Merge merge = {*name_slot(t, line), *name_slot(t, right), -1};
+    if (merge.left < 0 || merge.right < 0)
+        die("%s: expected tokens that %s, and \"%s\" is none", where,
+            has_vocabulary ? "the vocabulary has" : "are bytes or made by a line above",
+            merge.left < 0 ? line : right);
+    char *joined = xprintf("%s%s", line, right);
+    int *slot = merge_slot(t, merge.left, merge.right), known = *name_slot(t, joined);
+    if (*slot >= 0 || (known >= 0) != has_vocabulary)
+        die("%s: expected %s, and \"%s\" is not", where,
+            has_vocabulary ? "a merge that is new and makes a token of the vocabulary"
+                           : "a merge that makes a new token",
+            joined);
+    merge.id = name_add(t, joined);
+    *slot = t->merge_count++;
+    t->merges[*slot] = merge;
+    free(joined);
+}
+
 static void load_merges(Tokenizer *t, Text *text, bool has_vocabulary, const char *path) {
-    size_t number = 1;
-    Text joined = {0};
-    for (char *line = text->data, *end = line + text->size, *next; line < end; line = next, number++) {
-        char *stop = memchr(line, '\n', (size_t)(end - line));
-        stop = stop ? stop : end;
-        next = stop + 1;
-        if (stop > line && stop[-1] == '\r') stop--;
-        *stop = 0;
-        if ((stop == line && next >= end) || (number == 1 && strncmp(line, "#version", 8) == 0)) continue;
-        char *space = strchr(line, ' '), *right = space ? space + 1 : NULL;
-        if (!space || space == line || right == stop || right + strcspn(right, " ") != stop)
-            die("%s: line %zu: expected two tokens with one space between them", path, number);
-        *space = 0;
-        Merge merge = {*name_slot(t, line), *name_slot(t, right), -1};
-        if (merge.left < 0 || merge.right < 0)
-            die("%s: line %zu: expected tokens that %s, and \"%s\" is none", path, number,
-                has_vocabulary ? "the vocabulary has" : "are bytes or made by a line above",
-                merge.left < 0 ? line : right);
-        joined.size = 0;
-        text_append(&joined, line, (size_t)(space - line));
-        text_append(&joined, right, (size_t)(stop - right));
-        int *slot = merge_slot(t, merge.left, merge.right), known = *name_slot(t, joined.data);
-        if (*slot >= 0 || (known >= 0) != has_vocabulary)
-            die("%s: line %zu: expected %s, and \"%s\" is not", path, number,
-                has_vocabulary ? "a merge that is new and makes a token of the vocabulary"
-                               : "a merge that makes a new token",
-                joined.data);
-        merge.id = name_add(t, joined.data);
-        *slot = t->merge_count++;
-        t->merges[*slot] = merge;
+    const char *at = text->data, *end = at + text->size, *line;
+    char where[PATH_MAX + 32];
+    for (size_t length, number = 1; next_line(&at, end, &line, &length); number++) {
+        if ((length == 0 && at == end) || (number == 1 && strncmp(line, "#version", 8) == 0)) continue;
+        snprintf(where, sizeof where, "%s: line %zu", path, number);
+        load_merge(t, text->data + (line - text->data), length, has_vocabulary, where);
     }
-    free(joined.data);
 }
 
-// Takes tokenizer.json, the one file that newer versions of transformers write, if it says GPT-2's rules:
-// returns its vocabulary, and its merges, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
-static Json *read_tokenizer_json(const Json *json, Text *lines, const char *path) {
+// Whether a post_processor of tokenizer.json leaves the ids as they are.
+static bool adds_no_token(const Json *processor) {
+    const Json *type = json_get(processor, "type"), *single = json_child(json_get(processor, "single"));
+    if (json_is_text(type, "TemplateProcessing"))
+        return single && !single->next && json_get(single, "Sequence");
+    const Json *part = json_child(json_get(processor, "processors"));
+    while (json_is_text(type, "Sequence") && part && adds_no_token(part)) part = part->next;
+    return json_is_null(processor) || json_is_text(type, "ByteLevel") ||
+           (json_is_text(type, "Sequence") && !part);
+}
+
+// Ends the program, naming what it is, when tokenizer.json asks for anything but GPT-2's rules.
+static void refuse_other_rules(const Json *json, const char *path) {
     const Json *model = json_get(json, "model"), *rules = json_get(json, "pre_tokenizer");
-    const Json *prefix = json_get(rules, "add_prefix_space"), *normalizer = json_get(json, "normalizer");
-    if (!json_is_text(json_get(model, "type"), "BPE") ||
-        !json_is_text(json_get(rules, "type"), "ByteLevel") || !prefix || prefix->kind != JSON_FALSE ||
-        (normalizer && normalizer->kind != JSON_NULL))
-        die("%s: expected GPT-2's rules: BPE, ByteLevel without a prefix space, no normalizer", path);
-    Json *vocabulary = (Json *)json_get(model, "vocab"); // part of `json`, which is ours to change
-    text_append(lines, "", 0);
-    const Json *added = json_get(json, "added_tokens"), *merges = json_get(model, "merges");
-    for (const Json *token = added ? added->child : NULL; token; token = token->next) {
-        const Json *content = json_get(token, "content");
-        if (!vocabulary || !content || !content->string || json_get(vocabulary, content->string))
-            continue; // most often the vocabulary has it too
-        Json *member = xcalloc(1, sizeof *member);
-        *member = (Json){.kind = JSON_NUMBER, .key = xstrdup(content->string), .next = vocabulary->child};
-        member->number = json_number(token, "id", -1, path);
-        vocabulary->child = member;
-    }
-    for (const Json *merge = merges ? merges->child : NULL; merge; merge = merge->next) {
-        const Json *part = merge->kind == JSON_ARRAY ? merge->child : merge;
-        for (; part && part->string; part = part == merge ? NULL : part->next) {
-            text_append(lines, " ", part != merge && part != merge->child);
-            text_append(lines, part->string, part->length);
-        }
-        text_append(lines, "\n", 1);
-    }
-    return vocabulary;
+    const Json *prefix = json_get(model, "continuing_subword_prefix");
+    const Json *suffix = json_get(model, "end_of_word_suffix"), *decoder = json_get(json, "decoder");
+    const struct {
+        const char *name, *wanted;
+        bool other;
+    } checks[] = {
+        {"model: type", "\"BPE\"", !json_is_text(json_get(model, "type"), "BPE")},
+        {"model: dropout", "null", json_number(model, "dropout", 0, path) != 0},
+        {"model: continuing_subword_prefix", "\"\"", !json_is_null(prefix) && !json_is_text(prefix, "")},
+        {"model: end_of_word_suffix", "\"\"", !json_is_null(suffix) && !json_is_text(suffix, "")},
+        {"model: ignore_merges", "false", json_is_true(model, "ignore_merges", false)},
+        {"normalizer", "null", !json_is_null(json_get(json, "normalizer"))},
+        {"pre_tokenizer: type", "\"ByteLevel\"", !json_is_text(json_get(rules, "type"), "ByteLevel")},
+        {"pre_tokenizer: add_prefix_space", "false", json_is_true(rules, "add_prefix_space", true)},
+        {"pre_tokenizer: use_regex", "true", !json_is_true(rules, "use_regex", true)},
+        {"post_processor", "null, or one that adds no token",
+         !adds_no_token(json_get(json, "post_processor"))},
+        {"decoder: type", "\"ByteLevel\"",
+         !json_is_null(decoder) && !json_is_text(json_get(decoder, "type"), "ByteLevel")},
+    };
+    for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
+        if (checks[i].other)
+            die("%s: %s is not as GPT-2 has it: expected %s", path, checks[i].name, checks[i].wanted);
 }
 
-// The files of a tokenizer in a folder, vocabulary first: one of three pairs; NULL when it has none of them.
+// The merges of tokenizer.json, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
+static Text merge_lines(const Json *merges) {
+    Text lines = {0};
+    text_append(&lines, "", 0);
+    for (const Json *merge = json_child(merges); merge; merge = merge->next) {
+        const Json *part = merge->kind == JSON_ARRAY ? merge->child : merge;
+        for (; json_text(part); part = part == merge ? NULL : part->next) {
+            text_append(&lines, " ", part != merge && part != merge->child);
+            text_append(&lines, part->string, part->length);
+        }
+        text_append(&lines, "\n", 1);
+    }
+    return lines;
+}
+
+// ---- added tokens and the end of text ----
+// A folder names them in several places, by the age of what wrote it: tokenizer.json (added_tokens),
+// tokenizer_config.json (added_tokens_decoder), or added_tokens.json; and tokens with a task, eos_token and
+// others, in tokenizer_config.json or special_tokens_map.json, where they may be named only. What is read in
+// which order and what counts is as in AutoTokenizer.
+
+typedef struct {
+    Json *tokenizer, *config, *map, *added; // tokenizer.json, tokenizer_config.json, special_tokens_map.json,
+                                            // added_tokens.json; NULL: there is none, or it does not count
+} TokenizerFiles;
+
+static Json *json_read_if_there(const char *path) { return file_exists(path) ? json_read_file(path) : NULL; }
+
+// The content of an added token: a string, or an object that has it beside flags.
+static const char *added_content(const Json *token, const char *path) {
+    const Json *content = token->kind == JSON_OBJECT ? json_get(token, "content") : token;
+    if (!json_text(content) || strlen(content->string) != content->length)
+        die("%s: expected a string, without NUL, as \"content\" of each added token", path);
+    return content->string;
+}
+
+// Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be its
+// id; without one (-1) it keeps the one that it has or gets the next.
+static void read_added(Tokenizer *t, const char *content, double id, const Json *flags, bool special,
+                       const char *path) {
+    int *slot = name_slot(t, content);
+    special = json_is_true(flags, "special", special);
+    AddedToken token = {.single_word = json_is_true(flags, "single_word", false),
+                        .lstrip = json_is_true(flags, "lstrip", false),
+                        .rstrip = json_is_true(flags, "rstrip", false),
+                        .normalized = json_is_true(flags, "normalized", !special)};
+    if (!*content) return;
+    if (*slot >= 0 && id != -1 && id != *slot)
+        die("%s: added token \"%s\" has the id %g, but %d in the vocabulary", path, content, id, *slot);
+    if (*slot < 0) {
+        id = id == -1 ? t->vocab_size : id;
+        if (!(id >= 0 && id < MOST_TOKENS) || id != floor(id) || token_exists(t, (int)id))
+            die("%s: added token \"%s\": expected an id from 0 to %d that no other token has", path, content,
+                MOST_TOKENS - 1);
+        name_set(t, slot, content, (int)id);
+    }
+    token.id = *slot;
+    token_add(t, token);
+}
+
+// The token with this task, such as "eos_token", in special_tokens_map.json or else tokenizer_config.json; NULL
+// when neither names it.
+static const Json *named_token(const TokenizerFiles *files, const char *name) {
+    const Json *token = json_get(files->map, name);
+    return token ? token : json_get(files->config, name);
+}
+
+// Makes a token that only has a name or a task an added one, unless it is among the first `listed` ones.
+static void read_named(Tokenizer *t, const Json *token, size_t listed, const char *path) {
+    if (json_is_null(token)) return;
+    const char *content = added_content(token, path);
+    for (int pass = 0; pass < PASSES; pass++) {
+        int known = *added_slot(t, content, pass);
+        if (known >= 0 && (size_t)known < listed) return;
+    }
+    read_added(t, content, -1, token, true, path);
+}
+
+static const char *const token_tasks[] = {"bos_token", "eos_token", "unk_token", "sep_token",
+                                          "pad_token", "cls_token", "mask_token"};
+
+// Reads all added tokens of a folder.
+static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const char *folder) {
+    const int before = t->vocab_size;
+    const Json *decoder = json_get(files->config, "added_tokens_decoder");
+    for (const Json *token = json_child(files->added); token; token = token->next)
+        read_added(t, token->key, token->kind == JSON_NUMBER ? token->number : -2, NULL, false, folder);
+    for (const Json *token = json_child(json_get(files->tokenizer, "added_tokens")); token;
+         token = token->next)
+        read_added(t, added_content(token, folder), json_number(token, "id", -2, folder), token, false,
+                   folder);
+    for (const Json *token = json_child(decoder); token; token = token->next)
+        read_added(t, added_content(token, folder), atof(token->key), token, false, folder);
+    for (int id = before; id < t->vocab_size; id++) // tokenizers would give them other ids
+        if (!t->names[id]) die("%s: added tokens: expected ids without a gap, and none has %d", folder, id);
+
+    const Json *class = json_get(files->config, "tokenizer_class");
+    const size_t listed = t->added_count;
+    bool defaults = !json_text(class) || strncmp(class->string, "GPT2", 4) == 0; // the class has them
+    for (size_t i = 0; i < sizeof token_tasks / sizeof *token_tasks; i++) {
+        const Json *token = named_token(files, token_tasks[i]);
+        if (token)
+            read_named(t, token, listed, folder);
+        else if (i < 3 && defaults && *name_slot(t, END_OF_TEXT) >= 0)
+            read_named(t, &(Json){.kind = JSON_STRING, .string = END_OF_TEXT, .length = END_OF_TEXT_SIZE},
+                       listed, folder);
+    }
+    static const char *const lists[] = {"extra_special_tokens", "additional_special_tokens"};
+    for (int i = 0; i < 2; i++)
+        for (const Json *token = json_child(named_token(files, lists[i])); token; token = token->next)
+            read_named(t, token, listed, folder);
+}
+
+// Appends the ids that a config.json or generation_config.json has under `key`: a number, a list, or null.
+static void read_ids(const Json *config, const char *key, Ids *ids) {
+    const Json *node = json_get(config, key), *item = node && node->kind == JSON_ARRAY ? node->child : node;
+    for (; item; item = item == node ? NULL : item->next)
+        if (item->kind == JSON_NUMBER && item->number >= 0 && item->number < MOST_TOKENS)
+            ids_push(ids, (int)item->number);
+}
+
+// The id of a task: of the token that the tokenizer's files name, else what config.json says, else -1.
+static int id_of_task(const Tokenizer *t, const TokenizerFiles *files, const Json *config, const char *task) {
+    const Json *token = named_token(files, task);
+    if (!json_is_null(token)) return *name_slot(t, added_content(token, task));
+    Ids ids = {0};
+    read_ids(config, path_of("%s_id", task), &ids);
+    int id = ids.size > 0 && token_exists(t, ids.data[0]) ? ids.data[0] : -1;
+    free(ids.data);
+    return id;
+}
+
+// The files of a tokenizer in a folder, vocabulary first: one of three pairs; false when it has none of them.
 static bool tokenizer_files(const char *folder, const char *files[2]) {
     static const char *const pairs[][2] = {
-        {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}, {"tokenizer.json", "tokenizer.json"}};
+        {"tokenizer.json", "tokenizer.json"}, {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}};
     for (int i = 0; i < 3; i++) {
         files[0] = path_of("%s/%s", folder, pairs[i][0]);
         files[1] = path_of("%s/%s", folder, pairs[i][1]);
@@ -2687,25 +3182,56 @@ static bool tokenizer_files(const char *folder, const char *files[2]) {
     return false;
 }
 
-static Tokenizer *load_tokenizer_folder(const char *folder) {
-    const char *files[2];
-    if (!tokenizer_files(folder, files))
-        die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", folder);
-    Text lines = {0};
-    Json *json = json_read_file(files[0]), *vocabulary = json;
-    if (strcmp(files[0], files[1]) == 0)
-        vocabulary = read_tokenizer_json(json, &lines, files[0]);
-    else
-        lines = read_file(files[1]);
-    if (!vocabulary || vocabulary->kind != JSON_OBJECT)
-        die("%s: expected an object {\"token\": id, ...}", files[0]);
+static size_t json_count(const Json *node) {
     size_t count = 0;
-    for (const Json *token = vocabulary->child; token; token = token->next) count++;
-    Tokenizer *t = tokenizer_new(count, most_merges(&lines));
-    load_vocabulary(t, vocabulary, count, files[0]);
-    load_merges(t, &lines, true, files[1]);
+    for (const Json *child = json_child(node); child; child = child->next) count++;
+    return count;
+}
+
+// Reads the small files beside the vocabulary, and refuses what changes GPT-2's rules.
+static TokenizerFiles read_tokenizer_files(const char *folder, Json *tokenizer) {
+    TokenizerFiles files = {tokenizer, json_read_if_there(path_of("%s/tokenizer_config.json", folder)), NULL,
+                            NULL};
+    static const char *const switches[] = {
+        "add_prefix_space", "split_special_tokens", "add_bos_token",
+        "add_eos_token"}; // tokenizer.json, if there is one, is above the last two
+    for (int i = 0; i < (tokenizer ? 2 : 4); i++)
+        if (json_is_true(files.config, switches[i], false))
+            die("%s/tokenizer_config.json: %s true is not supported", folder, switches[i]);
+    if (tokenizer) refuse_other_rules(tokenizer, path_of("%s/tokenizer.json", folder));
+    if (json_get(files.config, "added_tokens_decoder")) return files; // says it all
+    files.map = json_read_if_there(path_of("%s/special_tokens_map.json", folder));
+    files.added = json_read_if_there(path_of("%s/added_tokens.json", folder));
+    return files;
+}
+
+static Tokenizer *load_tokenizer_folder(const char *folder) {
+    const char *paths[2];
+    if (!tokenizer_files(folder, paths))
+        die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", folder);
+    const bool one_file = strcmp(paths[0], paths[1]) == 0;
+    Json *json = json_read_file(paths[0]), *config = json_read_if_there(path_of("%s/config.json", folder));
+    TokenizerFiles files = read_tokenizer_files(folder, one_file ? json : NULL);
+    const Json *vocabulary = one_file ? json_get(json_get(json, "model"), "vocab") : json;
+    Text lines = one_file ? merge_lines(json_get(json_get(json, "model"), "merges")) : read_file(paths[1]);
+    size_t added = json_count(json_get(files.tokenizer, "added_tokens")) + json_count(files.added) +
+                   json_count(json_get(files.config, "added_tokens_decoder")) +
+                   json_count(named_token(&files, "extra_special_tokens")) +
+                   json_count(named_token(&files, "additional_special_tokens"));
+    Tokenizer *t = tokenizer_new(json_count(vocabulary) + added + 7, most_merges(&lines));
+    load_vocabulary(t, vocabulary, paths[0]);
+    load_merges(t, &lines, true, paths[1]);
     find_byte_ids(t, false, folder);
+    read_added_tokens(t, &files, folder);
+    t->end_of_text = id_of_task(t, &files, config, "eos_token");
+    t->pad = id_of_task(t, &files, config, "pad_token");
+    if (t->end_of_text < 0 && !named_token(&files, "eos_token")) t->end_of_text = *name_slot(t, END_OF_TEXT);
+    if (t->pad < 0) t->pad = t->end_of_text;
     json_free(json);
+    json_free(config);
+    json_free(files.config);
+    json_free(files.map);
+    json_free(files.added);
     free(lines.data);
     return t;
 }
@@ -2719,17 +3245,16 @@ static Tokenizer *load_merges_file(const char *path) {
     Tokenizer *t = tokenizer_new(256 + most_merges(&lines) + 1, most_merges(&lines));
     find_byte_ids(t, true, path);
     load_merges(t, &lines, false, path);
-    name_add(t, END_OF_TEXT);
+    read_added(t, END_OF_TEXT, -1, NULL, true, path);
+    t->end_of_text = t->pad = *name_slot(t, END_OF_TEXT);
     free(lines.data);
     return t;
 }
 
-// Loads a tokenizer from a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe, or
-// tokenizer.json), or from a merges file alone. Whatever is wrong with a file ends the program with one line.
+// Loads a tokenizer from a folder with tokenizer.json, or vocab.json and merges.txt, or OpenAI's encoder.json and
+// vocab.bpe; or from a merges file alone. Whatever is wrong with a file ends the program with one line.
 static Tokenizer *tokenizer_load(const char *path) {
-    Tokenizer *t = is_folder(path) ? load_tokenizer_folder(path) : load_merges_file(path);
-    t->end_of_text = *name_slot(t, END_OF_TEXT);
-    return t;
+    return is_folder(path) ? load_tokenizer_folder(path) : load_merges_file(path);
 }
 
 // Writes vocab.json and merges.txt into a folder, to the byte as Hugging Face's tokenizers writes them.
@@ -2755,8 +3280,8 @@ static void tokenizer_save(const Tokenizer *t, const char *folder) {
 // 12. Model folders
 // =====================================================================================================
 // A model is a folder as Hugging Face writes it: config.json, model.safetensors, vocab.json, merges.txt
-// and two small files for the tokenizer and generation. A checkpoint is such a folder and beside it
-// what training needs to go on.
+// and some small files for the tokenizer and generation. A checkpoint is such a folder and beside it
+// what training needs to go on. All but the weights is written back as it was read.
 
 // ---- safetensors ----
 //
@@ -2775,7 +3300,7 @@ typedef struct {
 } StoredTensor;
 
 typedef struct {
-    const char *path;
+    char *path;
     Mapping mapping;
     Json *header;
     StoredTensor *tensors;
@@ -2799,12 +3324,6 @@ static size_t json_size(const Json *node, const char *path, const char *name) {
     return (size_t)node->number;
 }
 
-// In the order of their data; of two at one place the empty one comes first.
-static int compare_places(const void *a, const void *b) {
-    const StoredTensor *x = a, *y = b;
-    return x->data != y->data ? (x->data > y->data ? 1 : -1) : (x->bytes > y->bytes) - (x->bytes < y->bytes);
-}
-
 // Checks a tensor's entry in the header against the `data_size` bytes at `data` that follow it.
 static StoredTensor read_entry(const Json *entry, char *data, size_t data_size, const char *path) {
     const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape");
@@ -2813,15 +3332,16 @@ static StoredTensor read_entry(const Json *entry, char *data, size_t data_size, 
         offsets->kind != JSON_ARRAY)
         die("%s: tensor %s: dtype, shape and data_offsets expected", path, entry->key);
     StoredTensor tensor = {.name = entry->key, .dtype = dtype->string, .count = 1};
-    for (const Json *d = shape->child; d; d = d->next) {
+    for (const Json *d = json_child(shape); d; d = d->next) {
         if (tensor.dims == 8) die("%s: tensor %s: at most 8 dimensions expected", path, entry->key);
         size_t extent = tensor.shape[tensor.dims++] = json_size(d, path, entry->key);
         if (extent && tensor.count > SIZE_MAX / 16 / extent)
             die("%s: tensor %s: its shape is too large", path, entry->key);
         tensor.count *= extent;
     }
-    size_t begin = json_size(offsets->child, path, entry->key);
-    size_t end = json_size(offsets->child ? offsets->child->next : NULL, path, entry->key);
+    const Json *first = json_child(offsets);
+    size_t begin = json_size(first, path, entry->key);
+    size_t end = json_size(first ? first->next : NULL, path, entry->key);
     tensor.bytes = tensor.count * dtype_size(tensor.dtype);
     if (begin > end || end > data_size)
         die("%s: tensor %s: its data ends at byte %zu of %zu; the file is cut off", path, entry->key, end,
@@ -2835,7 +3355,7 @@ static StoredTensor read_entry(const Json *entry, char *data, size_t data_size, 
 
 // Maps a safetensors file and checks every size and offset in it against the file's length.
 static SafeTensors safetensors_open(const char *path) {
-    SafeTensors file = {.path = path, .mapping = map_file(path)};
+    SafeTensors file = {.path = xstrdup(path), .mapping = map_file(path)};
     uint64_t length = 0;
     if (file.mapping.size < 8)
         die("%s: not a safetensors file: %zu bytes, at least 8 expected", path, file.mapping.size);
@@ -2845,28 +3365,29 @@ static SafeTensors safetensors_open(const char *path) {
             (unsigned long long)length, file.mapping.size);
     file.header = json_parse(file.mapping.data + 8, (size_t)length, path);
     char *data = file.mapping.data + 8 + length;
-    size_t data_size = file.mapping.size - 8 - (size_t)length, used = 0, capacity = 0;
+    size_t data_size = file.mapping.size - 8 - (size_t)length, capacity = 0;
+    // The tensors fill the data without holes or overlaps exactly when each place but 0 where one begins is
+    // one where another ends, and each but the last the other way round: then begins and ends cancel out.
+    uint64_t left = mix_bits(0) - mix_bits(data_size);
     if (file.header->kind != JSON_OBJECT) die("%s: the header must be a JSON object", path);
     for (const Json *entry = file.header->child; entry; entry = entry->next) {
         if (strcmp(entry->key, "__metadata__") == 0) continue;
         file.tensors = grow(file.tensors, file.count + 1, &capacity, sizeof *file.tensors);
-        file.tensors[file.count++] = read_entry(entry, data, data_size, path);
+        StoredTensor tensor = file.tensors[file.count++] = read_entry(entry, data, data_size, path);
+        left += mix_bits((uint64_t)(tensor.data + tensor.bytes - data)) -
+                mix_bits((uint64_t)(tensor.data - data));
     }
-    if (file.count > 0) qsort(file.tensors, file.count, sizeof *file.tensors, compare_places);
-    for (size_t i = 0; i < file.count; used += file.tensors[i++].bytes)
-        if (file.tensors[i].data != data + used)
-            die("%s: tensor %s does not begin where the one before ends: holes or overlaps", path,
-                file.tensors[i].name);
-    if (used != data_size)
-        die("%s: %zu bytes expected after the header, found %zu: holes or overlaps", path, used, data_size);
+    if (left != 0) die("%s: the tensors do not fill its data: holes or overlaps", path);
     return file;
 }
 
 // Frees the lists; the mapping stays when the caller has taken it over.
 static void safetensors_close(SafeTensors *file, bool keep_mapping) {
     json_free(file->header);
+    free(file->path);
     free(file->tensors);
-    if (!keep_mapping) unmap_file(&file->mapping);
+    if (keep_mapping) return;
+    unmap_file(&file->mapping);
 }
 
 // Hugging Face's names come with or without this prefix.
@@ -2923,6 +3444,10 @@ static StoredTensor *safetensors_need(const SafeTensors *file, const char *name,
     return stored;
 }
 
+static bool is_float(const char *dtype) {
+    return strcmp(dtype, "F32") == 0 || strcmp(dtype, "F16") == 0 || strcmp(dtype, "BF16") == 0;
+}
+
 // One float from BF16 (the upper half of a float) or F16 (5 bits of exponent, 10 of fraction).
 static float widen(uint16_t bits, bool is_bf16) {
     union {
@@ -2935,21 +3460,23 @@ static float widen(uint16_t bits, bool is_bf16) {
     return bits & 0x8000 ? -result.f : result.f;
 }
 
-// Gives every tensor of the model its value. F32 tensors stay in the file's private mapping; F16
+// Gives every tensor of the model its value and closes the file. F32 tensors stay in its private mapping; F16
 // and BF16 are widened. A tensor that is missing, misshaped or unknown ends the program; stored
 // causal masks are passed over.
-static void model_load_values(Model *model, const char *path) {
-    SafeTensors file = safetensors_open(path);
+static void model_load_values(Model *model, SafeTensors *file) {
+    const char *path = file->path;
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
     bool mapped = true;
     for (int i = 0; i < model->tensor_count; i++) {
-        stored[i] = safetensors_need(&file, model->tensors[i].name, &model->tensors[i]);
+        const char *name = model->tensors[i].name;
+        bool only_head = i == WTE && model->config.tie_word_embeddings && !safetensors_find(file, name);
+        stored[i] = safetensors_need(file, only_head ? "lm_head.weight" : name, &model->tensors[i]);
         bool is_f32 = strcmp(stored[i]->dtype, "F32") == 0;
-        if (!is_f32 && strcmp(stored[i]->dtype, "F16") != 0 && strcmp(stored[i]->dtype, "BF16") != 0)
+        if (!is_float(stored[i]->dtype))
             die("%s: tensor %s is %s; F32, F16 or BF16 expected", path, stored[i]->name, stored[i]->dtype);
         mapped = mapped && is_f32 && (uintptr_t)stored[i]->data % sizeof(float) == 0;
     }
-    for (StoredTensor *t = file.tensors; t < file.tensors + file.count; t++) {
+    for (StoredTensor *t = file->tensors; t < file->tensors + file->count; t++) {
         int i = 0;
         while (i < model->tensor_count && stored[i] != t) i++;
         bool is_mask = ends_with(t->name, ".attn.bias") || ends_with(t->name, ".attn.masked_bias");
@@ -2973,14 +3500,9 @@ static void model_load_values(Model *model, const char *path) {
             }
         }
     }
-    if (mapped) model->value_file = file.mapping;
-    safetensors_close(&file, mapped);
+    if (mapped) model->value_file = file->mapping;
     free(stored);
-}
-
-static bool json_is_true(const Json *object, const char *key, bool otherwise) {
-    const Json *member = json_get(object, key);
-    return member && member->kind != JSON_NULL ? member->kind == JSON_TRUE : otherwise;
+    safetensors_close(file, mapped);
 }
 
 // The sizes as config.json calls them, what they are when it does not say (0: n_inner is 4 n_embd), and
@@ -3043,6 +3565,28 @@ static Config config_read(const char *path) {
     return config;
 }
 
+// Element i of a stored tensor of floats.
+static float stored_float(const StoredTensor *tensor, size_t i) {
+    float value;
+    uint16_t bits;
+    if (tensor->dtype[0] == 'F' && tensor->dtype[1] == '3')
+        return memcpy(&value, tensor->data + 4 * i, 4), value;
+    memcpy(&bits, tensor->data + 2 * i, 2);
+    return widen(bits, tensor->dtype[0] == 'B');
+}
+
+// Whether a file has both ends of the tie, with different values.
+static bool head_differs(const SafeTensors *file) {
+    const StoredTensor *wte = safetensors_find(file, "wte.weight"),
+                       *head = safetensors_find(file, "lm_head.weight");
+    if (!wte || !head) return false;
+    if (wte->count != head->count || !is_float(wte->dtype) || !is_float(head->dtype)) return true;
+    if (strcmp(wte->dtype, head->dtype) == 0) return memcmp(wte->data, head->data, wte->bytes) != 0;
+    size_t i = 0;
+    while (i < wte->count && stored_float(wte, i) == stored_float(head, i)) i++;
+    return i < wte->count;
+}
+
 // Loads a model folder; its tokenizer is loaded apart, by tokenizer_load.
 static Model *model_load(const char *folder) {
     const char *config = path_of("%s/config.json", folder),
@@ -3051,9 +3595,17 @@ static Model *model_load(const char *folder) {
         die("%s: no such model folder (a folder with config.json and model.safetensors), and not a size such "
             "as d4",
             folder);
-    Model *model = model_new(config_read(config));
+    Config read = config_read(config);
     if (!file_exists(weights)) die("%s: is missing", weights);
-    model_load_values(model, weights);
+    SafeTensors file = safetensors_open(weights);
+    if (read.tie_word_embeddings && head_differs(&file)) {
+        warn("%s: holds an lm_head.weight that is not wte.weight: it is used, as transformers does, though "
+             "config.json says that they are tied",
+             weights);
+        read.tie_word_embeddings = false;
+    }
+    Model *model = model_new(read);
+    model_load_values(model, &file);
     return model;
 }
 
@@ -3090,19 +3642,76 @@ static void save_text(const char *folder, const char *name, char *text) {
     free(text);
 }
 
-// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load. tokenizer may be NULL.
-static void model_save(const Model *model, const Tokenizer *tokenizer, const char *folder) {
-    const Config *c = &model->config;
-    const bool has_end = tokenizer && tokenizer->end_of_text >= 0;
-    make_folder(folder);
-    model_write_tensors(model, path_of("%s/model.safetensors", folder), false);
+// A file of a folder that is written back as it was read.
+typedef struct {
+    const char *name;
+    Text bytes;
+} KeptFile;
 
+typedef struct {
+    KeptFile *items;
+    size_t size, capacity;
+} KeptFiles;
+
+static bool is_kept(const KeptFiles *files, const char *name) {
+    for (size_t i = 0; i < files->size; i++)
+        if (strcmp(files->items[i].name, name) == 0) return true;
+    return false;
+}
+
+// Keeps FOLDER/NAME, if it is there, under the name `as`, if nothing has that name yet.
+static void keep_file(KeptFiles *files, const char *folder, const char *name, const char *as) {
+    const char *path = path_of("%s/%s", folder, name);
+    if (!file_exists(path) || is_kept(files, as)) return;
+    files->items = grow(files->items, files->size + 1, &files->capacity, sizeof *files->items);
+    files->items[files->size++] = (KeptFile){as, read_file(path)};
+}
+
+// Keeps the files of a tokenizer's folder; OpenAI's names become Hugging Face's.
+static void keep_tokenizer(KeptFiles *files, const char *folder) {
+    static const char *const names[] = {"tokenizer.json",     "vocab.json",
+                                        "merges.txt",         "tokenizer_config.json",
+                                        "added_tokens.json",  "special_tokens_map.json",
+                                        "chat_template.jinja"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) keep_file(files, folder, names[i], names[i]);
+    keep_file(files, folder, "encoder.json", "vocab.json");
+    keep_file(files, folder, "vocab.bpe", "merges.txt");
+}
+
+// Keeps config.json, but for the type that it gives for the weights, which are written as float32.
+static void keep_config(KeptFiles *files, const char *folder) {
+    static const char *const names[] = {"dtype", "torch_dtype"}; // of today and of before
+    keep_file(files, folder, "config.json", "config.json");
+    for (int i = 0; i < 2 && files->size > 0; i++) {
+        Text *old = &files->items[files->size - 1].bytes, changed = {0};
+        Json *json = json_parse(old->data, old->size, folder);
+        const char *type = json_text(json_get(json, names[i]));
+        if (type) {
+            size_t at = json_place(json, old, type), end = at + strcspn(old->data + at, "\"");
+            text_append(&changed, old->data, at);
+            text_append(&changed, "float32", 7);
+            text_append(&changed, old->data + end, old->size - end);
+            free(old->data);
+            *old = changed;
+        }
+        json_free(json);
+    }
+    keep_file(files, folder, "generation_config.json", "generation_config.json");
+}
+
+static void free_kept(KeptFiles *files) {
+    for (size_t i = 0; i < files->size; i++) free(files->items[i].bytes.data);
+    free(files->items);
+}
+
+// Writes config.json and generation_config.json of a model that comes from no folder.
+static void save_config(const Config *c, int end_of_text, const char *folder) {
     char end[32] = "null", epsilon[32];
     for (int digits = 1; digits < 10; digits++) // the fewest that give the same float
         if (snprintf(epsilon, sizeof epsilon, "%.*g", digits, c->layer_norm_epsilon) &&
             strtof(epsilon, NULL) == c->layer_norm_epsilon)
             break;
-    if (has_end) snprintf(end, sizeof end, "%d", tokenizer->end_of_text);
+    if (end_of_text >= 0) snprintf(end, sizeof end, "%d", end_of_text);
     save_text(folder, "config.json",
               xprintf("{\n  \"model_type\": \"gpt2\",\n  \"architectures\": [\"GPT2LMHeadModel\"],\n"
                       "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": %d,\n"
@@ -3114,14 +3723,41 @@ static void model_save(const Model *model, const Tokenizer *tokenizer, const cha
                       c->tie_word_embeddings ? "true" : "false", end, end));
     save_text(folder, "generation_config.json",
               xprintf("{\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s\n}\n", end, end));
-    if (!tokenizer) return;
-    tokenizer_save(tokenizer, folder);
-    const char *specials = "  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
-                           "  \"unk_token\": \"<|endoftext|>\",\n";
-    save_text(folder, "tokenizer_config.json",
-              xprintf("{\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"model_max_length\": %d,\n%s"
-                      "  \"add_prefix_space\": false\n}\n",
-                      c->n_positions, has_end ? specials : ""));
+}
+
+// Writes tokenizer_config.json for a tokenizer that comes from no folder, or from one without that file.
+static void save_tokenizer_config(const Tokenizer *tokenizer, int n_positions, const char *folder) {
+    const char *tasks[] = {"bos_token", "eos_token", "unk_token"},
+               *path = path_of("%s/tokenizer_config.json", folder);
+    FILE *file = create_file(path);
+    fprintf(file, "{\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"model_max_length\": %d,\n", n_positions);
+    for (int i = 0; i < 3 && tokenizer->end_of_text >= 0; i++) {
+        const char *name = tokenizer->names[tokenizer->end_of_text];
+        fprintf(file, "  \"%s\": ", tasks[i]);
+        json_write_string(file, name, strlen(name));
+        fprintf(file, ",\n");
+    }
+    fprintf(file, "  \"add_prefix_space\": false\n}\n");
+    finish_file(file, path);
+}
+
+// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights, the files that are
+// kept, and what is missing besides when the model began at random or the tokenizer was a merges file alone.
+// tokenizer may be NULL.
+static void model_save(const Model *model, const Tokenizer *tokenizer, const KeptFiles *kept,
+                       const char *folder) {
+    const int end_of_text = tokenizer ? tokenizer->end_of_text : -1;
+    const bool vocabulary_kept = is_kept(kept, "vocab.json") || is_kept(kept, "tokenizer.json");
+    make_folder(folder);
+    model_write_tensors(model, path_of("%s/model.safetensors", folder), false);
+    for (size_t i = 0; i < kept->size; i++)
+        write_file(path_of("%s/%s", folder, kept->items[i].name), kept->items[i].bytes.data,
+                   kept->items[i].bytes.size);
+    if (!is_kept(kept, "config.json")) save_config(&model->config, end_of_text, folder);
+    if (tokenizer && !vocabulary_kept) tokenizer_save(tokenizer, folder);
+    bool complete =
+        is_kept(kept, "tokenizer_config.json") || (vocabulary_kept && is_kept(kept, "config.json"));
+    if (tokenizer && !complete) save_tokenizer_config(tokenizer, model->config.n_positions, folder);
 }
 
 // ---- checkpoints ----
@@ -3153,26 +3789,73 @@ static const char *checkpoint_path(const char *out, long step) {
     return path_of("%s/checkpoint-%06ld", out, step);
 }
 
-// The steps of all whole checkpoints in a folder, ascending; *count tells how many. Deletes what is left of
-// those whose writing was cut off, if `clean`.
-static long *list_checkpoints(const char *out, size_t *count, bool clean) {
+// The steps of all whole checkpoints in a folder, ascending; *count tells how many. A folder that is not there has
+// none; one that cannot be read ends the program.
+static long *list_checkpoints(const char *out, size_t *count) {
     long *steps = NULL;
     size_t capacity = *count = 0;
     DIR *folder = opendir(out);
-    for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        if (strncmp(entry->d_name, "checkpoint-", 11) != 0) continue;
-        const char *path = path_of("%s/%s", out, entry->d_name);
-        if (clean && ends_with(path, ".tmp")) remove_folder(path);
-        long step = strtol(entry->d_name + 11, NULL, 10);
-        if (step < 0 || strcmp(path, checkpoint_path(out, step)) != 0)
+    if (!folder && errno != ENOENT) die("%s: cannot be read: %s", out, strerror(errno));
+    errno = 0;
+    for (struct dirent *entry; folder && (entry = readdir(folder)); errno = 0) {
+        const char *name = entry->d_name;
+        long step = strncmp(name, "checkpoint-", 11) == 0 ? strtol(name + 11, NULL, 10) : -1;
+        if (step < 0 || strcmp(path_of("%s/%s", out, name), checkpoint_path(out, step)) != 0)
             continue; // "checkpoint-7" and "checkpoint-000007.tmp" are not ours, or not whole
         steps = grow(steps, *count + 1, &capacity, sizeof *steps);
         size_t i = (*count)++;
         for (; i > 0 && steps[i - 1] > step; i--) steps[i] = steps[i - 1];
         steps[i] = step;
     }
+    if (errno) die("%s: cannot be read: %s", out, strerror(errno));
     if (folder) closedir(folder);
     return steps;
+}
+
+// Deletes what an interrupted run left in OUT under temporary names.
+static void remove_leftovers(const char *out) {
+    DIR *folder = opendir(out);
+    if (!folder) die("%s: cannot be read: %s", out, strerror(errno));
+    for (struct dirent *entry; (entry = readdir(folder));)
+        if ((strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp")) ||
+            strcmp(entry->d_name, "model.tmp") == 0)
+            remove_folder(path_of("%s/%s", out, entry->d_name));
+    closedir(folder);
+}
+
+// Deletes a checkpoint. It loses its name first: whatever happens meanwhile, there is never half of one.
+static void remove_checkpoint(const char *out, long step) {
+    char *path = xstrdup(checkpoint_path(out, step)), *temporary = xprintf("%s.tmp", path);
+    remove_folder(temporary);
+    rename_for_good(path, temporary);
+    remove_folder(temporary);
+    free(path);
+    free(temporary);
+}
+
+// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is
+// no model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
+static void publish_model(const char *folder) {
+    // Files that transformers would read in place of the new ones, if an earlier model left them here.
+    static const char *const optional[] = {"vocab.json",         "merges.txt",
+                                           "tokenizer.json",     "tokenizer_config.json",
+                                           "added_tokens.json",  "special_tokens_map.json",
+                                           "chat_template.jinja"};
+    char *from = xprintf("%s/model.tmp", folder);
+    if (unlink(path_of("%s/config.json", folder)) != 0 && errno != ENOENT)
+        die("%s/config.json: cannot be deleted: %s", folder, strerror(errno));
+    sync_folder(folder);
+    for (size_t i = 0; i < sizeof optional / sizeof *optional; i++)
+        if (!file_exists(path_of("%s/%s", from, optional[i]))) unlink(path_of("%s/%s", folder, optional[i]));
+    DIR *files = opendir(from);
+    if (!files) die("%s: cannot be read: %s", from, strerror(errno));
+    for (struct dirent *entry; (entry = readdir(files));)
+        if (entry->d_name[0] != '.' && strcmp(entry->d_name, "config.json") != 0)
+            rename_for_good(path_of("%s/%s", from, entry->d_name), path_of("%s/%s", folder, entry->d_name));
+    closedir(files);
+    rename_for_good(path_of("%s/config.json", from), path_of("%s/config.json", folder));
+    remove_folder(from);
+    free(from);
 }
 
 // =====================================================================================================
@@ -3180,23 +3863,26 @@ static long *list_checkpoints(const char *out, size_t *count, bool clean) {
 // =====================================================================================================
 // Whatever the file, training sees examples: n tokens make n - 1 rows, row i reading token i and being scored
 // on token i + 1, unless that still belongs to the prompt.
-//   .txt    documents, separated by lines that are only <|endoftext|>. Each becomes <|endoftext|> and its
-//           tokens; the stream of them all is cut into windows of seq_len rows
+//   .txt    documents, separated by lines that are only <|endoftext|>. Each becomes the tokenizer's end of text
+//           and its tokens; the stream of them all is cut into windows of seq_len rows
 //   .bin    llm.c's token shards, such a stream already: 256 int32 of header [20240520, 1, count], then
 //           uint16 tokens
-//   .jsonl  a line is an example: {"prompt": ..., "completion": ...} scores the completion and the
-//           <|endoftext|> behind it; {"text": ...} scores everything and has <|endoftext|> at both ends
+//   .jsonl  a line is an example:
+//           {"prompt": "...", "completion": "..."}  scores the completion and the end of text behind it
+//           {"text": "..."}  scores everything, and has the end of text at both ends
+//           {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
+//                            a talk: the end of text behind each turn; scores the assistant's turns with theirs
 // Which example comes when is a pure function of seed and epoch, so that a resumed run goes on where it was.
 
 typedef struct {
     int source;   // which file
     size_t start; // first token within it
     int size;     // tokens
-    int prompt;   // how many of them, at the beginning, are not scored
+    int targets;  // how many of them are scored; never the first, which nothing predicts
 } Example;
 
 typedef struct { // the tokens of a file: in memory, or those of a shard where they lie on the disk
-    Ids ids;
+    Ids ids;     // a token that is not scored is stored as ~id, a negative number
     Mapping shard;
     const uint16_t *shorts;
 } Source;
@@ -3206,11 +3892,13 @@ typedef struct {
     Source *sources;
     Example *examples;
     size_t source_count, source_capacity, count, capacity;
-    size_t truncated, skipped; // examples that were cut to seq_len, or had nothing to score
-    bool prompts;              // exact match makes sense: examples, not windows of a stream
-    bool is_part;              // split off another dataset, which owns sources and examples
+    size_t lost_end, lost_beginning; // examples longer than seq_len: what was cut off
+    size_t skipped;                  // examples with nothing to score
+    bool prompts;                    // exact match makes sense: examples, not windows of a stream
+    bool is_part;                    // split off another dataset, which owns sources and examples
 } Dataset;
 
+// Token i of an example, as ~id if it is not scored.
 static int dataset_token(const Dataset *data, const Example *example, int i) {
     const Source *source = &data->sources[example->source];
     size_t at = example->start + (size_t)i;
@@ -3218,42 +3906,77 @@ static int dataset_token(const Dataset *data, const Example *example, int i) {
 }
 
 // Adds tokens start .. start + size - 1 of the newest source as an example.
-static void dataset_add(Dataset *data, size_t start, size_t size, size_t prompt) {
+static void dataset_add(Dataset *data, size_t start, size_t size) {
     data->examples = grow(data->examples, data->count + 1, &data->capacity, sizeof *data->examples);
-    data->examples[data->count++] = (Example){(int)data->source_count - 1, start, (int)size, (int)prompt};
+    Example *example = &data->examples[data->count++];
+    *example = (Example){(int)data->source_count - 1, start, (int)size, 0};
+    for (int i = 1; i < example->size; i++) example->targets += dataset_token(data, example, i) >= 0;
 }
 
 // Cuts a stream of tokens into windows of seq_len rows; neighbours share a token, since the last one of a
 // window is only a target. A last, shorter window is kept.
 static void add_windows(Dataset *data, size_t tokens, size_t seq_len) {
     for (size_t start = 0; start + 1 < tokens; start += seq_len)
-        dataset_add(data, start, tokens - start > seq_len ? seq_len + 1 : tokens - start, 1);
+        dataset_add(data, start, tokens - start > seq_len ? seq_len + 1 : tokens - start);
 }
 
-// Finds the line at *at, without its end, and moves *at behind it. Returns false at the end of the text.
-static bool next_line(const char **at, const char *end, const char **line, size_t *length) {
-    if (*at >= end) return false;
-    const char *newline = memchr(*at, '\n', (size_t)(end - *at));
-    *line = *at;
-    *length = (size_t)((newline ? newline : end) - *line);
-    *at = newline ? newline + 1 : end;
-    *length -= *length > 0 && (*line)[*length - 1] == '\r';
-    return true;
+// Finds the next line of text[from ...] that is only <|endoftext|>: returns where it starts, and in *end what
+// follows it. Without one both are `size`. `fresh`: text[from] begins a line. Unless the text is `whole`, more
+// may follow; when that must be read to tell, *end is 0.
+static size_t find_separator(const char *text, size_t size, size_t from, bool fresh, bool whole,
+                             size_t *end) {
+    size_t at = from;
+    for (const char *found; (found = memmem(text + at, size - at, END_OF_TEXT, END_OF_TEXT_SIZE)); at++) {
+        at = (size_t)(found - text);
+        if (at > from ? text[at - 1] != '\n' : !fresh) continue;
+        size_t after = at + END_OF_TEXT_SIZE;
+        if (after < size && text[after] == '\r') after++;
+        *end = after < size ? after + 1 : whole ? size : 0;
+        if (after >= size || text[after] == '\n') return at;
+    }
+    return *end = size;
+}
+
+// Ends the program when a text is not UTF-8: a file in another encoding would be trained on as garbage. Says
+// where, what it probably is, and the command that converts it.
+static void check_utf8(const Text *text, const char *path) {
+    const unsigned char *bytes = (const unsigned char *)text->data;
+    size_t at = 0, line = 1, nuls = 0, sampled = smaller(text->size, 1 << 12), windows = 0;
+    for (size_t i = 0; i < sampled; i++) nuls += bytes[i] == 0;
+    const char *probably = NULL;
+    if (text->size >= 2 && bytes[0] == 0xff && bytes[1] == 0xfe) probably = "UTF-16LE";
+    if (text->size >= 2 && bytes[0] == 0xfe && bytes[1] == 0xff) probably = "UTF-16BE";
+    if (!probably && nuls * 4 > sampled) probably = bytes[0] == 0 ? "UTF-16BE" : "UTF-16LE"; // no mark
+    for (unsigned code; at < text->size && !probably; line += bytes[at++] == '\n') {
+        while (at < text->size && bytes[at] < 0x80 && bytes[at] != '\n') at++;
+        size_t length = at < text->size ? (size_t)utf8_read(text->data + at, text->size - at, &code) : 1;
+        if (length == 0) break;
+        at += length - 1;
+    }
+    if (at >= text->size && !probably) return;
+    for (size_t i = at; i < text->size; i++) windows += bytes[i] >= 0x80 && bytes[i] < 0xa0;
+    if (!probably) probably = windows > 0 ? "WINDOWS-1252" : "ISO-8859-1";
+    die("%s: not UTF-8 at byte %zu, line %zu; probably %s: iconv -f %s -t UTF-8 '%s' > utf8.txt converts it",
+        path, at, line, probably, probably, path);
+}
+
+// Reads a text file that must be UTF-8; *start is behind a byte order mark, if there is one.
+static Text read_utf8_file(const char *path, const char **start) {
+    Text text = read_file(path);
+    text_append(&text, "", 0); // an empty file has data, too
+    check_utf8(&text, path);
+    *start = text.data + (strncmp(text.data, "\xef\xbb\xbf", 3) == 0 ? 3 : 0);
+    return text;
 }
 
 static void load_text(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
-    Text text = read_file(path);
-    const char *at = text.data, *end = at + text.size, *document = at, *line;
-    for (size_t length; document < end;) {
-        bool more = next_line(&at, end, &line, &length);
-        if (more && (length != strlen(END_OF_TEXT) || memcmp(line, END_OF_TEXT, length) != 0))
-            continue; // a line of the document
-        const char *stop = more ? line : end;
-        if (stop > document) {
-            if (tokenizer->end_of_text >= 0) ids_push(&source->ids, tokenizer->end_of_text);
-            tokenizer_encode(tokenizer, &source->ids, document, (size_t)(stop - document), false);
-        }
-        document = at;
+    const char *start;
+    Text text = read_utf8_file(path, &start);
+    for (size_t at = (size_t)(start - text.data), end; at < text.size; at = end) {
+        size_t stop = find_separator(text.data, text.size, at, true, true, &end);
+        if (stop == at) continue;
+        if (tokenizer->end_of_text >= 0) ids_push(&source->ids, tokenizer->end_of_text);
+        tokenizer_encode(tokenizer, &source->ids, text.data + at, stop - at);
     }
     free(text.data);
     add_windows(data, source->ids.size, (size_t)seq_len);
@@ -3275,58 +3998,151 @@ static void load_shard(Dataset *data, Source *source, const char *path, int seq_
     add_windows(data, count, (size_t)seq_len);
 }
 
-// Appends the tokens of the string called `key`; a missing one ends the program with the line's number.
-static void encode_member(Tokenizer *tokenizer, Ids *ids, const Json *object, const char *key,
+static const char JSONL_SHAPES[] = "{\"prompt\": \"...\", \"completion\": \"...\"}, {\"text\": \"...\"} or "
+                                   "{\"messages\": [...]} expected";
+
+// Ends the program with what to write in place of a line that is no example; says so for known mistakes.
+static void __attribute__((noreturn)) refuse_line(const Json *line, const char *where) {
+    static const char *const others[][2] = {{"instruction", "output"}, {"question", "answer"},
+                                            {"input", "output"},       {"prompt", "response"},
+                                            {"prompt", "answer"},      {"prompt", "output"}};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        if (json_get(line, others[i][0]) && json_get(line, others[i][1]))
+            die("%s: \"%s\" and \"%s\" are not the keys: write {\"prompt\": \"...\", \"completion\": "
+                "\"...\"}",
+                where, others[i][0], others[i][1]);
+    die("%s: %s", where, JSONL_SHAPES);
+}
+
+// Ends the program when a line begins what is no line of JSONL, but often taken for it.
+static void check_line(const char *line, size_t length, const char *path, const char *where) {
+    size_t begin = strspn(line, " \t"), size = length;
+    while (size > begin && strchr(" \t\r", line[size - 1])) size--;
+    if (line[begin] == '[')
+        die("%s: a JSON array: expected an object a line, without brackets or commas around: jq -c '.[]' "
+            "'%s'",
+            where, path);
+    if (line[begin] == '{' && (size == begin + 1 || line[size - 1] == ',' || line[size - 1] == '{'))
+        die("%s: an object that goes on in the next line: expected all of it in one: jq -c . '%s'", where,
+            path);
+}
+
+// Appends the tokens of the string called `key`, which must be there. Tokens that are not scored become ~id.
+static void encode_member(Tokenizer *tokenizer, Ids *ids, const Json *object, const char *key, bool scored,
                           const char *where) {
     const Json *member = json_get(object, key);
-    if (!member || member->kind != JSON_STRING)
-        die("%s: {\"prompt\": \"...\", \"completion\": \"...\"} or {\"text\": \"...\"} expected", where);
-    tokenizer_encode(tokenizer, ids, member->string, member->length, false);
+    if (json_is_null(member)) refuse_line(object, where);
+    if (member->kind == JSON_NUMBER)
+        die("%s: \"%s\" is a number: expected a string, \"%.17g\"", where, key, member->number);
+    if (member->kind != JSON_STRING) die("%s: \"%s\" must be a string", where, key);
+    size_t before = ids->size;
+    tokenizer_encode(tokenizer, ids, member->string, member->length);
+    for (size_t i = before; i < ids->size && !scored; i++) ids->data[i] = ~ids->data[i];
+}
+
+// Appends a talk: each turn, then the end of text. Returns where its last scored turn begins.
+static size_t encode_talk(Tokenizer *tokenizer, Ids *ids, const Json *messages, const char *where) {
+    size_t last = ids->size, first = ids->size;
+    if (tokenizer->end_of_text < 0) die("%s: \"messages\" need a tokenizer with an end of text", where);
+    if (messages->kind != JSON_ARRAY) die("%s: \"messages\" must be an array", where);
+    for (const Json *turn = messages->child; turn; turn = turn->next) {
+        const char *role = json_text(json_get(turn, "role"));
+        if (!role || !json_text(json_get(turn, "content")))
+            die("%s: a message is {\"role\": \"user\" or \"assistant\", \"content\": \"...\"}", where);
+        bool scored = strcmp(role, "assistant") == 0;
+        if (scored && ids->size == first) ids_push(ids, ~tokenizer->end_of_text); // it is predicted from this
+        if (scored) last = ids->size;
+        encode_member(tokenizer, ids, turn, "content", scored, where);
+        ids_push(ids, scored ? tokenizer->end_of_text : ~tokenizer->end_of_text);
+    }
+    return last;
+}
+
+// Appends the tokens of a line. Returns where the last text begins that is scored.
+static size_t encode_line(Tokenizer *tokenizer, Ids *ids, const Json *line, const char *where) {
+    const Json *messages = json_get(line, "messages");
+    const bool talk = !json_is_null(messages), text = !json_is_null(json_get(line, "text"));
+    const size_t start = ids->size;
+    if (talk + text + !json_is_null(json_get(line, "completion")) > 1)
+        die("%s: only one of completion, text and messages expected", where);
+    if (talk) return encode_talk(tokenizer, ids, messages, where);
+    if (!text && json_is_null(json_get(line, "completion"))) refuse_line(line, where);
+    if (!text) encode_member(tokenizer, ids, line, "prompt", false, where);
+    if (ids->size == start && tokenizer->end_of_text >= 0)
+        ids_push(ids, ~tokenizer->end_of_text); // the first token needs something to be predicted from
+    size_t scored = ids->size;
+    encode_member(tokenizer, ids, line, text ? "text" : "completion", true, where);
+    if (tokenizer->end_of_text >= 0 && ids->size > scored) ids_push(ids, tokenizer->end_of_text);
+    return scored;
+}
+
+// Adds the example ids[start ...], of which ids[scored ...] is the last text to learn. One that is too long
+// loses the beginning of what stands before that, far from the answer; then the end of the answer.
+static void add_example(Dataset *data, size_t start, size_t scored, int seq_len, const char *where) {
+    const Ids *ids = &data->sources[data->source_count - 1].ids;
+    const size_t size = ids->size - start, room = (size_t)seq_len + 1, prompt = scored - start;
+    if (scored >= ids->size || prompt == 0) {
+        if (data->skipped++ < 3) warn("%s: nothing to learn here (empty text or completion), skipped", where);
+        return;
+    }
+    size_t cut = size <= room ? 0 : smaller(size - room, prompt - 1);
+    bool ends = size - cut > room;
+    if (size > room && data->lost_end + data->lost_beginning < 3)
+        warn("%s: %zu tokens are more than --seq-len %d: %s%s%s cut off", where, size - 1, seq_len,
+             cut ? "the beginning" : "", cut && ends ? " and " : "",
+             ends ? "the end, with its end of text," : "");
+    data->lost_beginning += cut > 0;
+    data->lost_end += ends;
+    dataset_add(data, start + cut, smaller(size - cut, room));
 }
 
 static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
-    Text text = read_file(path);
-    Ids *ids = &source->ids;
-    const int end_of_text = tokenizer->end_of_text;
-    const char *at = text.data, *line;
+    const char *at, *line;
+    Text text = read_utf8_file(path, &at);
     data->prompts = true;
     for (size_t length, number = 1; next_line(&at, text.data + text.size, &line, &length); number++) {
         if (strspn(line, " \t\r") >= length) continue;
         char *where = xprintf("%s:%zu", path, number);
+        check_line(line, length, path, where);
         Json *json = json_parse(line, length, where);
-        size_t start = ids->size, room = (size_t)seq_len + 1;
-        bool whole = json_get(json, "text") != NULL;
-        if (!whole) encode_member(tokenizer, ids, json, "prompt", where);
-        if (ids->size == start && end_of_text >= 0)
-            ids_push(ids, end_of_text); // the first token needs something to be predicted from
-        size_t prompt = ids->size - start;
-        encode_member(tokenizer, ids, json, whole ? "text" : "completion", where);
-        bool empty = ids->size == start + prompt;
-        if (end_of_text >= 0) ids_push(ids, end_of_text);
-        size_t size = ids->size - start;
-        if (empty || prompt == 0) {
-            if (data->skipped++ < 3)
-                warn("%s: nothing to learn here (empty text or completion), skipped", where);
-        } else if (size <= room) {
-            dataset_add(data, start, size, prompt);
-        } else { // the prompt is cut at its left, far from the answer; then the answer at its end
-            if (data->truncated++ < 3) warn("%s: %zu tokens, cut to --seq-len %d", where, size - 1, seq_len);
-            size_t cut = size - room < prompt ? size - room : prompt - 1;
-            dataset_add(data, start + cut, room, prompt - cut);
-        }
+        size_t start = source->ids.size, scored = encode_line(tokenizer, &source->ids, json, where);
+        add_example(data, start, scored, seq_len, where);
         json_free(json);
         free(where);
     }
     free(text.data);
 }
 
+// The files that a pattern names: the one of that name, if there is one (a name may have a [), else all that it
+// matches. Ends the program when there is none.
+static glob_t find_files(const char *pattern) {
+    glob_t found = {0};
+    if (file_exists(pattern) || strcmp(pattern, "-") == 0) {
+        char *escaped = xmalloc(2 * strlen(pattern) + 1), *to = escaped;
+        for (const char *c = pattern; *c; *to++ = *c++)
+            if (strchr("*?[\\", *c)) *to++ = '\\';
+        *to = 0;
+        glob(escaped, GLOB_NOCHECK, NULL, &found);
+        free(escaped);
+    } else if (glob(pattern, 0, NULL, &found) != 0)
+        die("%s: no such file, and none that it matches", pattern);
+    return found;
+}
+
+// Says how many examples do not go into training as they stand.
+static void report_losses(const Dataset *data, int seq_len) {
+    if (data->lost_end + data->lost_beginning + data->skipped == 0) return;
+    warn("%s: %zu examples; cut to --seq-len %d: %zu lost the end of what is scored and the end of text, %zu "
+         "the "
+         "beginning of the prompt; %zu more skipped",
+         data->path, data->count, seq_len, data->lost_end, data->lost_beginning, data->skipped);
+}
+
 // Loads a file, or all files that a glob matches. tokenizer may be NULL when there are only shards.
 static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size) {
     Dataset *data = xcalloc(1, sizeof *data);
-    glob_t found;
     data->path = pattern;
-    if (glob(pattern, file_exists(pattern) ? GLOB_NOCHECK : 0, NULL, &found) != 0) // a name may have a [
-        die("%s: no such file", pattern);
+    glob_t found = find_files(pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
         const char *path = found.gl_pathv[i];
         data->sources =
@@ -3345,9 +4161,7 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
             load_text(data, source, path, tokenizer, seq_len);
     }
     globfree(&found);
-    if (data->truncated + data->skipped > 0)
-        warn("%s: %zu examples, %zu of them cut to --seq-len %d; %zu more skipped", pattern, data->count,
-             data->truncated, seq_len, data->skipped);
+    report_losses(data, seq_len);
     if (data->count == 0) die("%s: holds no example to learn from", pattern);
     return data;
 }
@@ -3386,7 +4200,7 @@ static void dataset_size(const Dataset *data, size_t *rows, size_t *targets) {
     *rows = *targets = 0;
     for (size_t i = 0; i < data->count; i++) {
         *rows += (size_t)data->examples[i].size - 1;
-        *targets += (size_t)(data->examples[i].size - data->examples[i].prompt);
+        *targets += (size_t)data->examples[i].targets;
     }
 }
 
@@ -3411,9 +4225,10 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
     batch_clear(batch);
     for (size_t i = first; i < first + count; i++) {
         const Example *example = &data->examples[indices ? indices[i] : i];
-        for (int t = 0; t + 1 < example->size; t++)
-            batch_add_row(batch, dataset_token(data, example, t), t,
-                          t + 1 >= example->prompt ? dataset_token(data, example, t + 1) : -1);
+        for (int t = 0; t + 1 < example->size; t++) {
+            int token = dataset_token(data, example, t), next = dataset_token(data, example, t + 1);
+            batch_add_row(batch, token < 0 ? ~token : token, t, next < 0 ? -1 : next);
+        }
         batch_end_sequence(batch);
     }
 }
@@ -3447,7 +4262,7 @@ typedef struct {
     long generate, samples, top_k, threads, seed;
     long schedule, matmul, precision; // numbers of their choices
     Patterns no_decay, freeze;
-    bool resume, overfit, eval, plan, recompute, quiet, help;
+    bool resume, overfit, eval, plan, plain, recompute, quiet, help;
 } Options;
 
 // What a run is made of.
@@ -3456,10 +4271,20 @@ typedef struct {
     Patterns saved_options; // for checkpoints: the options that are not the default
     Model *model;
     Tokenizer *tokenizer; // NULL when there is none
+    KeptFiles kept;       // what is written back as it was read
+    Ids ends;             // a text ends at each of these ids
     Dataset *train, *val; // val may be NULL
     Activations activations;
-    long steps, warmup, steps_per_epoch, val_every, save_every;
+    long warmup, steps_per_epoch;
     double started; // on the clock of now(), less the time that was spent before a resume
+    FILE *log;      // OUT/log.csv
+    Batch *batches; // (--accumulate) of the update that is taken
+    size_t *order;  // of the examples in epoch order_epoch; NULL: in none yet
+    long order_epoch;
+    double shown, seconds_per_step; // when the progress line was last written, and what it goes by
+    double accuracy;                // of the last update
+    long saved_step;                // the step of the newest checkpoint
+    bool unsaved;                   // something happened that it does not know of
     // What a checkpoint remembers:
     long step;             // updates done
     double best_loss;      // INFINITY before the first evaluation
@@ -3477,6 +4302,37 @@ typedef struct {
 static volatile sig_atomic_t stop_signal = 0;
 
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
+
+// From here on a signal asks the training loop to finish its step and save, instead of ending the program. A
+// second ^C (SIGINT) or SIGTERM ends it at once. A closed terminal or ssh connection (SIGHUP), and a reader of our
+// output that went away (SIGPIPE), may say so more than once. What the user had ignored, as nohup does, stays so.
+static void catch_signals(void) {
+    static const struct {
+        int number, flags;
+    } caught[] = {{SIGINT, SA_RESETHAND}, {SIGTERM, SA_RESETHAND}, {SIGHUP, 0}, {SIGPIPE, 0}};
+    for (int i = 0; i < 4; i++) {
+        struct sigaction before, action = {.sa_handler = remember_signal, .sa_flags = caught[i].flags};
+        bool ignored = sigaction(caught[i].number, NULL, &before) == 0 && before.sa_handler == SIG_IGN;
+        if (!ignored || caught[i].number == SIGPIPE) sigaction(caught[i].number, &action, NULL);
+    }
+}
+
+// Returns a tensor that has a weight or moment which is not a finite number, or NULL. (0 · x is 0 for all finite
+// x, else NaN: so this is one fast sum.)
+static const Tensor *find_not_finite(const Model *model) {
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        const float *const arrays[] = {tensor->value, tensor->exp_avg, tensor->exp_avg_sq};
+        for (int a = 0; a < 3 && arrays[a]; a++) {
+            const float *x = arrays[a];
+            float sum = 0;
+#pragma omp parallel for simd reduction(+ : sum)
+            for (size_t j = 0; j < tensor->size; j++) sum += 0 * x[j];
+            if (sum != 0) return tensor;
+        }
+    }
+    return NULL;
+}
 
 // Mean loss, accuracy and exact match over run->val, or its first --val-batches batches.
 static Evaluation evaluate(Run *run) {
@@ -3505,6 +4361,12 @@ static Evaluation evaluate(Run *run) {
         }
     }
     batch_free(&batch);
+    check_mapped_files();
+    if (!isfinite(loss)) {
+        const Tensor *tensor = find_not_finite(run->model);
+        die("%s: the loss is not finite%s%s", run->val->path, tensor ? ", nor are all values of " : "",
+            tensor ? tensor->name : "");
+    }
     double targets = result.targets ? (double)result.targets : 1;
     result.loss = loss / targets;
     result.accuracy = (double)hits / targets;
@@ -3542,39 +4404,75 @@ static void end_progress(void) {
 static double rate_of(const Run *run, long step) {
     const Options *o = run->options;
     return o->learning_rate *
-           schedule_factor((Schedule)o->schedule, step, run->warmup, run->steps, o->final_lr);
+           schedule_factor((Schedule)o->schedule, step, run->warmup, o->steps, o->final_lr);
 }
 
 static double epoch_of(const Run *run, long step) { return (double)step / (double)run->steps_per_epoch; }
 
-// Opens OUT/log.csv to append to it. A resumed run first takes off what comes after its checkpoint.
-static FILE *open_log(const Run *run) {
-    const char *path = path_of("%s/log.csv", run->options->out);
-    Text old = run->step > 0 && file_exists(path) ? read_file(path) : (Text){0};
-    const char *at = old.data, *line;
-    size_t length, kept = 0; // bytes of whole lines up to this step; atol() of the header is 0
-    while (old.size > 0 && next_line(&at, old.data + old.size, &line, &length) && at[-1] == '\n' &&
-           atol(line) <= run->step)
-        kept = (size_t)(at - old.data);
-    free(old.data);
-    FILE *file = fopen(path, "ab");
-    if (!file || ftruncate(fileno(file), (off_t)kept) != 0)
-        die("%s: cannot be written: %s", path, strerror(errno));
-    if (kept == 0)
-        fputs("step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n", file);
-    return file;
+// ---- log.csv ----
+
+// Opens OUT/log.csv and takes OUT for this process alone, by a lock on that file: two runs that write checkpoints
+// with the same names would destroy each other's work. The system releases the lock when the process ends, in
+// whatever way. When another process has it, this one ends with a line that names it. Without the file returns
+// NULL, or makes it if `create`.
+static FILE *lock_log(const char *out, bool create) {
+    const char *path = path_of("%s/log.csv", out);
+    int descriptor = open(path, O_RDWR | O_APPEND | (create ? O_CREAT : 0), 0666);
+    if (descriptor < 0 && (errno == ENOENT || errno == ENOTDIR) && !create) return NULL;
+    FILE *log = descriptor < 0 ? NULL : fdopen(descriptor, "a+");
+    if (!log) die("%s: cannot be opened: %s", path, strerror(errno));
+    const struct flock wanted = {.l_type = F_WRLCK, .l_whence = SEEK_SET}; // the whole file
+    while (fcntl(descriptor, F_SETLK, &wanted) != 0) {
+        if (errno != EACCES && errno != EAGAIN) { // some network file systems have no locks
+            warn("%s: cannot be locked (%s): see to it that no other run uses this --out", path,
+                 strerror(errno));
+            break;
+        }
+        struct flock holder = wanted;
+        if (fcntl(descriptor, F_GETLK, &holder) == 0 && holder.l_type == F_UNLCK)
+            continue; // it ended just now
+        die("%s: process %ld is training there; wait for its end, or choose another --out", out,
+            (long)holder.l_pid);
+    }
+    return log;
 }
 
-// Saves everything that is needed to go on, and deletes checkpoints that are neither new nor the best.
-static void save_checkpoint(const Run *run) {
-    const char *out = run->options->out;
-    char *temporary = xprintf("%s.tmp", checkpoint_path(out, run->step)), *state = NULL;
-    size_t size, count;
-    remove_folder(temporary);
-    model_save(run->model, run->tokenizer, temporary);
-    model_write_tensors(run->model, path_of("%s/optimizer.safetensors", temporary), true);
+// Appends to log.csv. Each line goes to the system at once, so that a process that is killed loses none.
+static void __attribute__((format(printf, 2, 3))) write_log(const Run *run, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    if (vfprintf(run->log, format, arguments) < 0 || fflush(run->log) != 0)
+        die("%s/log.csv: could not be written: %s", run->options->out, strerror(errno));
+    va_end(arguments);
+}
+
+// Takes off the lines of an earlier run, or when resumed what its checkpoint does not know of.
+static void begin_log(const Run *run) {
+    Text old = {0};
+    rewind(run->log);
+    if (run->step > 0) read_stream(&old, run->log, "log.csv");
+    const char *at = old.data, *line;
+    size_t length, kept = 0; // bytes of the lines that stay: whole ones, in order; atol() of the header is 0
+    while (old.size > 0 && next_line(&at, old.data + old.size, &line, &length) && at[-1] == '\n') {
+        bool evaluation = memmem(line, length, ",val,", 5) != NULL;
+        if (atol(line) > (evaluation ? run->evaluated_step : run->step)) break;
+        kept = (size_t)(at - old.data);
+    }
+    free(old.data);
+    if (ftruncate(fileno(run->log), (off_t)kept) != 0 || fseek(run->log, 0, SEEK_END) != 0)
+        die("%s/log.csv: cannot be shortened: %s", run->options->out, strerror(errno));
+    if (kept == 0)
+        write_log(run, "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n");
+}
+
+// ---- saving ----
+
+// Writes what training needs to go on, beside weights and moments.
+static void save_trainer_state(const Run *run, const char *folder) {
+    char *state = NULL, best[32] = "null"; // JSON has no infinity
+    size_t size;
     FILE *file = open_memstream(&state, &size);
-    char best[32] = "null"; // JSON has no infinity
+    if (!file) die("out of memory for %s/trainer_state.json", folder);
     if (isfinite(run->best_loss)) snprintf(best, sizeof best, "%.17g", run->best_loss);
     fprintf(file,
             "{\n  \"step\": %ld,\n  \"epoch\": %.9g,\n  \"best_step\": %ld,\n  \"best_loss\": %s,\n"
@@ -3587,19 +4485,50 @@ static void save_checkpoint(const Run *run) {
         json_write_string(file, option, strlen(option));
     }
     fprintf(file, "]\n}\n");
-    fclose(file);
-    save_text(temporary, "trainer_state.json", state);
-    sync_folder(temporary);
-    remove_folder(checkpoint_path(out, run->step));
-    if (rename(temporary, checkpoint_path(out, run->step)) != 0)
-        die("%s: cannot be renamed: %s", temporary, strerror(errno));
-    sync_folder(out);
-    free(temporary);
+    if (fclose(file) != 0) die("out of memory for %s/trainer_state.json", folder);
+    save_text(folder, "trainer_state.json", state);
+}
 
-    long *steps = list_checkpoints(out, &count, false);
+// Saves everything that is needed to go on, and deletes checkpoints that are neither new nor the best. The order
+// of what reaches the disk is: the log, the new checkpoint, its name, and only then are older ones deleted.
+static void save_checkpoint(Run *run) {
+    const char *out = run->options->out;
+    const Tensor *bad = find_not_finite(run->model);
+    if (bad)
+        die("step %ld: %s is not finite, so it is not saved; the last good checkpoint stays. A smaller "
+            "--learning-rate may help",
+            run->step, bad->name);
+    check_mapped_files();
+    if (!sync_to_disk(fileno(run->log)))
+        die("%s/log.csv: could not be brought to the disk: %s", out, strerror(errno));
+    char *path = xstrdup(checkpoint_path(out, run->step)), *temporary = xprintf("%s.tmp", path);
+    if (run->step == run->saved_step) { // only an evaluation has been made up for since
+        save_trainer_state(run, path);
+    } else {
+        remove_folder(temporary);
+        model_save(run->model, run->tokenizer, &run->kept, temporary);
+        model_write_tensors(run->model, path_of("%s/optimizer.safetensors", temporary), true);
+        save_trainer_state(run, temporary);
+        rename_for_good(temporary, path);
+    }
+    free(path);
+    free(temporary);
+    run->saved_step = run->step;
+    run->unsaved = false;
+
+    size_t count;
+    long *steps = list_checkpoints(out, &count);
     for (size_t i = 0; i + (size_t)run->options->keep < count; i++)
-        if (steps[i] != run->best_step) remove_folder(checkpoint_path(out, steps[i]));
+        if (steps[i] != run->best_step) remove_checkpoint(out, steps[i]);
     free(steps);
+}
+
+// A whole number out of trainer_state.json, from `least` to `most`.
+static long state_number(const Json *json, const char *key, long least, long most, const char *path) {
+    double value = json_number(json, key, NAN, path);
+    if (!(value >= (double)least && value <= (double)most) || value != floor(value))
+        die("%s: %s must be a whole number from %ld to %ld", path, key, least, most);
+    return (long)value;
 }
 
 // Goes on from the checkpoint `folder` of update `step`, whose weights the model already has.
@@ -3607,17 +4536,40 @@ static void load_trainer_state(Run *run, const char *folder, long step) {
     const char *path = path_of("%s/trainer_state.json", folder);
     model_load_moments(run->model, path_of("%s/optimizer.safetensors", folder));
     Json *json = json_read_file(path);
-    run->step = (long)json_number(json, "step", -1, path);
-    if (run->step != step) die("%s: step %ld expected", path, step);
-    run->best_step = (long)json_number(json, "best_step", 0, path);
-    run->stale = (long)json_number(json, "stale", 0, path);
-    run->evaluated_step = (long)json_number(json, "evaluated_step", -1, path);
+    run->step = run->saved_step = state_number(json, "step", step, step, path);
+    run->best_step = state_number(json, "best_step", 0, step, path);
+    run->stale = state_number(json, "stale", 0, step, path);
+    run->evaluated_step = state_number(json, "evaluated_step", -1, step, path);
     run->best_loss = json_number(json, "best_loss", INFINITY, path);
-    run->started -= json_number(json, "seconds", 0, path);
+    double seconds = json_number(json, "seconds", 0, path);
+    if (!(seconds >= 0 && seconds < 1e12)) die("%s: seconds must be from 0 to 1e12", path);
+    run->started -= seconds;
     json_free(json);
 }
 
-// Shows what the model writes after <|endoftext|>.
+// OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
+static void save_result(const Run *run) {
+    const char *out = run->options->out;
+    char text[32];
+    bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
+    Model *model = other ? model_load(checkpoint_path(out, run->best_step)) : run->model;
+    const Tensor *bad = find_not_finite(model);
+    if (bad) die("%s is not finite: the model is not saved", bad->name);
+    check_mapped_files();
+    char *temporary = xprintf("%s/model.tmp", out);
+    remove_folder(temporary);
+    model_save(model, run->tokenizer, &run->kept, temporary);
+    publish_model(out);
+    if (other) model_free(model);
+    free(temporary);
+    printf("model saved in %s", out);
+    if (judged) printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
+    printf(" after %s\n", clock_time(now() - run->started, text));
+}
+
+// ---- what the loop does ----
+
+// Shows what the model writes at the start of a text.
 static void print_sample(const Run *run) {
     Ids prompt = {0};
     Sample output = {0};
@@ -3626,29 +4578,29 @@ static void print_sample(const Run *run) {
     ids_push(&prompt, run->tokenizer->end_of_text >= 0 ? run->tokenizer->end_of_text : 0);
     end_progress();
     printf("--- sample at step %ld ---\n", run->step);
-    generate(run->model, run->tokenizer, &prompt, (int)run->options->sample_tokens, 1,
-             run->tokenizer->end_of_text, &sampling, &output);
+    generate(run->model, run->tokenizer, &prompt, (int)run->options->sample_tokens, 1, &run->ends, &sampling,
+             &output);
     printf("\n---\n");
     free(prompt.data);
     sample_free(&output);
 }
 
-// Evaluates, reports, and judges: is this the best model so far? One that a signal cut short counts for
+// Evaluates, reports, and judges: is this the best model so far? An evaluation that a signal cut short counts for
 // nothing, and is made up for after --resume.
-static bool evaluate_and_judge(Run *run, FILE *log) {
+static bool evaluate_and_judge(Run *run) {
     Evaluation e = evaluate(run);
     if (stop_signal) return false;
     end_progress();
-    printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->steps, e.loss,
-           exp(e.loss), 100 * e.accuracy);
+    printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->options->steps,
+           e.loss, exp(e.loss), 100 * e.accuracy);
     if (run->val->prompts) printf("  exact match %.2f %% of %zu", 100 * e.exact, e.examples);
     printf("\n");
     fflush(stdout);
-    fprintf(log, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
-            e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
-    fflush(log); // before a checkpoint that knows of it
+    write_log(run, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
+              e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
     run->evaluated_step = run->step;
     if (run->step == 0) return false;
+    run->unsaved = true;
     bool better = e.loss < run->best_loss;
     run->stale = better ? 0 : run->stale + 1;
     if (better) {
@@ -3658,63 +4610,78 @@ static bool evaluate_and_judge(Run *run, FILE *log) {
     return better;
 }
 
-// Packs the examples of update `step` into at most --accumulate micro-batches; returns how many. *order and
-// *order_epoch remember the order of the examples of the current epoch.
-static long next_batches(const Run *run, Batch *batches, size_t **order, long *order_epoch) {
+// Packs the examples of the next update into run->batches, at most --accumulate of them; returns how many.
+static long next_batches(Run *run) {
     const size_t B = (size_t)run->options->batch_size, group = (size_t)run->options->accumulate * B;
     long step = run->options->overfit ? 0 : run->step, epoch = step / run->steps_per_epoch;
-    if (epoch != *order_epoch) {
-        free(*order);
-        *order = dataset_order(run->train, (uint64_t)run->options->seed, epoch);
-        *order_epoch = epoch;
+    if (!run->order || epoch != run->order_epoch) {
+        free(run->order);
+        run->order = dataset_order(run->train, (uint64_t)run->options->seed, epoch);
+        run->order_epoch = epoch;
     }
     size_t begin = (size_t)(step % run->steps_per_epoch) * group,
            end = smaller(begin + group, run->train->count);
     long count = 0;
     for (; begin < end; begin += B)
-        dataset_batch(run->train, *order, begin, smaller(B, end - begin), &batches[count++]);
+        dataset_batch(run->train, run->order, begin, smaller(B, end - begin), &run->batches[count++]);
     return count;
 }
 
-// OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
-static void save_result(const Run *run) {
-    const char *out = run->options->out;
-    char text[32];
-    bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
-    Model *model = other ? model_load(checkpoint_path(out, run->best_step)) : run->model;
-    model_save(model, run->tokenizer, out);
-    if (other) model_free(model);
-    printf("model saved in %s", out);
-    if (judged) printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
-    printf(" after %s\n", clock_time(now() - run->started, text));
-}
-
-// The line that follows an update; what matters most stands first, since a narrow window cuts it.
-static void show_update(const Run *run, const Update *update, double tokens_per_second,
-                        double seconds_per_step, bool on_terminal) {
+// Shows an update on the progress line, or about forty lines of a run in a pipe. What matters most stands first,
+// since a narrow window cuts the line.
+static void show_update(Run *run, const Update *update, double seconds) {
+    const long steps = run->options->steps, every = steps / 40 > 0 ? steps / 40 : 1;
+    const bool on_terminal = isatty(1);
+    run->seconds_per_step =
+        run->seconds_per_step == 0 ? seconds : 0.9 * run->seconds_per_step + 0.1 * seconds;
+    bool due = on_terminal ? now() - run->shown > 0.2 : run->step % every == 0;
+    if (run->options->quiet || !(due || run->step == steps)) return;
+    run->shown = now();
     char line[256], left[32];
-    clock_time(seconds_per_step * (double)(run->steps - run->step), left);
+    clock_time(run->seconds_per_step * (double)(steps - run->step), left);
     snprintf(line, sizeof line,
-             "step %ld/%ld  loss %.4f  %s left  epoch %.2f  lr %.2e  norm %.3f  %.0f tok/s", run->step,
-             run->steps, update->loss, left, epoch_of(run, run->step), update->learning_rate, update->norm,
-             tokens_per_second);
+             "step %ld/%ld  loss %.4f  %s left  epoch %.2f  lr %.2e  norm %.3f  %.0f tok/s", run->step, steps,
+             update->loss, left, epoch_of(run, run->step), update->learning_rate, update->norm,
+             (double)update->rows / seconds);
     show_progress(line, on_terminal);
 }
 
+// Takes the next update: forward and backward over its examples, then AdamW. Logs and shows it.
+static void train_one_step(Run *run, const Hyperparameters *h) {
+    double begin = now();
+    long count = next_batches(run);
+    Update update = take_update(run->model, &run->activations, run->batches, count, h, run->step,
+                                rate_of(run, run->step));
+    run->step++;
+    run->unsaved = true;
+    if (update.targets == 0) {
+        warn("step %ld: no token of this batch is scored, skipped", run->step);
+        return;
+    }
+    double seconds = now() - begin;
+    run->accuracy = update.accuracy;
+    write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
+              update.loss, update.accuracy, update.learning_rate, update.norm, (double)update.rows / seconds,
+              now() - run->started);
+    show_update(run, &update, seconds);
+}
+
 // Says how training ended, and saves its result if there is one. Returns the program's exit status.
-static int finish_training(const Run *run, double last_accuracy) {
+static int finish_training(const Run *run) {
     const Options *options = run->options;
+    end_progress();
     if (stop_signal) {
-        printf("stopped at step %ld of %ld", run->step, run->steps);
-        printf(options->overfit ? "\n" : ", saved in %s; --resume goes on from there\n", options->out);
+        bool saved = run->step > 0 && !options->overfit;
+        printf("stopped at step %ld of %ld", run->step, options->steps);
+        printf(saved ? ", saved in %s; --resume goes on from there\n" : "\n", options->out);
         return 128 + stop_signal;
     }
     if (!options->overfit) {
         save_result(run);
         return 0;
     }
-    bool passed = last_accuracy == 1;
-    printf("overfit one batch: training accuracy %.2f %%, %s\n", 100 * last_accuracy,
+    bool passed = run->accuracy == 1;
+    printf("overfit one batch: training accuracy %.2f %%, %s\n", 100 * run->accuracy,
            passed ? "passed"
                   : "NOT passed: 100 % expected; more --steps or a higher --learning-rate may help");
     return passed ? 0 : 1;
@@ -3731,67 +4698,36 @@ static Hyperparameters hyperparameters_of(const Options *o) {
                              .keep = o->recompute ? KEEP_INPUTS : KEEP_ALL};
 }
 
-// Trains from run->step to run->steps, or until a signal or --patience ends it, and saves the final model in
-// OUT. With --overfit nothing is saved. Returns the program's exit status.
-static int train(Run *run) {
-    const Options *options = run->options;
-    const Hyperparameters h = hyperparameters_of(options);
-    const bool on_terminal = isatty(1);
-    const long plain_every = run->steps / 40 > 0 ? run->steps / 40 : 1; // about 40 lines in a pipe
-    // The first SIGINT or SIGTERM asks the loop to finish its step and save; a second one ends it at once.
-    const struct sigaction action = {.sa_handler = remember_signal, .sa_flags = SA_RESETHAND};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    FILE *log = open_log(run);
-    Batch *batches = xcalloc((size_t)options->accumulate, sizeof *batches);
-    size_t *order = NULL;
-    long order_epoch = -1, saved_step = run->step;
-    double shown = 0, seconds_per_step = 0;
-    Update update = {0};
-    for (;;) {
-        const bool last = run->step >= run->steps;
-        bool save = last || run->step % run->save_every == 0;
-        if (run->val && (last || run->step % run->val_every == 0) && run->evaluated_step != run->step)
-            save = evaluate_and_judge(run, log) || save;
-        const bool hopeless = options->patience > 0 && run->stale >= options->patience; // also when resumed
-        if (hopeless) {
-            end_progress();
-            printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
-        }
-        if (run->step > 0 && options->sample_every > 0 && run->step % options->sample_every == 0 &&
-            !stop_signal)
-            print_sample(run);
-        const bool ending = last || hopeless || stop_signal;
-        if ((save || ending) && run->step != saved_step && !options->overfit) {
-            save_checkpoint(run);
-            saved_step = run->step;
-        }
-        if (ending) break;
+static bool is_due(long step, long every) { return every > 0 && step % every == 0; }
 
-        double step_started = now();
-        long count = next_batches(run, batches, &order, &order_epoch);
-        update = take_update(run->model, &run->activations, batches, count, &h, run->step,
-                             rate_of(run, run->step));
-        run->step++;
-        if (update.targets == 0) {
-            warn("step %ld: no token of this batch is scored, skipped", run->step);
-            continue;
-        }
-        double seconds = now() - step_started, tokens_per_second = (double)update.rows / seconds;
-        seconds_per_step = seconds_per_step == 0 ? seconds : 0.9 * seconds_per_step + 0.1 * seconds;
-        fprintf(log, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
-                update.loss, update.accuracy, update.learning_rate, update.norm, tokens_per_second,
-                now() - run->started);
-        fflush(log);
-        bool due = on_terminal ? now() - shown > 0.2 : run->step % plain_every == 0;
-        if (!options->quiet && (due || run->step == run->steps)) {
-            shown = now();
-            show_update(run, &update, tokens_per_second, seconds_per_step, on_terminal);
-        }
+// No --patience left for another try? Then a resumed run ends at once, too.
+static bool is_hopeless(const Run *run) {
+    return run->options->patience > 0 && run->stale >= run->options->patience;
+}
+
+// The training loop, from run->step to --steps, or until a signal or --patience ends it. Now and then it
+// evaluates, shows a sample and saves; else each turn is one update. Returns the program's exit status.
+static int train(Run *run) {
+    const Options *o = run->options;
+    const Hyperparameters h = hyperparameters_of(o);
+    catch_signals();
+    begin_log(run);
+    run->batches = xcalloc((size_t)o->accumulate, sizeof *run->batches);
+    for (;; train_one_step(run, &h)) {
+        const bool last = run->step >= o->steps;
+        bool save = is_due(run->step, o->save_every) || run->step == run->saved_step;
+        if (run->val && (last || is_due(run->step, o->val_every)) && run->evaluated_step != run->step)
+            save = evaluate_and_judge(run) || save;
+        const bool ending = last || is_hopeless(run) || stop_signal;
+        if (run->step > 0 && is_due(run->step, o->sample_every) && !stop_signal) print_sample(run);
+        if (run->unsaved && (save || ending) && !o->overfit) save_checkpoint(run);
+        if (ending) break;
     }
-    end_progress();
-    fclose(log);
-    return finish_training(run, update.accuracy);
+    if (is_hopeless(run)) {
+        end_progress();
+        printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
+    }
+    return finish_training(run);
 }
 
 // =====================================================================================================
@@ -3801,7 +4737,9 @@ static int train(Run *run) {
 // checkpoint remembers.
 
 typedef enum { FLAG, COUNT, REAL, WORD, CHOICE, LIST } OptionKind;
-enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8 }; // where an option applies
+// Where an option applies; NOT_SAVED: a checkpoint does not remember it; START: it only counts when a run begins;
+// ONCE: given twice it is refused, since the user may believe that both count.
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8, START = 16, ONCE = 32 };
 
 typedef struct {
     const char *name;
@@ -3819,66 +4757,68 @@ typedef struct {
 #define FIELD(name) offsetof(Options, name)
 static const Option option_table[] = {
     {.help = "Model and files"},
-    {"init", 'e', WORD, FIELD(init), "d4", 0, 0, ANY, "WHAT", "model folder, or a size to start at random: d4 d6 d12 d24 d36 d48"},
-    {"n-layer", 0, COUNT, FIELD(n_layer), "0", 1, 1000, TRAIN, "N", "override the size of a random start"},
-    {"n-head", 0, COUNT, FIELD(n_head), "0", 1, 1 << 16, TRAIN, "N", "the same"},
-    {"n-embd", 0, COUNT, FIELD(n_embd), "0", 1, 1 << 16, TRAIN, "N", "the same"},
-    {"n-positions", 0, COUNT, FIELD(n_positions), "0", 1, 1 << 20, TRAIN, "N", "the same; 1024 else"},
-    {"tokenizer", 0, WORD, FIELD(tokenizer), "", 0, 0, ANY, "WHAT", "folder with vocab.json + merges.txt, or a merges file; the model folder's else"},
-    {"train", 'i', WORD, FIELD(train), "", 0, 0, TRAIN, "PATH", ".txt, .jsonl or llm.c .bin; a quoted glob takes several"},
-    {"val", 'j', WORD, FIELD(val), "", 0, 0, TRAIN | EVAL, "PATH", "the same, to evaluate on"},
+    {"init", 'e', WORD, FIELD(init), "d4", 0, 0, ANY | START, "WHAT", "model folder, or a size to start at random: d4 d6 d12 d24 d36 d48"},
+    {"n-layer", 0, COUNT, FIELD(n_layer), "0", 1, 1000, TRAIN | START, "N", "layers of a random start (default: from the size)"},
+    {"n-head", 0, COUNT, FIELD(n_head), "0", 1, 1 << 16, TRAIN | START, "N", "its attention heads (default: one for each 64 channels)"},
+    {"n-embd", 0, COUNT, FIELD(n_embd), "0", 1, 1 << 16, TRAIN | START, "N", "its channels (default: from the size)"},
+    {"n-positions", 0, COUNT, FIELD(n_positions), "0", 1, 1 << 20, TRAIN | START, "N", "its longest text in tokens (default: 1024)"},
+    {"tokenizer", 0, WORD, FIELD(tokenizer), "", 0, 0, ANY | START, "WHAT", "folder with vocab.json + merges.txt, or a merges file (default: the model folder's)"},
+    {"plain", 0, FLAG, FIELD(plain), "", 0, 0, ANY, NULL, "added tokens in text, <|endoftext|> among them, are ordinary text"},
+    {"train", 'i', WORD, FIELD(train), "", 0, 0, TRAIN | ONCE, "PATH", ".txt, .jsonl or llm.c .bin; a quoted glob takes several"},
+    {"val", 'j', WORD, FIELD(val), "", 0, 0, TRAIN | EVAL | ONCE, "PATH", "the same, to evaluate on"},
     {"val-fraction", 0, REAL, FIELD(val_fraction), "0.05", 0, 0.9, TRAIN, "X", "without --val, this part of --train is split off its end"},
     {"out", 'o', WORD, FIELD(out), "out", 0, 0, TRAIN | NOT_SAVED, "DIR", "checkpoints, log.csv and the final model"},
     {"resume", 'y', FLAG, FIELD(resume), "", 0, 0, TRAIN | NOT_SAVED, NULL, "go on from the newest checkpoint in --out, if there is one"},
     {.help = "Length of the run"},
-    {"batch-size", 'b', COUNT, FIELD(batch_size), "4", 1, 1 << 20, TRAIN | EVAL, "N", "examples per micro-batch"},
-    {"seq-len", 't', COUNT, FIELD(seq_len), "0", 1, 1 << 20, TRAIN | EVAL, "N", "longest sequence; the smaller of 1024 and n_positions else"},
-    {"accumulate", 0, COUNT, FIELD(accumulate), "1", 1, 1 << 20, TRAIN, "N", "micro-batches per update"},
+    {"batch-size", 'b', COUNT, FIELD(batch_size), "4", 1, 1 << 20, TRAIN | EVAL, "N", "examples in a micro-batch"},
+    {"seq-len", 't', COUNT, FIELD(seq_len), "0", 1, 1 << 20, TRAIN | EVAL, "N", "longest sequence (default: the model's positions, at most 1024)"},
+    {"accumulate", 0, COUNT, FIELD(accumulate), "1", 1, 1 << 20, TRAIN, "N", "micro-batches in an update"},
     {"epochs", 0, REAL, FIELD(epochs), "3", 0, 1e6, TRAIN, "X", "how often the data is gone through"},
-    {"steps", 'x', COUNT, FIELD(steps), "0", 1, 1e9, TRAIN, "N", "updates, in place of --epochs"},
+    {"steps", 'x', COUNT, FIELD(steps), "0", 1, 1e9, TRAIN, "N", "how many updates (default: from --epochs)"},
     {.help = "Optimizer and schedule"},
-    {"learning-rate", 'l', REAL, FIELD(learning_rate), "5e-5", 0, 1e3, TRAIN, "X", "the highest"},
-    {"warmup-steps", 'u', WORD, FIELD(warmup_steps), "", 0, 0, TRAIN, "W", "steps, 10% or 1ep; 1ep when fine-tuning for longer, 10% else"},
+    {"learning-rate", 'l', REAL, FIELD(learning_rate), "5e-5", 0, 1e3, TRAIN, "X", "the highest rate, after warm-up"},
+    {"warmup-steps", 'u', WORD, FIELD(warmup_steps), "", 0, 0, TRAIN, "W", "steps, 10% or 1ep (default: 1ep when fine-tuning for longer, else 10%)"},
     {"schedule", 'k', CHOICE, FIELD(schedule), "linear", 0, 0, TRAIN, "linear|cosine|constant", "how the rate falls after warm-up"},
     {"final-lr", 'q', REAL, FIELD(final_lr), "0", 0, 1, TRAIN, "F", "the rate never falls below this part of the highest"},
-    {"weight-decay", 'c', REAL, FIELD(weight_decay), "0.01", 0, 1e3, TRAIN, "X", "AdamW's, on what --no-decay leaves"},
-    {"no-decay", 0, LIST, FIELD(no_decay), "bias|ln_.+weight|ln_.+bias", 0, 0, TRAIN, "REGEX", "tensors without decay; may repeat, the first replaces the defaults"},
-    {"freeze", 0, LIST, FIELD(freeze), "none", 0, 0, TRAIN, "REGEX", "tensors that stay as they are; may repeat"},
-    {"beta1", 0, REAL, FIELD(beta1), "0.9", 0, 0.999999, TRAIN, "X", "AdamW's averages of the gradient"},
-    {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and of its square"},
-    {"epsilon", 0, REAL, FIELD(epsilon), "1e-8", 0, 1, TRAIN, "X", "AdamW's"},
-    {"max-grad-norm", 0, REAL, FIELD(max_grad_norm), "1", 0, 1e30, TRAIN, "X", "clip gradients to this norm; 0: never"},
-    {"dropout", 0, REAL, FIELD(dropout), "0", 0, 0.99, TRAIN, "X", "probability, at the places GPT-2 has it"},
+    {"weight-decay", 'c', REAL, FIELD(weight_decay), "0.01", 0, 1e3, TRAIN, "X", "AdamW's, on all tensors but those of --no-decay"},
+    {"no-decay", 0, LIST, FIELD(no_decay), "bias|ln_.+weight|ln_.+bias", 0, 0, TRAIN, "REGEX", "tensors that do not decay; may be given several times, then in place of these"},
+    {"freeze", 0, LIST, FIELD(freeze), "none", 0, 0, TRAIN, "REGEX", "tensors that stay as they are; may be given several times"},
+    {"beta1", 0, REAL, FIELD(beta1), "0.9", 0, 0.999999, TRAIN, "X", "how slowly AdamW's average of the gradient changes"},
+    {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and that of its square"},
+    {"epsilon", 0, REAL, FIELD(epsilon), "1e-8", 1e-30, 1, TRAIN, "X", "what AdamW adds to the root it divides by"},
+    {"max-grad-norm", 0, REAL, FIELD(max_grad_norm), "1", 0, 1e30, TRAIN, "X", "gradients with a larger norm are scaled down to it; 0: never"},
+    {"dropout", 0, REAL, FIELD(dropout), "0", 0, 0.99, TRAIN, "X", "probability, at the places where GPT-2 has it"},
     {"overfit", 0, FLAG, FIELD(overfit), "", 0, 0, TRAIN, NULL, "train on the first batch only; must reach 100 % accuracy"},
     {.help = "Evaluation, samples, checkpoints"},
-    {"val-every", 'v', COUNT, FIELD(val_every), "0", 1, 1e9, TRAIN, "N", "steps between evaluations; 20 a run else"},
-    {"val-batches", 'm', COUNT, FIELD(val_batches), "0", 1, 1e9, TRAIN | EVAL, "N", "batches of an evaluation; all else"},
-    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample every N steps"},
+    {"val-every", 'v', COUNT, FIELD(val_every), "0", 1, 1e9, TRAIN, "N", "evaluate every N steps (default: 20 times a run)"},
+    {"val-batches", 'm', COUNT, FIELD(val_batches), "0", 1, 1e9, TRAIN | EVAL, "N", "on so many batches (default: all)"},
+    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample every N steps (default: never)"},
     {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN, "N", "its length"},
-    {"save-every", 'n', COUNT, FIELD(save_every), "0", 1, 1e9, TRAIN, "N", "steps between checkpoints; at each evaluation else"},
-    {"keep", 0, COUNT, FIELD(keep), "2", 1, 1e6, TRAIN, "N", "how many checkpoints stay, the best one besides"},
-    {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss"},
+    {"save-every", 'n', COUNT, FIELD(save_every), "0", 1, 1e9, TRAIN, "N", "save a checkpoint every N steps (default: at each evaluation)"},
+    {"keep", 0, COUNT, FIELD(keep), "2", 1, 1e6, TRAIN, "N", "how many checkpoints stay, and the best one besides"},
+    {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss (default: never)"},
     {.help = "Instead of training"},
     {"eval", 0, FLAG, FIELD(eval), "", 0, 0, EVAL | NOT_SAVED, NULL, "loss, perplexity, accuracy and exact match of --val"},
     {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
-    {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED, "TEXT", "- reads standard input"},
-    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | NOT_SAVED, "X", "0: always the most likely token"},
-    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw from the K most likely tokens only"},
-    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "or from the likeliest that reach probability P"},
+    {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "how the text begins; - reads standard input"},
+    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
+    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
+    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
-    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | NOT_SAVED, "TEXT", "a sample ends before this text"},
+    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
-    {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "all cores, or OMP_NUM_THREADS, else"},
+    {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "default: OMP_NUM_THREADS, or one for each core"},
     {"seed", 0, COUNT, FIELD(seed), "1337", 0, 1e15, TRAIN | GENERATE, "N", "of initial values, shuffling, dropout and samples"},
     {"recompute", 0, FLAG, FIELD(recompute), "", 0, 0, TRAIN, NULL, "keep less for the backward pass: less memory, more time"},
-    {"matmul", 0, CHOICE, FIELD(matmul), "auto", 0, 0, ANY, "auto|openblas|builtin", "auto times both and takes the faster"},
+    {"matmul", 0, CHOICE, FIELD(matmul), "auto", 0, 0, ANY, "auto|openblas|builtin", "auto: OpenBLAS, unless it cannot use this processor or its threads"},
     {"precision", 0, CHOICE, FIELD(precision), "float32", 0, 0, ANY, "float32|bfloat16", "of what products multiply; bfloat16 is faster where the processor has it"},
     {"quiet", 0, FLAG, FIELD(quiet), "", 0, 0, ANY | NOT_SAVED, NULL, "no banner and no progress line"},
 };
 // clang-format on
 enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
+// Numbers of a CHOICE's words, as Schedule has them for --schedule; a test compares both with the table.
 enum { AUTO_CHOICE, OPENBLAS_CHOICE, BUILTIN_CHOICE }; // of --matmul
 enum { FLOAT32_CHOICE, BFLOAT16_CHOICE };              // of --precision
 
@@ -3931,64 +4871,101 @@ static void set_defaults(Options *options) {
         if (option->name && option->kind != FLAG) set_option(options, option, option->initial, false);
 }
 
+// The value of an option, as text that set_option() takes (but for a LIST, whose items stand side by side).
+static char *option_text(const Options *options, const Option *option) {
+    const char *field = (const char *)options + option->field;
+    const Patterns *list = (const Patterns *)field;
+    if (option->kind == FLAG) return xstrdup(*(const bool *)field ? "yes" : "no");
+    if (option->kind == COUNT) return xprintf("%ld", *(const long *)field);
+    if (option->kind == WORD) return xstrdup(*(const char *const *)field);
+    if (option->kind == CHOICE) return choice_word(option, *(const long *)field);
+    char *text = option->kind == REAL ? NULL : xstrdup(list->size ? list->items[0] : "none");
+    for (int digits = 1; option->kind == REAL; digits++) { // the fewest that give the same number
+        text = xprintf("%.*g", digits, *(const double *)field);
+        if (digits == 17 || strtod(text, NULL) == *(const double *)field) break;
+        free(text);
+    }
+    for (size_t i = 1; option->kind == LIST && i < list->size; i++)
+        text = xprintf("%s %s", text, list->items[i]);
+    return text;
+}
+
 // What a checkpoint remembers: "--name=value" for each option that has another value than its default.
 static Patterns options_to_save(const Options *options) {
     Patterns saved = {0};
+    Options defaults;
+    set_defaults(&defaults);
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
-        const char *field = (const char *)options + option->field, *initial = option->initial;
         if (!option->name || option->modes & NOT_SAVED) continue;
-        if (option->kind == FLAG && *(const bool *)field) add_pattern(&saved, xprintf("--%s", option->name));
-        if (option->kind == COUNT && *(const long *)field != atol(initial))
-            add_pattern(&saved, xprintf("--%s=%ld", option->name, *(const long *)field));
-        if (option->kind == REAL && *(const double *)field != atof(initial))
-            add_pattern(&saved, xprintf("--%s=%.17g", option->name, *(const double *)field));
-        const char *word = option->kind == WORD     ? *(const char *const *)field
-                           : option->kind == CHOICE ? choice_word(option, *(const long *)field)
-                                                    : initial;
-        if (strcmp(word, initial) != 0) add_pattern(&saved, xprintf("--%s=%s", option->name, word));
-        const Patterns *list = (const Patterns *)field;
-        if (option->kind == LIST && list->size == 0) add_pattern(&saved, xprintf("--%s=none", option->name));
+        const char *text = option_text(options, option);
+        const Patterns *list = (const Patterns *)((const char *)options + option->field);
+        if (strcmp(text, option_text(&defaults, option)) == 0) continue;
+        if (option->kind == FLAG)
+            add_pattern(&saved, xprintf("--%s", option->name));
+        else if (option->kind != LIST || list->size == 0)
+            add_pattern(&saved, xprintf("--%s=%s", option->name, text));
         for (size_t i = 0; option->kind == LIST && i < list->size; i++)
             add_pattern(&saved, xprintf("--%s=%s", option->name, list->items[i]));
     }
     return saved;
 }
 
-// Sets the options that words[1], ... give. A LIST's first word replaces what was there before.
+// What differs from the options `before` of those that a checkpoint remembers and that have one of `modes`:
+// "--steps 9 (was 5), --train b.txt (was a.txt)"; NULL when nothing does.
+static char *changed_options(const Options *options, const Options *before, int modes) {
+    char *changes = NULL;
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        if (!option->name || option->modes & NOT_SAVED || !(option->modes & modes)) continue;
+        const char *text = option_text(options, option), *old = option_text(before, option);
+        if (strcmp(text, old) != 0)
+            changes = xprintf("%s%s--%s %s (was %s)", changes ? changes : "", changes ? ", " : "",
+                              option->name, *text ? text : "''", *old ? old : "''");
+    }
+    return changes;
+}
+
+// The option of this name (its first `length` bytes) or letter, or NULL.
+static const Option *find_option(const char *name, size_t length, char letter) {
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++)
+        if (option->name && (name ? strncmp(option->name, name, length) == 0 && !option->name[length]
+                                  : option->letter && option->letter == letter))
+            return option;
+    return NULL;
+}
+
+// Sets the options that words[1], ... give: --name value, --name=value, -n value, -nvalue; letters of FLAGs may
+// stand together, as in -yx5. A LIST's first word replaces what was there before.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words) {
-    struct option names[OPTION_COUNT + 1] = {{0}};
-    char letters[3 * OPTION_COUNT + 2] = ":";
     bool taken[OPTION_COUNT] = {false};
-    for (int i = 0, n = 0; i < OPTION_COUNT; i++) {
-        const Option *option = &option_table[i];
-        if (option->name)
-            names[n++] = (struct option){option->name, option->kind != FLAG, NULL,
-                                         option->letter ? option->letter : 256 + i};
-        if (option->letter)
-            sprintf(letters + strlen(letters), option->kind == FLAG ? "%c" : "%c:", option->letter);
+    for (int i = 1; i < count; i++) {
+        const char *word = words[i], *rest = word + 1; // rest: what is still to be read of a word of letters
+        if (word[0] != '-' || !word[1])
+            die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+        bool is_long = word[1] == '-';
+        do {
+            const char *name = is_long ? word + 2 : NULL;
+            size_t length = is_long ? strcspn(name, "=") : 1;
+            const Option *option = find_option(name, length, *rest);
+            if (!option && is_long) die_usage("unknown option %s; --help lists all", word);
+            if (!option) die_usage("unknown option -%c; --help lists all", *rest);
+            const char *value = !is_long ? rest + 1 : name[length] ? name + length + 1 : "";
+            bool has_value = is_long ? name[length] != 0 : *value != 0;
+            rest = option->kind == FLAG && !is_long ? rest + 1 : "";
+            if (option->kind == FLAG && is_long && has_value) die_usage("--%s takes no value", option->name);
+            if (option->kind != FLAG && !has_value) {
+                if (++i == count) die_usage("--%s needs a value; --help says which", option->name);
+                value = words[i];
+            }
+            size_t index = (size_t)(option - option_table);
+            if (taken[index] && option->modes & ONCE)
+                die_usage("--%s is given twice, and only one can be taken%s", option->name,
+                          option->kind == WORD && option->modes & TRAIN
+                              ? "; a quoted glob names several files"
+                              : "");
+            set_option(options, option, value, taken[index]);
+            taken[index] = given[index] = true;
+        } while (*rest);
     }
-    opterr = 0;
-    optind = 0; // start anew
-#ifdef __APPLE__
-    optind = optreset = 1;
-#endif
-    for (int found; (found = getopt_long(count, words, letters, names, NULL)) != -1;) {
-        const char *word = words[optind - 1];
-        if (found == ':') die_usage("%s needs a value; --help says which", word);
-        if (found == '?' && optopt > 0 && strncmp(word, "--", 2) == 0 && strchr(word, '='))
-            die_usage("%s: this option takes no value", word);
-        if (found == '?' && optopt > 0 && optopt < 256) // perhaps among others, as in -yZ
-            die_usage("unknown option -%c; --help lists all", optopt);
-        if (found == '?') die_usage("unknown option %s; --help lists all", word);
-        int i = found - 256;
-        for (i = i < 0 ? 0 : i; found < 256 && option_table[i].letter != found; i++)
-            ;
-        set_option(options, &option_table[i], optarg ? optarg : "yes", taken[i]);
-        taken[i] = given[i] = true;
-    }
-    if (optind < count)
-        die_usage("'%s' is not an option; files are named by --train, --val, --init and --out",
-                  words[optind]);
 }
 
 // Reads the command line, on top of the options that the checkpoint `state` (or NULL) remembers: what is said
@@ -4000,7 +4977,7 @@ static void parse_options(Options *options, const char *state, int argc, char **
     const Json *saved = json_get(json, "options");
     Patterns words = {0};
     add_pattern(&words, argv[0]);
-    for (const Json *item = saved ? saved->child : NULL; item; item = item->next)
+    for (const Json *item = json_child(saved); item; item = item->next)
         if (item->kind == JSON_STRING) add_pattern(&words, item->string);
     take_words(options, given, (int)words.size, (char *const *)words.items);
     json_free(json);
@@ -4029,12 +5006,12 @@ static void print_help(void) {
                  option->letter ? option->letter : ' ', option->letter ? ',' : ' ', option->name,
                  option->argument ? option->argument : "");
         printf("%-34s %s", left, option->help);
-        bool shown =
-            option->initial[0] && strcmp(option->initial, "0") != 0 && strcmp(option->initial, "none") != 0;
-        printf(shown ? " [%s]\n" : "\n", option->initial);
+        bool shown = option->initial[0] && !strstr(option->help, "default") &&
+                     (strcmp(option->initial, "0") != 0 || option->least == 0);
+        printf(shown ? " (default: %s)\n" : "\n", option->initial);
     }
-    printf("\nExit status: 0 done, 1 a run failed, 2 the command line is wrong, 130 or 143 stopped by a "
-           "signal and saved.\n");
+    printf("\nExit status: 0 done, 1 a run failed, 2 the command line is wrong; above 128: stopped by signal "
+           "number status - 128, and saved.\n");
 }
 
 static bool patterns_match(const Patterns *patterns, const char *name) {
@@ -4053,6 +5030,39 @@ static bool patterns_match(const Patterns *patterns, const char *name) {
     return false;
 }
 
+// How alike two names are: the length of the longest piece that both have.
+static size_t likeness(const char *a, const char *b) {
+    size_t best = 0;
+    for (const char *x = a; *x; x++)
+        for (const char *y = b; *y; y++) {
+            size_t n = 0;
+            while (x[n] && x[n] == y[n]) n++;
+            best = n > best ? n : best;
+        }
+    return best;
+}
+
+// Ends the program when a pattern of --NAME matches no tensor at all: it must be a slip. Lists the names that are
+// most like it.
+static void need_matches(const Model *model, const char *name, const Patterns *patterns) {
+    for (size_t p = 0; p < patterns->size; p++) {
+        const Patterns one = {&patterns->items[p], 1, 1};
+        size_t best = 0, listed = 0;
+        int i = 0;
+        while (i < model->tensor_count && !patterns_match(&one, model->tensors[i].name)) i++;
+        if (i < model->tensor_count) continue;
+        char *near = xstrdup("");
+        for (int kind = 0; kind < TENSOR_KINDS; kind++) {
+            size_t alike = likeness(tensor_table[kind].name, one.items[0]);
+            best = alike > best ? alike : best;
+        }
+        for (int kind = 0; kind < TENSOR_KINDS && listed < 4; kind++)
+            if (likeness(tensor_table[kind].name, one.items[0]) == best)
+                near = xprintf("%s%s %s", near, listed++ ? "," : "", tensor_table[kind].name);
+        die_usage("--%s '%s' matches no tensor; near it are%s. --plan lists all", name, one.items[0], near);
+    }
+}
+
 // How many parameters there are: all, or only those that are trained.
 static size_t count_parameters(const Model *model, bool only_trainable) {
     size_t count = 0;
@@ -4068,6 +5078,31 @@ static const char *matmul_name(void);
 static void choose_precision(Options *options);
 static const char *precision_name(void);
 static bool bfloat16_products = false; // --precision bfloat16
+
+// Sets the number of threads: --threads, or what OpenMP makes of environment and cores. A parallel region may get
+// fewer than were asked for (OMP_THREAD_LIMIT); OpenBLAS would wait for the missing ones for ever. So it is seen
+// here how many a region really gets.
+static void set_threads(long wanted) {
+    int got = 0;
+    if (wanted) omp_set_num_threads((int)wanted);
+#pragma omp parallel reduction(+ : got)
+    got++;
+    omp_set_num_threads(got);
+    if (got < wanted)
+        warn("--threads %ld: only %d can be had (OMP_THREAD_LIMIT, or built without OpenMP)", wanted, got);
+}
+
+// Numbers below 1e-38 (denormals) cost some processors a hundred cycles each, and weights or moments that shrink
+// towards 0 are full of them. From here on they count as 0 in the calling thread.
+static void flush_denormals(void) {
+#if defined(__SSE__)
+    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040); // FTZ and DAZ: results, and operands
+#elif defined(__aarch64__)
+    uint64_t control;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+    __asm__ volatile("msr fpcr, %0" : : "r"(control | 1u << 24)); // FZ: both
+#endif
+}
 
 // Gives each thread a core of its own when there are as many threads as cores. Left alone, the
 // system puts two of them on one core as soon as another program runs, and each waits out the
@@ -4145,6 +5180,20 @@ static Model *start_model(const Options *options, const int *size, const char *f
     return model;
 }
 
+// The ids at which a text ends: those of generation_config.json, else config.json, else the tokenizer's one.
+// folder NULL: there is none.
+static Ids read_ends(const char *folder, const Tokenizer *tokenizer) {
+    static const char *const names[] = {"generation_config.json", "config.json"};
+    Ids ends = {0};
+    for (int i = 0; i < 2 && folder && ends.size == 0; i++) {
+        Json *json = json_read_if_there(path_of("%s/%s", folder, names[i]));
+        read_ids(json, "eos_token_id", &ends);
+        json_free(json);
+    }
+    if (ends.size == 0 && tokenizer && tokenizer->end_of_text >= 0) ids_push(&ends, tokenizer->end_of_text);
+    return ends;
+}
+
 // What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as
 // --init says, and the datasets that are named.
 static Run start_run(Options *options, const char *checkpoint) {
@@ -4158,12 +5207,19 @@ static Run start_run(Options *options, const char *checkpoint) {
     choose_matmul(options);
     Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1, .started = now()};
     run.tokenizer = load_tokenizer(checkpoint ? "" : options->tokenizer, folder);
+    if (run.tokenizer) run.tokenizer->plain = options->plain;
     run.model = start_model(options, size, folder, run.tokenizer);
+    if (!size) keep_config(&run.kept, folder);
+    if (checkpoint || !*options->tokenizer || is_folder(options->tokenizer))
+        keep_tokenizer(&run.kept, checkpoint || !*options->tokenizer ? folder : options->tokenizer);
+    run.ends = read_ends(size ? NULL : folder, run.tokenizer);
     const Config *config = &run.model->config;
     if (options->seq_len > config->n_positions)
         die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
     if (!options->seq_len) options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
     if (options->train[0]) {
+        need_matches(run.model, "freeze", &options->freeze);
+        need_matches(run.model, "no-decay", &options->no_decay);
         model_set_training(run.model, &options->freeze, &options->no_decay);
         if (count_parameters(run.model, true) == 0) die_usage("--freeze leaves nothing to train");
         run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
@@ -4173,6 +5229,11 @@ static Run start_run(Options *options, const char *checkpoint) {
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
+    // Not before weights of 16 bits are read: they become what they mean by way of denormals. Some OpenMP runtimes
+    // hand the calling thread's mode on to the others, some do not.
+    flush_denormals();
+#pragma omp parallel
+    flush_denormals();
     return run;
 }
 
@@ -4207,67 +5268,114 @@ static long warmup_of(const Options *options, long steps, long steps_per_epoch) 
 
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
-static void print_plan(const Run *run) {
-    const Model *model = run->model;
-    const Options *options = run->options;
-    size_t decayed = 0, trainable = count_parameters(model, true), all = count_parameters(model, false);
-    size_t frozen = all - trainable, products = 0, skipped = 0, rows, targets;
-    size_t memory = run->activations.memory_size;
+// Prints the first training example: its tokens in runs of what is scored and what is only read.
+static void print_example(const Run *run) {
+    enum { SHOWN = 200 };
+    const Example *example = &run->train->examples[0];
+    int scored = -1; // of the run at work
+    Text text = {0};
+    printf("\nfirst example: %d tokens, %d of them scored", example->size, example->targets);
+    for (int i = 0; i < example->size && i < SHOWN; i++) {
+        int token = dataset_token(run->train, example, i), now_scored = i > 0 && token >= 0;
+        if (now_scored != scored) printf(now_scored ? "\n  scored    " : "\n  not scored");
+        scored = now_scored;
+        text.size = 0;
+        tokenizer_decode(run->tokenizer, &text, token < 0 ? ~token : token);
+        putchar(' ');
+        json_write_string(stdout, text.data, text.size);
+    }
+    printf(example->size > SHOWN ? "\n  and %d tokens more\n" : "\n", example->size - SHOWN);
+    free(text.data);
+}
+
+static void print_tensors(const Model *model) {
+    size_t decayed = 0, trained = count_parameters(model, true), all = count_parameters(model, false);
     printf("%-40s %-16s %12s  %-6s %s\n", "tensor", "shape", "parameters", "decay", "frozen");
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *t = &model->tensors[i];
-        bool decays = t->decay && !t->frozen, in_block = kind_is_per_layer(t->kind);
+        bool decays = t->decay && !t->frozen;
         char shape[48];
         snprintf(shape, sizeof shape, t->dims == 2 ? "[%zu, %zu]" : "[%zu]", t->shape[0], t->shape[1]);
         printf("%-40s %-16s %12zu  %-6s %s\n", t->name, shape, t->size, decays ? "yes" : "-",
                t->frozen ? "yes" : "-");
         decayed += decays ? t->size : 0;
-        if (t->dims == 2 && (in_block || t == model_head(model))) { // y = xW, dx = dyWᵀ, dW = xᵀdy
-            products += 3 * t->size;
-            skipped +=
-                (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest_trained ? t->size : 0);
-        }
     }
-    printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trainable, decayed, frozen);
+    printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trained, decayed, all - trained);
+}
+
+// Which part of the products with weights is not computed since something is frozen. A matrix takes part in three:
+// y = xW, dx = dy Wᵀ, dW = xᵀ dy. The last one goes when it is frozen, dx when nothing below is trained.
+static double skipped_work(const Model *model) {
+    size_t products = 0, skipped = 0;
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        bool in_block = kind_is_per_layer(t->kind);
+        if (t->dims != 2 || !(in_block || t == model_head(model))) continue;
+        products += 3 * t->size;
+        skipped += (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest_trained ? t->size : 0);
+    }
+    return (double)skipped / (double)products;
+}
+
+static void print_memory(const Run *run) {
+    const Model *model = run->model;
+    size_t trained = count_parameters(model, true), all = count_parameters(model, false);
+    size_t frozen = all - trained, activations = run->activations.memory_size;
     printf("\nmemory, MB\n  weights %.1f%s\n", megabytes(all),
            model->value_file.data ? " (mapped from the file; copied where trained)" : "");
-    printf("  gradients %.1f\n  AdamW's moments %.1f\n", megabytes(trainable), megabytes(2 * trainable));
-    printf("  activations %.1f (%d rows)\n  in all %.1f\n", megabytes(memory), run->activations.rows,
-           megabytes(all + 3 * trainable + memory));
+    printf("  gradients %.1f\n  AdamW's moments %.1f\n", megabytes(trained), megabytes(2 * trained));
+    printf("  activations %.1f (%d rows)\n  in all %.1f\n", megabytes(activations), run->activations.rows,
+           megabytes(all + 3 * trained + activations));
+    if (frozen == 0) return;
+    Model unfrozen = *model;
+    unfrozen.lowest_trained = -1;
+    Activations full = {0};
+    full.memory_size =
+        activations_lay_out(&full, &unfrozen, run->activations.rows, run->activations.keep, NULL);
+    printf("freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, and %.0f %% of the "
+           "products with weights\n",
+           megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - activations),
+           100 * skipped_work(model));
+}
+
+static void print_plan(const Run *run) {
+    const Options *options = run->options;
+    size_t rows, targets;
+    print_tensors(run->model);
+    print_memory(run);
     dataset_size(run->train, &rows, &targets);
-    if (frozen > 0) {
-        Model unfrozen = *model;
-        unfrozen.lowest_trained = -1;
-        Activations full = {0};
-        full.memory_size =
-            activations_lay_out(&full, &unfrozen, run->activations.rows, run->activations.keep, NULL);
-        printf("freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, ",
-               megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - memory));
-        printf("and %.0f %% of the products with weights\n", 100 * (double)skipped / (double)products);
-    }
     printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
     if (run->val) {
         dataset_size(run->val, &rows, &targets);
         printf("validation: %zu examples, %zu tokens, %zu of them scored\n", run->val->count, rows, targets);
     }
     printf("%ld updates of %ld x %ld examples, %ld an epoch; evaluation every %ld, checkpoint every %ld\n",
-           run->steps, options->accumulate, options->batch_size, run->steps_per_epoch, run->val_every,
-           run->save_every);
+           options->steps, options->accumulate, options->batch_size, run->steps_per_epoch, options->val_every,
+           options->save_every);
     printf("learning rate:");
-    for (int i = 0; i <= 10; i++) printf(" %.3g", rate_of(run, (run->steps - 1) * i / 10));
+    for (int i = 0; i <= 10; i++) printf(" %.3g", rate_of(run, (options->steps - 1) * i / 10));
     printf("  (warm-up %ld updates)\n", run->warmup);
+    if (!run->tokenizer) return;
+    print_example(run);
+    const int vocab_size = run->model->config.vocab_size;
+    if (run->tokenizer->vocab_size < vocab_size / 10 * 9)
+        printf("\nThe tokenizer has %d tokens, the model's vocabulary %d: is it the model's own?\n",
+               run->tokenizer->vocab_size, vocab_size);
 }
 
-static void end_run(Run *run) {
+static int end_run(Run *run, int status) {
     activations_free(&run->activations);
     dataset_free(run->val);
     dataset_free(run->train);
     model_free(run->model);
     if (run->tokenizer) tokenizer_free(run->tokenizer);
+    free_kept(&run->kept);
+    free(run->ends.data);
+    return status;
 }
 
 // What runs where on what, before the first step.
-static void print_banner(const Run *run, const char *checkpoint) {
+static void print_banner(const Run *run, const char *checkpoint, const char *changes) {
     const Options *options = run->options;
     const Config *config = &run->model->config;
     size_t tokens, targets;
@@ -4282,50 +5390,90 @@ static void print_banner(const Run *run, const char *checkpoint) {
     const char *beginning = checkpoint        ? "; resumed"
                             : options->resume ? "; no checkpoint yet, starting afresh"
                                               : "";
-    printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", run->steps, epoch_of(run, run->steps),
+    printf("run: %ld updates, %.2f epochs, warm-up %ld%s\n", options->steps, epoch_of(run, options->steps),
            run->warmup, beginning);
+    if (changes) printf("changed since that checkpoint: %s\n", changes);
     fflush(stdout);
 }
 
-static int run_training(Options *options, int argc, char **argv) {
-    char *checkpoint = NULL;
+// Sets the lengths that options leave open: those of the run, its warm-up, and the times between evaluations.
+static void set_lengths(Run *run, Options *options) {
+    size_t group = (size_t)(options->batch_size * options->accumulate);
+    run->steps_per_epoch = (long)((run->train->count + group - 1) / group);
+    if (!options->steps) options->steps = (long)(options->epochs * (double)run->steps_per_epoch + 0.5);
+    if (options->steps < 1) die_usage("--epochs %g: less than one update", options->epochs);
+    run->warmup = warmup_of(options, options->steps, run->steps_per_epoch);
+    if (!options->val_every) options->val_every = options->steps >= 20 ? options->steps / 20 : 1;
+    if (!options->save_every) options->save_every = options->val_every;
+}
+
+// A run that is finished has nothing to do any more; with other options this must be said, or what it did before
+// would be taken for their result.
+static void check_if_finished(const Run *run, const char *changes) {
+    const Options *options = run->options;
+    if (run->step < options->steps && !is_hopeless(run)) return;
+    if (changes)
+        die_usage(
+            "%s: this run is finished (%ld of %ld updates), so that %s would change nothing. To start anew "
+            "delete %s, or choose another --out; more --steps go on with it",
+            options->out, run->step, options->steps, changes, options->out);
+    printf("%s: finished already, %ld of %ld updates; to start anew delete it, or choose another --out\n",
+           options->out, run->step, options->steps);
+}
+
+// Finds the newest checkpoint in --out to go on from, its step in *newest, or returns NULL. `log` belongs to this
+// process, if it is there.
+static char *find_checkpoint(const Options *options, long *newest) {
     size_t count;
-    long *steps = list_checkpoints(options->out, &count, false), newest = count > 0 ? steps[count - 1] : 0;
-    if (count > 0 && options->resume) {
-        checkpoint = xstrdup(checkpoint_path(options->out, newest));
-        parse_options(options, path_of("%s/trainer_state.json", checkpoint), argc, argv);
-    } else if (count > 0 && !options->plan) {
+    long *steps = list_checkpoints(options->out, &count);
+    *newest = count > 0 ? steps[count - 1] : -1;
+    free(steps);
+    if (count == 0) return NULL;
+    if (!options->resume && !options->plan)
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
+    return options->resume ? xstrdup(checkpoint_path(options->out, *newest)) : NULL;
+}
+
+static int run_training(Options *options, int argc, char **argv) {
+    FILE *log = options->plan ? NULL : lock_log(options->out, false);
+    long newest, newer;
+    char *checkpoint = find_checkpoint(options, &newest), *changes = NULL;
+    Options before;
+    if (checkpoint) {
+        const char *state = path_of("%s/trainer_state.json", checkpoint);
+        parse_options(&before, state, 1, argv);
+        parse_options(options, state, argc, argv);
+        if ((changes = changed_options(options, &before, START)))
+            die_usage("%s: a run cannot change how it began: %s. Choose another --out for a new one",
+                      options->out, changes);
     }
     if (!options->train[0])
         die_usage("nothing to train on: say --train FILE (.txt, .jsonl or .bin); --help shows examples");
     Run run = start_run(options, checkpoint);
-    size_t group = (size_t)(options->batch_size * options->accumulate);
-    run.steps_per_epoch = (long)((run.train->count + group - 1) / group);
-    run.steps = options->steps ? options->steps : (long)(options->epochs * (double)run.steps_per_epoch + 0.5);
-    if (run.steps < 1) die_usage("--epochs %g: less than one update", options->epochs);
-    run.warmup = warmup_of(options, run.steps, run.steps_per_epoch);
-    run.val_every = options->val_every ? options->val_every : run.steps >= 20 ? run.steps / 20 : 1;
-    run.save_every = options->save_every ? options->save_every : run.val_every;
+    if (checkpoint) changes = changed_options(options, &before, ANY);
+    set_lengths(&run, options);
     const int rows = largest_batch(run.train, options->batch_size, (int)options->seq_len);
     const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
     run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
     if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
     if (options->plan) {
         print_plan(&run);
-        end_run(&run);
-        return 0;
+        return end_run(&run, 0);
     }
     make_folder(options->out);
-    free(list_checkpoints(options->out, &count, true));
+    run.log = log ? log : lock_log(options->out, true);
+    free(find_checkpoint(options, &newer)); // until now another process may have had the lock
+    if (newer != newest) die("%s: another run has just written there; start again", options->out);
+    remove_leftovers(options->out);
     model_allocate_training(run.model, checkpoint == NULL);
     run.started = now();
-    if (checkpoint) load_trainer_state(&run, checkpoint, newest);
-    if (!options->quiet) print_banner(&run, checkpoint);
-    int status = train(&run);
-    end_run(&run);
-    return status;
+    if (checkpoint) {
+        load_trainer_state(&run, checkpoint, newest);
+        check_if_finished(&run, changes);
+    }
+    if (!options->quiet) print_banner(&run, checkpoint, changes);
+    return end_run(&run, train(&run));
 }
 
 static int run_evaluation(Options *options) {
@@ -4336,11 +5484,11 @@ static int run_evaluation(Options *options) {
            100 * e.accuracy, e.targets);
     if (run.val->prompts) printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
     printf("  in %s", options->val);
-    if (run.val->truncated + run.val->skipped > 0)
-        printf(" (%zu examples cut, %zu skipped)", run.val->truncated, run.val->skipped);
+    if (run.val->lost_end + run.val->lost_beginning + run.val->skipped > 0)
+        printf(" (of %zu the end was cut off, of %zu the beginning; %zu skipped)", run.val->lost_end,
+               run.val->lost_beginning, run.val->skipped);
     printf("\n");
-    end_run(&run);
-    return 0;
+    return end_run(&run, 0);
 }
 
 static int run_generation(Options *options) {
@@ -4355,7 +5503,7 @@ static int run_generation(Options *options) {
         text_append(&text, options->prompt, strlen(options->prompt));
     Ids prompt = {0};
     Sample *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
-    tokenizer_encode(run.tokenizer, &prompt, text.data, text.size, false);
+    tokenizer_encode(run.tokenizer, &prompt, text.data, text.size);
     if (prompt.size == 0) ids_push(&prompt, tokenizer->end_of_text >= 0 ? tokenizer->end_of_text : 0);
     Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed,
                          options->stop[0] ? options->stop : NULL};
@@ -4364,8 +5512,8 @@ static int run_generation(Options *options) {
         fwrite(text.data, 1, text.size, stdout);
         fflush(stdout);
     }
-    generate(run.model, tokenizer, &prompt, (int)options->generate, (int)options->samples,
-             tokenizer->end_of_text, &sampling, outputs);
+    generate(run.model, tokenizer, &prompt, (int)options->generate, (int)options->samples, &run.ends,
+             &sampling, outputs);
     for (long s = 0; s < options->samples; s++) {
         const Text *sample = &outputs[s].text;
         char end = sample->size ? sample->data[sample->size - 1] : text.size ? text.data[text.size - 1] : 0;
@@ -4375,28 +5523,37 @@ static int run_generation(Options *options) {
             fwrite(sample->data, 1, sample->size, stdout);
         }
         printf("%s", stream || end != '\n' ? "\n" : "");
-        sample_free(&outputs[s]);
     }
-    free(outputs);
-    free(prompt.data);
-    free(text.data);
-    end_run(&run);
-    return 0;
+    return end_run(&run, 0);
+}
+
+// A standard stream that was closed (>&-) leaves its number to the next file that is opened, and what is meant for
+// the stream would land in that file. /dev/null takes these numbers.
+static void keep_standard_streams(void) {
+    int descriptor;
+    while ((descriptor = open("/dev/null", O_RDWR)) >= 0 && descriptor <= 2)
+        ;
+    close(descriptor);
 }
 
 // The whole program; the tests call it too.
 static int train_gpt2_main(int argc, char **argv) {
     Options options;
+    int status = 0;
+    keep_standard_streams();
     parse_options(&options, NULL, argc, argv);
     if (options.help) {
         print_help();
-        return 0;
+    } else {
+        set_threads(options.threads);
+        pin_threads();
+        status = options.generate ? run_generation(&options)
+                 : options.eval   ? run_evaluation(&options)
+                                  : run_training(&options, argc, argv);
     }
-    if (options.threads) omp_set_num_threads((int)options.threads);
-    pin_threads();
-    if (options.generate) return run_generation(&options);
-    if (options.eval) return run_evaluation(&options);
-    return run_training(&options, argc, argv);
+    if ((fflush(stdout) != 0 || ferror(stdout)) && status == 0)
+        die("standard output: not all could be written: %s", strerror(errno));
+    return status;
 }
 
 #ifndef TRAIN_GPT2_NO_MAIN
@@ -5073,6 +6230,7 @@ static void few_pairs(const void *product, size_t block) {
 
 // A product of at most FEW rows whose B has a copy, b.
 static void matmul_few_pairs(Product p, const BFloat16 *b) {
+    if (p.M == 0 || p.N == 0) return;
     const bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
     const size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
     BFloat16 *a = xmalloc(p.M * p.K * sizeof *a);
@@ -5125,31 +6283,79 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
         matmul_builtin(p);
 }
 
-// Times both matmuls on one shape, the best of three, and takes the built-in one when it is
-// over 1.2 times faster.
+#ifdef USE_OPENBLAS
+// Which of the two is taken by --matmul auto follows from what they are, never from a stopwatch: the same command
+// must give the same bits. With kernels for the same kind of vectors OpenBLAS is as fast as the built-in product or
+// faster. It is slower where it has no kernels for this processor's widest vectors (an old version, or
+// OPENBLAS_CORETYPE), and where it does not share OpenMP's threads (`parallel` is 0: it has none, 1: others).
+//   core: openblas_get_corename(), the processor its kernels are for
+static bool builtin_is_better(const char *core, int parallel, int threads) {
+    static const struct {
+        const char *core;
+        int lanes; // floats in a vector
+    } known[] = {{"skylakex", 16},  {"cooperlake", 16}, {"sapphirerapids", 16}, {"haswell", 8},
+                 {"zen", 8},        {"excavator", 8},   {"sandybridge", 8},     {"bulldozer", 8},
+                 {"piledriver", 8}, {"steamroller", 8}};
+    int lanes = 4;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strcasecmp(core, known[i].core) == 0) lanes = known[i].lanes;
+    return (parallel != 2 && threads > 1) || lanes < LANES;
+}
+#endif
+
+#ifdef USE_CBLAS
+// OpenBLAS takes 128 MB of addresses for each thread and 128 more, some when it is loaded and the rest at its first
+// large product. Where the system does not give them (ulimit -v) it asks again for ever, in silence. So this asks
+// first, and ends the program.
+static void need_room_for_openblas(size_t blocks) {
+#if defined(USE_OPENBLAS) && defined(__linux__) && defined(__LP64__)
+    size_t size = blocks << 27;
+    void *room = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        die("OpenBLAS needs %zu MB of address space: raise the limit (ulimit -v), use fewer OMP_NUM_THREADS, "
+            "or "
+            "build with BLAS=none",
+            size >> 20);
+    munmap(room, size);
+#else
+    (void)blocks;
+#endif
+}
+#endif
+
+#if defined(USE_OPENBLAS) && defined(__GLIBC__)
+// Runs before OpenBLAS is loaded, which is before main().
+static void before_loading(void) {
+    const char *given = getenv("OMP_NUM_THREADS");
+    long cores = sysconf(_SC_NPROCESSORS_ONLN), threads = given ? atol(given) : 0;
+    need_room_for_openblas(1 + (size_t)(threads > 0 && threads < cores ? threads : cores));
+}
+static void (*const run_before_loading)(void)
+    __attribute__((section(".preinit_array"), used)) = before_loading;
+#endif
+
+// Settles which matmul is used.
 static void choose_matmul(Options *options) {
 #ifdef USE_OPENBLAS
+    if (options->matmul == AUTO_CHOICE)
+        options->matmul =
+            builtin_is_better(openblas_get_corename(), openblas_get_parallel(), omp_get_max_threads())
+                ? BUILTIN_CHOICE
+                : OPENBLAS_CHOICE;
     if (openblas_get_parallel() == 1) // a pool of threads of its own, which would fight with OpenMP's
         openblas_set_num_threads(1);
 #endif
 #ifdef USE_CBLAS
-    if (options->matmul == AUTO_CHOICE) {
-        enum { M = 256, N = 768, K = 768 };
-        float *memory = xfloats(M * K + K * N + M * N), *a = memory, *b = a + M * K, *c = b + K * N;
-        for (size_t i = 0; i < M * K + K * N; i++) memory[i] = random_uniform(1, i) - 0.5f;
-        double best[2] = {INFINITY, INFINITY};
-        for (int repeat = 0; repeat < 4; repeat++)
-            for (MatmulKind kind = MATMUL_BUILTIN; kind <= MATMUL_CBLAS; kind++) {
-                matmul_kind = kind;
-                double begin = now();
-                matmul(c, N, a, K, false, b, N, false, M, N, K, false);
-                double seconds = now() - begin;
-                best[kind] = repeat > 0 && seconds < best[kind] ? seconds : best[kind];
-            }
-        free(memory);
-        options->matmul = best[MATMUL_BUILTIN] * 1.2 < best[MATMUL_CBLAS] ? BUILTIN_CHOICE : OPENBLAS_CHOICE;
-    }
+    if (options->matmul == AUTO_CHOICE) options->matmul = OPENBLAS_CHOICE;
     matmul_kind = options->matmul == BUILTIN_CHOICE ? MATMUL_BUILTIN : MATMUL_CBLAS;
+    if (matmul_kind == MATMUL_CBLAS) { // lets it take its memory now, before the model may leave it none
+        enum { N = 256 };
+        float *memory = xfloats(3 * N * N);
+        memset(memory, 0, 3 * N * N * sizeof(float));
+        need_room_for_openblas((size_t)omp_get_max_threads());
+        matmul(memory, N, memory + N * N, N, false, memory + 2 * N * N, N, false, N, N, N, false);
+        free(memory);
+    }
 #else
     if (options->matmul == OPENBLAS_CHOICE)
         die_usage("--matmul openblas: this program was built without a BLAS; --matmul builtin works");

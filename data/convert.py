@@ -8,12 +8,15 @@
   python3 data/convert.py gpt2.tiktoken gpt2             the same from tiktoken's base64 lines
   python3 data/convert.py downloaded gpt2                a folder with pytorch_model.bin, or in shards
   python3 data/convert.py downloaded downloaded          the same in place: adds model.safetensors
+  python3 data/convert.py ckpt.pt mine                   nanoGPT's checkpoint to a folder
   python3 data/convert.py out mine.bin                   a folder to llm.c's weights, float32
 
 INPUT is known by its content, the direction by OUTPUT: a name that ends in .bin, or a folder, which may exist
 already. No file is overwritten without --force, and none is ever left half written. bfloat16 and float16
-stay what they are in a folder and become float32 in a .bin. A gpt2_tokenizer.bin that lies beside llm.c's
-weights is converted along with them. Needs numpy, and PyTorch for pytorch_model.bin.
+stay what they are in a folder and become float32 in a .bin. From folder to folder, config.json and all files
+of the tokenizer go along byte for byte. A gpt2_tokenizer.bin that lies beside llm.c's weights is converted
+along with them. Names may begin with `transformer.`, and have `module.` and `_orig_mod.` in them, which
+DataParallel and torch.compile put there. Needs numpy, and PyTorch for pytorch_model.bin and ckpt.pt.
 """
 import argparse
 import base64
@@ -41,9 +44,18 @@ LAYOUT = [("wte.weight", "VC"), ("wpe.weight", "PC"),
           ("h.#.mlp.c_proj.weight", "FC"), ("h.#.mlp.c_proj.bias", "C"),
           ("ln_f.weight", "C"), ("ln_f.bias", "C")]
 
+# What llm.c computes, and a file of its weights cannot say. Both names of gelu are the formula with tanh.
+LLMC_SETTINGS = {"layer_norm_epsilon": (1e-5,), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+                 "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+                 "add_cross_attention": (False,)}
+
 
 def fail(*words):
     sys.exit("convert.py: " + " ".join(map(str, words)))
+
+
+def note(*words):
+    print("convert.py: note:", *words, file=sys.stderr)
 
 
 def read_json(path):
@@ -123,6 +135,14 @@ def expected_tensors(config, path):
     return {name: tuple(n[letter] for letter in shape) for name, shape in rows}
 
 
+def new_config(vocab, positions, channels, layers, heads, end):
+    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocab,
+            "n_positions": positions, "n_embd": channels, "n_layer": layers, "n_head": heads,
+            "n_inner": 4 * channels if isinstance(channels, int) else None, "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0, "bos_token_id": end, "eos_token_id": end}
+
+
 def widen(dtype, array):
     """Any of the three types as float32, exactly."""
     return (array.astype("<u4") << 16).view("<f4") if dtype == "BF16" else array.astype("<f4", copy=False)
@@ -140,12 +160,7 @@ def read_llmc_weights(path):
     version, positions, vocab, layers, heads, channels, padded = header[1:8]
     if version not in (3, 5):
         fail(f"{path}: version {version} of llm.c's weights; 3 (float32) or 5 (bfloat16) expected")
-    end = vocab - 1 if vocab == 50257 else None
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocab,
-              "n_positions": positions, "n_embd": channels, "n_layer": layers, "n_head": heads,
-              "n_inner": 4 * channels, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-              "tie_word_embeddings": True, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-              "bos_token_id": end, "eos_token_id": end}
+    config = new_config(vocab, positions, channels, layers, heads, 50256 if vocab == 50257 else None)
     n = dict(dimensions(config, path), V=padded)
     if padded < vocab:
         fail(f"{path}: {padded} padded rows are fewer than the vocabulary's {vocab}")
@@ -193,15 +208,21 @@ def read_safetensors(path):
     return tensors
 
 
-def read_pytorch(path):
+def load_pytorch(path):
+    """Whatever PyTorch has saved in the file."""
     try:
         import torch
     except ImportError:
         fail(f"{path}: needs PyTorch to be read: pip install torch")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever pickle and zip files can be wrong about
         fail(f"{path}: PyTorch cannot load it: {(str(error).splitlines() or [repr(error)])[0]}")
+
+
+def tensors_of(path, state):
+    """{stored name: (dtype, array)} of PyTorch's {name: tensor}."""
+    import torch
     types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         fail(f"{path}: a state dict expected, {{name: tensor}}")
@@ -218,7 +239,8 @@ def read_pytorch(path):
 def read_stored(path):
     """The tensors of one file, or of all files that an index of shards names."""
     if not path.endswith(".index.json"):
-        return read_safetensors(path) if path.endswith(".safetensors") else read_pytorch(path)
+        return (read_safetensors(path) if path.endswith(".safetensors")
+                else tensors_of(path, load_pytorch(path)))
     weight_map, tensors = read_json(path).get("weight_map"), {}
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         fail(f'{path}: "weight_map": {{tensor: file}} expected')
@@ -234,37 +256,91 @@ def read_stored(path):
 
 def find_weights(folder):
     for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                 "pytorch_model.bin.index.json"):
+                 "pytorch_model.bin.index.json", "ckpt.pt"):
         if os.path.exists(path := os.path.join(folder, name)):
             return path
-    fail(f"{folder}: has no model.safetensors, pytorch_model.bin, or index of shards (… .index.json)")
+    fail(f"{folder}: has no model.safetensors, pytorch_model.bin, index of shards (… .index.json) or ckpt.pt")
 
 
-def read_model(weights):
-    """A model from its file of weights, and the config.json beside it."""
-    path = os.path.join(os.path.dirname(weights), "config.json")
-    if not os.path.exists(path):
-        fail(f"{path}: is missing; it says what model {weights} is")
-    config = read_json(path)
-    stored = {name.removeprefix("transformer."): value for name, value in read_stored(weights).items()}
-    expected, tensors = expected_tensors(config, path), {}
+def bare_names(stored, path):
+    """The tensors without what transformers, DataParallel and torch.compile put into their names."""
+    tensors = {}
+    for name, value in stored.items():
+        parts = [part for part in name.split(".") if part not in ("module", "_orig_mod")]
+        bare = ".".join(parts).removeprefix("transformer.")
+        if bare in tensors:
+            fail(f"{path}: tensor {bare} is there twice, once as {name}")
+        tensors[bare] = value
+    return tensors
+
+
+def settle_head(config, stored, path):
+    """Head and wte are one matrix unless config.json says otherwise. A file may have it under either name, or
+    under both; if these differ, each counts, as in transformers, and the config that is returned says so."""
+    if config.get("tie_word_embeddings", True) is False or "lm_head.weight" not in stored:
+        return config
+    head = stored["lm_head.weight"]
+    wte = stored.get("wte.weight", head)
+    if not np.array_equal(widen(*head), widen(*wte)):
+        note(f'{path}: lm_head.weight is not wte.weight, so OUTPUT says "tie_word_embeddings": false')
+        return dict(config, tie_word_embeddings=False)
+    del stored["lm_head.weight"]
+    stored["wte.weight"] = wte
+    return config
+
+
+def check_tensors(config, stored, path, config_path):
+    """The tensors of the config in a model folder's order; each must be there, in its shape, and no other."""
+    expected, tensors = expected_tensors(config, config_path), {}
     for name, shape in expected.items():
         dtype, value = stored.pop(name, (None, None))
         if value is None:
-            fail(f"{weights}: tensor {name} is missing")
+            fail(f"{path}: tensor {name} is missing")
         if dtype not in NUMPY_TYPES:
-            fail(f"{weights}: tensor {name} is {dtype}; F32, F16 or BF16 expected")
+            fail(f"{path}: tensor {name} is {dtype}; F32, F16 or BF16 expected")
         if value.shape != shape:
-            fail(f"{weights}: tensor {name} is {list(value.shape)}; config.json makes it {list(shape)}")
+            fail(f"{path}: tensor {name} is {list(value.shape)}; {config_path} makes it {list(shape)}")
         tensors[name] = dtype, value
-    if "lm_head.weight" in stored and not np.array_equal(stored.pop("lm_head.weight")[1],
-                                                         tensors["wte.weight"][1]):
-        fail(f"{weights}: lm_head.weight is not wte.weight, but config.json does not say "
-             '"tie_word_embeddings": false')
     for name in stored:
         if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # causal masks, stored by old versions
-            fail(f"{weights}: tensor {name} is not one of this GPT-2's ({config['n_layer']} layers)")
+            fail(f"{path}: tensor {name} is not one of this GPT-2's ({config['n_layer']} layers)")
+    return tensors
+
+
+def read_nanogpt(path, checkpoint):
+    """nanoGPT's ckpt.pt: its matrices are [out, in]; trained with bias=False it has none, which is zeros."""
+    sizes, state = checkpoint["model_args"], checkpoint.get("model")
+    if not isinstance(sizes, dict):
+        fail(f"{path}: model_args {{name: value}} expected")
+    vocab = sizes.get("vocab_size")
+    end = 50256 if vocab in (50257, 50304) else None  # 50304: GPT-2's 50257 tokens, and rows without a token
+    config = new_config(vocab, *map(sizes.get, ("block_size", "n_embd", "n_layer", "n_head")), end)
+    n, stored = dimensions(config, path), bare_names(tensors_of(path, state), path)
+    for name, shape in LAYOUT:
+        for i in range(n["L"] if "#" in name else 1):
+            layer = name.replace("#", str(i))
+            if sizes.get("bias") is False and name.endswith(".bias"):
+                stored.setdefault(layer, ("F32", np.zeros([n[letter] for letter in shape], "<f4")))
+            elif "#" in name and len(shape) == 2 and layer in stored:
+                stored[layer] = stored[layer][0], stored[layer][1].T
+    config = settle_head(config, stored, path)
+    tensors = check_tensors(config, stored, path, "model_args")
+    note(f"{path}: nanoGPT takes gelu by erf, OUTPUT by tanh as GPT-2: logits differ in the fourth digit")
     return config, tensors
+
+
+def read_model(weights):
+    """A model from its file of weights and the config.json beside it; nanoGPT's file has both."""
+    is_pytorch = not weights.endswith((".safetensors", ".index.json"))
+    loaded = load_pytorch(weights) if is_pytorch else None
+    if isinstance(loaded, dict) and "model_args" in loaded:
+        return read_nanogpt(weights, loaded)
+    path = os.path.join(os.path.dirname(weights), "config.json")
+    if not os.path.exists(path):
+        fail(f"{path}: is missing; it says what model {weights} is")
+    stored = bare_names(tensors_of(weights, loaded) if is_pytorch else read_stored(weights), weights)
+    config = settle_head(read_json(path), stored, weights)
+    return config, check_tensors(config, stored, weights, path)
 
 
 def write_safetensors(file, tensors):
@@ -282,6 +358,10 @@ def write_safetensors(file, tensors):
 
 def write_llmc_weights(file, config, tensors, source):
     n = dimensions(config, source)
+    for key, wanted in LLMC_SETTINGS.items():
+        value = wanted[0] if config.get(key) is None else config[key]
+        if value not in wanted:
+            fail(f"{source}: {key} is {json.dumps(value)}; llm.c knows only {json.dumps(wanted[0])}")
     if config.get("tie_word_embeddings", True) is False:
         fail(f"{source}: the head is not tied to wte (tie_word_embeddings false): llm.c has no place for it")
     if n["F"] != 4 * n["C"]:
@@ -395,11 +475,12 @@ def kind_of(path):
     fail(f"{path}: neither llm.c's weights or tokenizer, .tiktoken, .safetensors nor PyTorch's")
 
 
-def copy_tokenizer(output, source):
+def copy_others(output, source):
     """Copies what else a model folder has, renaming what OpenAI calls encoder.json and vocab.bpe."""
-    names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe", "tokenizer_config.json": "",
-             "tokenizer.json": "", "generation_config.json": ""}
-    for name, other in names.items():
+    names = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "chat_template.jinja", "generation_config.json")
+    for name in names:
+        other = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}.get(name)
         for found in (os.path.join(source, name), os.path.join(source, other or name)):
             if os.path.isfile(found):
                 target = os.path.join(output.folder, name)
@@ -429,10 +510,14 @@ def convert(kind, path, output, bin_name):
         fail(f"{source}: has model.safetensors already")
     with output.create("model.safetensors") as file:
         write_safetensors(file, tensors)
-    if kind == "model":
-        copy_tokenizer(output, source)
-        if not in_place:
+    written = os.path.join(source, "config.json")
+    if kind == "model" and os.path.exists(written):
+        copy_others(output, source)
+        if read_json(written) != config:
             output.write_json("config.json", config)
+        elif not in_place:
+            with open(written, "rb") as file:
+                output.write("config.json", file.read())
         return
     end = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     output.write_json("generation_config.json", end)

@@ -27,7 +27,7 @@ import tokenizers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save_file, save_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 END = "<|endoftext|>"
@@ -132,8 +132,8 @@ def check_folder(what, folder, model, shard):
     check(ok, f"{what}: train_gpt2 --eval, loss {loss:.4f}", (printed + errors).strip()[-200:])
 
 
-def dtypes(folder):
-    with safe_open(folder / "model.safetensors", "pt") as file:
+def dtypes(folder, name="model.safetensors"):
+    with safe_open(folder / name, "pt") as file:
         return {file.get_slice(name).get_dtype() for name in file.keys()}, sorted(file.keys())
 
 
@@ -237,8 +237,15 @@ def test_hugging_face(work, rng, shard):
     check_refused(work, "misshaped tensor", r"\[24, 33\].*\[24, 32\]", variant("s", {}, shape), work / "bad")
     extra = {**bare, "h.2.ln_1.bias": torch.zeros(C)}
     check_refused(work, "unknown tensor", "h.2.ln_1.bias is not one", variant("x", {}, extra), work / "bad")
-    head = {**bare, "lm_head.weight": torch.randn(V, C)}
-    check_refused(work, "another head", "lm_head.weight is not", variant("h", {}, head), work / "bad")
+    twice = {**bare, "transformer.wpe.weight": torch.zeros(P, C)}
+    check_refused(work, "a tensor under two names", "wpe.weight is there twice", variant("d", {}, twice),
+                  work / "bad")
+    for key, value in (("layer_norm_epsilon", 0.01), ("activation_function", "gelu"),
+                       ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True)):
+        check_refused(work, f"{key} {value} to llm.c", f"{key} is {json.dumps(value)}; llm.c knows only",
+                      variant(key, {key: value}, bare), work / "bad.out.bin")
+    tanh = variant("tanh", {"activation_function": "gelu_pytorch_tanh"}, bare)
+    check_convert("gelu_pytorch_tanh to llm.c", tanh, work / "tanh.out.bin")
     (half / "pytorch_model.bin").write_bytes(b"PK\3\4 no zip file")
     (half / "model.safetensors").unlink()
     check_refused(work, "damaged pytorch_model.bin", "PyTorch cannot load it", half, work / "bad")
@@ -246,6 +253,173 @@ def test_hugging_face(work, rng, shard):
     check_refused(work, "damaged safetensors", "damaged header", half, work / "bad")
     (half / "config.json").unlink()
     check_refused(work, "no config.json", "config.json: is missing", half, work / "bad")
+
+
+def test_heads(work, rng, shard):
+    """lm_head.weight beside or instead of wte.weight, and other spellings of names."""
+    model = model_of(llmc_weights(rng, 32))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    other = torch.randn(V, C)
+    tied = {name: value for name, value in state.items() if name != "lm_head.weight"}
+    headed = {name: value for name, value in state.items() if name != "transformer.wte.weight"}
+    spelled = lambda how: {how(name): value for name, value in tied.items()}  # noqa: E731
+    cases = {  # what -> (tensors stored, tie_word_embeddings, whether lm_head.weight is written, a note)
+        "another head beside a tied wte": ({**state, "lm_head.weight": other}, True, True, "is not wte"),
+        "another head, not said whether tied": ({**state, "lm_head.weight": other}, None, True, "is not wte"),
+        "the same head beside wte": (state, True, False, ""),
+        "only lm_head.weight": (headed, True, False, ""),
+        "an untied head that is the same": (state, False, True, ""),
+        "names with _orig_mod.": (spelled(lambda name: "_orig_mod." + name), True, False, ""),
+        "names with module.": (spelled(lambda name: "module." + name), None, False, ""),
+        "names with module._orig_mod. and without transformer.": (
+            spelled(lambda name: "module._orig_mod." + name.removeprefix("transformer.")), True, False, ""),
+        "blocks compiled one by one": (
+            spelled(lambda name: re.sub(r"(h\.\d+)", r"\1._orig_mod", name)), True, False, "")}
+    for number, (what, (stored, tie, has_head, pattern)) in enumerate(cases.items()):
+        source, folder = work / f"source-{number}", work / f"folder-{number}"
+        settings = json.loads(model.config.to_json_string())
+        settings |= {"tie_word_embeddings": tie, "someone's": [1, None]}
+        if tie is None:
+            del settings["tie_word_embeddings"]
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(settings))
+        save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+        status, _, errors = convert(source, folder)
+        ok = status == 0 and errors.count("\n") == bool(pattern) and pattern in errors
+        check(ok, what, f"exit status {status}, {errors.strip()[-200:]}")
+        reference = model
+        if "names" not in what and "blocks" not in what:  # transformers knows these itself
+            reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+            kept = torch.equal(reference.lm_head.weight, other)
+            check(kept == ("another" in what), f"{what}: transformers' head is what we think")
+        check_folder(what, folder, reference, shard)
+        written = json.loads((folder / "config.json").read_text())
+        wanted = settings | {"tie_word_embeddings": False} if pattern else settings
+        check(written == wanted and ("lm_head.weight" in dtypes(folder)[1]) == has_head,
+              f"{what}: config.json and head", f"{written}, {dtypes(folder)[1]}")
+    save_model(model, work / "folder-0" / "saved.safetensors")
+    check(set(dtypes(work / "folder-0", "saved.safetensors")[1]) == set(headed),
+          "save_model of safetensors stores only the head")
+    lost = work / "lost"
+    lost.mkdir()
+    (lost / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    save_file(headed, lost / "model.safetensors", metadata={"format": "pt"})
+    check_refused(work, "an untied model without wte", "wte.weight is missing", lost, work / "bad")
+
+
+# ---- nanoGPT ----
+
+
+class Block(torch.nn.Module):
+    """A block with nanoGPT's names and layout: Linear has [out, in], and biases only if they are wanted."""
+
+    def __init__(self, bias, gelu):
+        super().__init__()
+        norm, linear = torch.nn.LayerNorm, torch.nn.Linear
+        self.ln_1, self.ln_2 = norm(C, bias=bias), norm(C, bias=bias)
+        self.attn, self.mlp = torch.nn.Module(), torch.nn.Module()
+        self.attn.c_attn, self.attn.c_proj = linear(C, 3 * C, bias), linear(C, C, bias)
+        self.mlp.c_fc, self.mlp.c_proj = linear(C, 4 * C, bias), linear(4 * C, C, bias)
+        self.gelu = gelu
+
+    def forward(self, x):
+        heads = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3 * H, C // H)).transpose(1, 2)
+        y = torch.nn.functional.scaled_dot_product_attention(*heads.chunk(3, 1), is_causal=True)
+        x = x + self.attn.c_proj(y.transpose(1, 2).flatten(2))
+        return x + self.mlp.c_proj(self.gelu(self.mlp.c_fc(self.ln_2(x))))
+
+
+class NanoGPT(torch.nn.Module):
+    def __init__(self, vocab, bias, gelu):
+        super().__init__()
+        self.transformer = torch.nn.ModuleDict({
+            "wte": torch.nn.Embedding(vocab, C), "wpe": torch.nn.Embedding(P, C),
+            "h": torch.nn.ModuleList(Block(bias, gelu) for _ in range(L)),
+            "ln_f": torch.nn.LayerNorm(C, bias=bias)})
+        self.lm_head = torch.nn.Linear(C, vocab, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        for p in self.parameters():
+            torch.nn.init.normal_(p, 0.5 if p.dim() == 1 else 0.0, 0.3)
+
+    def forward(self, input_ids):
+        x = self.transformer.wte(input_ids) + self.transformer.wpe.weight[:input_ids.shape[1]]
+        for block in self.transformer.h:
+            x = block(x)
+        return self.lm_head(self.transformer.ln_f(x))
+
+
+def test_nanogpt(work, shard):
+    for number, (vocab, bias, prefix, gelu) in enumerate((
+            (50304, False, "_orig_mod.", "none"), (V, True, "", "none"), (V, False, "", "tanh"),
+            (50257, True, "_orig_mod.", "tanh"))):
+        what = f"nanoGPT, {vocab} rows, bias {bias}, gelu by {'tanh' if gelu == 'tanh' else 'erf'}"
+        model = NanoGPT(vocab, bias, torch.nn.GELU(gelu)).eval().requires_grad_(False)
+        state = {prefix + name: value for name, value in model.state_dict().items()}
+        mask = torch.ones(1, 1, P, P).tril()  # older versions store it
+        state |= {f"{prefix}transformer.h.{i}.attn.bias": mask for i in range(L)}
+        source, folder = work / f"nano-{number}", work / f"nano-folder-{number}"
+        source.mkdir()
+        sizes = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": P, "bias": bias, "vocab_size": vocab,
+                 "dropout": 0.1}
+        torch.save({"model": state, "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
+                    "model_args": sizes, "iter_num": 100, "best_val_loss": torch.tensor(3.0),
+                    "config": {"dataset": "openwebtext", "learning_rate": 6e-4}}, source / "ckpt.pt")
+        status, _, errors = convert(source / "ckpt.pt" if number % 2 else source, folder)
+        check(status == 0 and errors.count("\n") == 1 and "gelu by erf" in errors, what, errors)
+        ids = torch.randint(0, vocab, (2, P))
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        check(not any(info.values()), f"{what}: transformers loads it", str(info))
+        with torch.no_grad():
+            ours, theirs = loaded.eval()(input_ids=ids).logits, model(ids)
+        error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        print(f"       logits: worst deviation {error:.1e} of the largest")
+        check(error <= (1e-5 if gelu == "tanh" else 2e-3) and ours.shape == theirs.shape, f"{what}: logits",
+              f"{error:.1e}")
+        config, end = loaded.config, 50256 if vocab > 50256 else None
+        check(config.vocab_size == vocab and config.eos_token_id == end
+              and loaded.generation_config.eos_token_id == end, f"{what}: config", str(config))
+        if vocab == V:
+            check_folder(what, folder, loaded, shard)
+    status, _, errors = convert(source, source)
+    check(status == 0 and (source / "model.safetensors").is_file() and (source / "config.json").is_file(),
+          "nanoGPT, in place", errors)
+    for name, edit in (("block_size", {"block_size": "x"}), ("heads", {"n_head": 5}),
+                       ("n_layer", {"n_layer": L + 1})):
+        bad = work / f"nano-bad-{name}.pt"
+        torch.save({"model": state, "model_args": sizes | edit}, bad)
+        check_refused(work, f"nanoGPT, wrong {name}", "n_positions is|do not divide|is missing", bad,
+                      work / "bad")
+    torch.save({"model": [1], "model_args": sizes}, work / "nano-bad.pt")
+    check_refused(work, "nanoGPT without tensors", "a state dict expected", work / "nano-bad.pt",
+                  work / "bad")
+
+
+# ---- What lies beside the weights ----
+
+
+def test_carried(work, rng):
+    """All files of tokenizer and generation, and config.json with keys that nobody knows, byte for byte."""
+    model = model_of(llmc_weights(rng, 32))
+    texts = {"vocab.json": '{"a":   0}', "merges.txt": "#version: 0.2\r\n",
+             "tokenizer.json": '{"added_tokens": []}\n\n',
+             "tokenizer_config.json": '{"x": 1e-5,  "\u00e9": "\\u00e9"}', "special_tokens_map.json": "{ }",
+             "added_tokens.json": '{"<é>": 5}', "chat_template.jinja": "{{ messages }}",
+             "generation_config.json": '{"eos_token_id": [1, 2]}'}
+    settings = json.loads(model.config.to_json_string()) | {"task_specific_params": {"x": 0.10}}
+    settings = json.dumps(settings, indent=3)
+    state = {"module." + name: value.clone() for name, value in model.state_dict().items()}
+    for what, save in (("pytorch_model.bin", torch.save), ("model.safetensors", save_file)):
+        source, folder = work / what, work / (what + " folder")
+        source.mkdir()
+        for name, text in texts.items():
+            (source / name).write_text(text, encoding="utf-8", newline="")
+        (source / "config.json").write_text(settings + "  \n")
+        save(state, source / what)
+        check_convert(f"{what} with all that lies beside it", source, folder)
+        wrong = [name for name in [*texts, "config.json"] if not (folder / name).is_file()
+                 or (folder / name).read_bytes() != (source / name).read_bytes()]
+        found = len(list(folder.iterdir()))
+        check(not wrong and found == len(texts) + 2, f"{what}: byte for byte", f"{wrong}, {found} files")
 
 
 def loaded_half(model):
@@ -498,6 +672,9 @@ def main():
         shard = work / "tokens.bin"
         shard.write_bytes(header.tobytes() + rng.integers(0, V, P + 1).astype("<u2").tobytes())
         for test, *arguments in ((test_llmc, work, rng, shard), (test_hugging_face, work, rng, shard),
+                                 (test_heads, work / "heads", rng, shard),
+                                 (test_nanogpt, work / "nano", shard),
+                                 (test_carried, work / "carried", rng),
                                  (test_tokenizers, work), (test_gpt2_vocabulary, work),
                                  (test_downloads, work / "curl", rng, "curl"),
                                  (test_downloads, work / "wget", rng, "wget")):

@@ -13,6 +13,8 @@ Compared: losses and gradient norms of all updates (1e-4 relative; torch sums th
 rates (1e-6), and what training changed, tensor by tensor: L2 norm of the difference / of the update <= 1e-2.
 One part is left out, and printed: the key third of c_attn.bias. A softmax does not change when all its scores
 get the same addend, so this gradient is zero but for rounding, and AdamW makes steps of full size of it.
+The last run is of a folder with added tokens, which are in the examples, and of which one ends them: their rows
+are learned as PyTorch learns them.
 """
 import csv
 import json
@@ -24,14 +26,19 @@ import reference  # first: it turns off the network
 import torch
 import transformers
 from checks import WORK, check, must_run
+from tokenizers import AddedToken
 
-# name, examples, prompts?, --batch-size, --accumulate, --steps
+# name, examples, prompts?, --batch-size, --accumulate, --steps; the last one with tokens that are new to the model
 RUNS = [
     # 11 updates an epoch, the last one of 5 examples: a micro-batch of 4 and one of 1
     ("pairs, accumulated", 85, True, 4, 2, 50),
     # an epoch of 53 updates ends in one of a single example
     ("whole texts, an odd number", 107, False, 1, 2, 60),
+    ("added tokens", 61, True, 4, 1, 48),
 ]
+ADDED = [AddedToken("<|pad|>", special=True), AddedToken("<|user|>", special=True, rstrip=True),
+         AddedToken("<|bot|>", special=True, lstrip=True), AddedToken("<|end|>", special=True),
+         AddedToken("the answer", single_word=True)]
 LEARNING_RATE = 1e-3
 BITS = 2**64 - 1
 
@@ -60,8 +67,8 @@ def epoch_order(count, seed, epoch, group):
     return [order[i:i + group] for i in range(0, count, group)]
 
 
-def make_examples(path, count, prompts):
-    """Questions about made-up stories, with 0 to all of the story before them."""
+def make_examples(path, count, prompts, marked):
+    """Questions about made-up stories, with 0 to all of the story before them; some with added tokens in them."""
     rng = random.Random(count)
     lines = must_run("./data/stories", "questions", "--seed", "5", "--count", str(count)).decode().splitlines()
     examples = [json.loads(line) for line in lines[:count]]
@@ -69,6 +76,9 @@ def make_examples(path, count, prompts):
         sentences = example["prompt"].split(". ")
         example["prompt"] = ". ".join(sentences[rng.randrange(len(sentences)):])
         example["completion"] *= rng.choice([1, 1, 1, 3])
+        if marked:
+            example["prompt"] = f"<|user|> {example['prompt']} <|bot|>"
+            example["completion"] += rng.choice([" the answer", ", the answers", " <|user|>\tthe answer<|bot|>"])
     if not prompts:
         examples = [{"text": example["prompt"] + example["completion"]} for example in examples]
     with open(path, "w") as file:
@@ -127,9 +137,21 @@ def worst(ours, theirs):
     return max((abs(a - b) / abs(b) if b else abs(a), i) for i, (a, b) in enumerate(zip(ours, theirs)))
 
 
+def check_rows(name, tokenizer, examples, initial, ours, theirs):
+    """The rows of added tokens: those that the examples have are trained, as PyTorch trains them."""
+    ids = sorted(tokenizer.get_added_vocab().values())
+    moved = [(theirs[i] - initial[i]).norm().item() for i in ids]
+    error = max((ours[i] - theirs[i]).norm().item() / size for i, size in zip(ids, moved) if size)
+    seen = {i for example in examples for i in encode(tokenizer, example)[0].tolist()}
+    texts = " ".join(str(tokenizer.decode([i])) for i in ids if i in seen)
+    print(f"       rows of added tokens: worst relative difference {error:.1e}; in the examples: {texts}")
+    check(len(seen & set(ids)) >= 4 and min(moved) > 0 and error <= 1e-2, f"{name}: rows of added tokens",
+          f"{error:.1e}, {moved}")
+
+
 def compare_run(start, tokenizer, name, count, prompts, batch_size, accumulate, steps):
     path, out = f"{WORK}/finetune-{count}.jsonl", f"{WORK}/finetune-{count}"
-    examples = make_examples(path, count, prompts)
+    examples = make_examples(path, count, prompts, "<|end|>" in tokenizer.get_vocab())
     shutil.rmtree(out, ignore_errors=True)
     must_run("./train_gpt2", "--init", start, "--train", path, "--val-fraction", "0", "--out", out, "--quiet",
              "--batch-size", str(batch_size), "--accumulate", str(accumulate), "--steps", str(steps),
@@ -164,6 +186,9 @@ def compare_run(start, tokenizer, name, count, prompts, batch_size, accumulate, 
     print(f"       update: worst relative difference {error:.1e} in {tensor}; left out: {max(keys)[0]:.1e} in "
           f"{max(keys)[1]}, whose gradient is rounding")
     check(error <= 1e-2, f"{name}: update of {len(errors)} tensors", f"{error:.1e} in {tensor}")
+    if "<|end|>" in tokenizer.get_vocab():
+        wte = "transformer.wte.weight"
+        check_rows(name, tokenizer, examples, initial[wte], model.state_dict()[wte], final[wte].detach())
 
 
 def compare():
@@ -174,8 +199,26 @@ def compare():
              "--n-positions", "320", "--tokenizer", vocabulary, "--train", text, "--val-fraction", "0",
              "--seq-len", "64", "--steps", "60", "--learning-rate", "3e-3", "--out", start, "--quiet")
     tokenizer = transformers.AutoTokenizer.from_pretrained(start)
-    for arguments in RUNS:
+    for arguments in RUNS[:-1]:
         compare_run(start, tokenizer, *arguments)
+    tokenizer = add_tokens(start, start + "-added")
+    compare_run(start + "-added", tokenizer, *RUNS[-1])
+
+
+def add_tokens(start, folder):
+    """The model with new words, one of them the end of a text, and more rows than it has words."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(start)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start)
+    tokenizer.add_tokens(ADDED)
+    tokenizer.eos_token, tokenizer.pad_token = "<|end|>", "<|pad|>"
+    torch.manual_seed(3)
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 if __name__ == "__main__":

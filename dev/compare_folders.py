@@ -5,20 +5,28 @@
 
 Each kind is made by transformers. test_gpt2 --reference loads it and compares logits, gradients and updates with
 PyTorch; train_gpt2 loads it and writes it after one update at rate 0; what transformers reads from there must be
-the same settings, weights to the last bit, and logits and gradients within 1e-4 of the largest.
+the same settings, weights to the last bit, and logits and gradients within 1e-4 of the largest. At rate 0 all
+other files of a folder must come out as they went in.
 """
 import argparse
+import json
 import os
+import random
 import shutil
 import sys
+from pathlib import Path
 
 import checks
+import compare_tokens
+import compare_words
 import numpy as np
 import reference  # first: it turns off the network
 import torch
 import transformers
 from checks import WORK, check, run
+from compare_tokens import END
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 
 # kind -> (other settings than SMALL, type of the stored weights, names with `transformer.`)
 SMALL = {"vocab_size": 300, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 4}
@@ -126,6 +134,55 @@ def compare_kind(number, kind, settings, dtype, prefix):
     check(not wrong, f"folder, {kind}: the same logits and gradients", str(wrong))
 
 
+def compare_unchanged():
+    """Trained at rate 0, a folder comes out as it went in, file for file, but for weights in float32."""
+    base = compare_tokens.learn_bases(random.Random(5))[1]
+    added = [AddedToken("<|user|>", special=True, lstrip=True), AddedToken("resto_bombay", single_word=True)]
+    extra = {"chat_template.jinja": "{{ messages }}\n\n", "generation_config.json":
+             '{"eos_token_id": [%d, 3],\n\n"temperature": 0.70}' % base.vocabulary[END]}
+    data = f"{WORK}/unchanged.jsonl"
+    with open(data, "w") as file:
+        file.write('{"text": "<|user|> the cat resto_bombay"}\n' * 3)
+    for kind, dtype, older in (("tokenizer.json, F32", torch.float32, False), ("older files, BF16", torch.bfloat16, True),
+                               ("older files, F32", torch.float32, True)):
+        folder, out = f"{WORK}/unchanged", f"{WORK}/unchanged-out"
+        tokenizer = compare_words.tokenizer_of(base, added)
+        compare_words.save(folder, compare_words.model_of(len(tokenizer) + 5).to(dtype), tokenizer)
+        if older:
+            compare_words.older_files(folder, base, tokenizer)
+        for name, text in extra.items():
+            Path(folder, name).write_text(text)
+        config = json.loads(Path(folder, "config.json").read_text()) | {"someone's own": {"x": [1.0, None, "\u00e9"]}}
+        Path(folder, "config.json").write_text(json.dumps(config, indent=3))
+        shutil.rmtree(out, ignore_errors=True)
+        ok, _, why = run("./train_gpt2", "--init", folder, "--train", data, "--val-fraction", "0", "--steps", "3",
+                         "--learning-rate", "0", "--save-every", "2", "--out", out, "--quiet")
+        if not check(ok, f"rate 0, {kind}: three updates", why):
+            continue
+        for written in (out, out + "/checkpoint-000002"):
+            check_unchanged(f"rate 0, {kind}, {os.path.basename(written)}", folder, written)
+
+
+def check_unchanged(what, folder, written):
+    names = {path.name for path in Path(written).iterdir() if path.is_file()}
+    names -= {"log.csv", "optimizer.safetensors", "trainer_state.json"}
+    wanted = {path.name for path in Path(folder).iterdir()}
+    check(names == wanted, f"{what}: the same files", str(names ^ wanted))
+    wrong = [name for name in names & wanted - {"config.json", "model.safetensors"}
+             if Path(folder, name).read_bytes() != Path(written, name).read_bytes()]
+    check(not wrong, f"{what}: the same bytes", str(wrong))
+    before, after = (json.loads(Path(f, "config.json").read_text()) for f in (folder, written))
+    types = {key: "float32" for key in ("dtype", "torch_dtype") if key in before}
+    check(after == before | types, f"{what}: the same config.json but for its type",
+          str({key: (before.get(key), after.get(key)) for key in before.keys() | after.keys()
+               if before.get(key) != after.get(key)}))
+    before, after = (load_file(f + "/model.safetensors") for f in (folder, written))
+    wrong = [name for name in before.keys() | after.keys()
+             if name not in after or not torch.equal(after[name], before.get(name, torch.empty(0)).float())]
+    check(not wrong and {value.dtype for value in after.values()} == {torch.float32}, f"{what}: the same weights",
+          str(wrong))
+
+
 def make_rows(number, vocab_size):
     """Two rows of random ids, the second padded at its left."""
     path, rng = f"{WORK}/folder-{number}.jsonl", np.random.default_rng(number)
@@ -147,6 +204,7 @@ def compare(kinds=KINDS):
     os.makedirs(WORK, exist_ok=True)
     for number, (kind, arguments) in enumerate(kinds.items()):
         compare_kind(number, kind, *arguments)
+    compare_unchanged()
 
 
 if __name__ == "__main__":

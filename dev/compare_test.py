@@ -5,10 +5,12 @@
 
 1. References of random shapes, masks and options: test_gpt2 --reference must agree, numpy must agree that it
    agrees, and test_gpt2 must see it when a reference is wrong.
-2. The tokenizer (dev/compare_tokenizer.py), the converters and downloads (dev/compare_convert.py).
+2. The tokenizer (dev/compare_tokenizer.py), added tokens in random folders (dev/compare_tokens.py), the converters
+   and downloads (dev/compare_convert.py).
 3. A model folder that train_gpt2 wrote: transformers must load it, and get the same ids, logits, loss of
    completions, and greedy text.
-4. Model folders of all kinds, read and written (dev/compare_folders.py).
+4. Model folders of all kinds, read and written (dev/compare_folders.py), and with words and ends of text of their
+   own (dev/compare_words.py).
 5. A fine-tuning, update by update (dev/compare_finetune.py), and greedy texts (dev/compare_greedy.py).
 6. The script behind `make compare`, on a tiny model.
 """
@@ -25,6 +27,8 @@ import checks
 import compare_finetune
 import compare_folders
 import compare_greedy
+import compare_tokens
+import compare_words
 import numpy as np
 import reference  # it turns off the network
 import torch
@@ -236,11 +240,13 @@ def main():
     os.makedirs(WORK)
     compare_references(random.Random(args.seed), args.count)
     compare_with("dev/compare_tokenizer.py")
+    compare_tokens.compare(args.seed)
     compare_with("dev/compare_convert.py")
     if train_model_folder(WORK + "/out"):
         compare_model_folder(WORK + "/out")
         compare_folders.compare_silence(WORK + "/out")
     compare_folders.compare()
+    compare_words.compare(args.seed)
     compare_finetune.compare()
     compare_greedy.compare()
     ok, _, why = run(sys.executable, "dev/compare_pytorch.py", "--quick", show=True)

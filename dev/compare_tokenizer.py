@@ -381,10 +381,10 @@ def test_text(label, program, folder, reference, rng, megabytes):
         rng.choice([END, "<|endoftext", "|>", "<|", " ", "\n", "hello", "<|endof", "text|>", "'s", "\u3042"])
         for _ in range(20000)
     )
-    ours = program.encode(folder, text, "--special")
-    result(f"{label}: --special", ours == reference.transformers(text)["input_ids"])
-    plain = program.encode(folder, text)
-    result(f"{label}: without --special", plain == reference.tokenizers.encode(text).ids)
+    ours = program.encode(folder, text)
+    result(f"{label}: {END} in a text", ours == reference.transformers(text)["input_ids"])
+    plain = program.encode(folder, text, "--plain")
+    result(f"{label}: --plain", plain == reference.tokenizers.encode(text).ids)
     noise = bytes(rng.randrange(256) for _ in range(200_000))
     result(f"{label}: random bytes come back", program.decode(folder, program.encode(folder, noise)) == noise)
     path = program.work / "whole.txt"
@@ -407,7 +407,7 @@ def test_pad(label, program, folder, reference, rng):
     for side in ("right", "left"):
         for length in (1, 7, 32):
             ours = program.run(
-                "encode", "--tokenizer", folder, "--special", "--pad", side, "--length", length, data=data
+                "encode", "--tokenizer", folder, "--pad", side, "--length", length, data=data
             )
             reference.transformers.padding_side = side
             theirs = [
@@ -523,7 +523,7 @@ def main():
             result("GPT-2: known ids", all(program.encode(gpt2, text) == ids for text, ids in known.items()))
             result(
                 "GPT-2: merges alone",
-                program.encode(gpt2 / "merges.txt", "hello " + END, "--special") == [31373, 220, 50256],
+                program.encode(gpt2 / "merges.txt", "hello " + END) == [31373, 220, 50256],
             )
             test_text("GPT-2", program, gpt2, reference, rng, arguments.megabytes)
             test_pad("GPT-2", program, gpt2, reference, rng)

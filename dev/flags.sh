@@ -6,13 +6,12 @@
 #
 # Where FILE holds the answer to the same question already, nothing is done; where the answer is the same as
 # before, FILE keeps its time, so that nothing is rebuilt. What stands in the way is printed as one line on
-# standard output, with exit status 1; a notice goes to standard error.
+# standard output, with exit status 1; a notice goes to standard error. A library that is found nowhere here
+# (built by hand, say) is named by make CPPFLAGS=-I... LDFLAGS=-L...
 set -u
 file=$1
 question="# CC=$CC CFLAGS=$CFLAGS LDFLAGS=$LDFLAGS OPENMP=$OPENMP BLAS=$BLAS"
-if [ -f "$file" ] && read -r answered <"$file" && [ "$answered" = "$question" ]; then
-    exit 0
-fi
+[ -f "$file" ] && read -r answered <"$file" && [ "$answered" = "$question" ] && exit 0
 
 fail() {
     echo "$*"
@@ -20,12 +19,11 @@ fail() {
 }
 
 folder=$(dirname "$file")
-mkdir -p "$folder" || fail "cannot write to $folder"
-scratch=$(mktemp -d "$folder/flags.XXXXXX") || fail "cannot write to $folder"
+mkdir -p "$folder" && scratch=$(mktemp -d "$folder/flags.XXXXXX") || fail "cannot write to $folder"
 trap 'rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
 
-cat >"$scratch/test.c" <<'END'
+cat >"$scratch/test.c" <<'END_OF_C'
 #include <stdio.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -51,58 +49,45 @@ int main(void) // status 0: all is well; 2: OpenBLAS runs, but was built with th
 #endif
     return threads < 1 ? 1 : status;
 }
-END
+END_OF_C
 
 # Compiles the program with these flags before and these libraries behind it, and runs it.
 runs() {
     $CC $CFLAGS $openmp_flags $1 -o "$scratch/test" "$scratch/test.c" $LDFLAGS $2 $openmp_libs -lm \
-        >"$scratch/log" 2>&1 || return 1
-    "$scratch/test" >"$scratch/log" 2>&1
+        >"$scratch/log" 2>&1 && "$scratch/test" >"$scratch/log" 2>&1
 }
 
-accepts() { # a compiler flag
+accepts() { # compiler flags
     $CC "$@" -c -o "$scratch/test.o" -x c /dev/null >"$scratch/log" 2>&1
 }
 
-# The compiler.
 openmp_flags=-Wno-unknown-pragmas openmp_libs=
 command -v ${CC%% *} >/dev/null 2>&1 ||
     fail "no C compiler: $CC is not here; run sh dev/deps.sh, or say make CC=..."
 runs "" "" || fail "$CC $CFLAGS makes no program that runs: $(head -n 1 "$scratch/log")"
 
 # This machine's own processor: x86 says -march, the others -mcpu. AVX-512 is used at full width.
-native=
 case $(uname -m) in
-x86_64 | amd64 | i?86) choices="-march=native" ;;
-*) choices="-mcpu=native -march=native" ;;
+x86_64 | amd64 | i?86) native=-march=native ;;
+*) native=-mcpu=native ;;
 esac
-for flag in $choices; do
-    if accepts "$flag"; then
-        native=$flag
-        break
-    fi
-done
-if [ -n "$native" ] && $CC $native -dM -E -x c /dev/null 2>/dev/null | grep -q __AVX512F__ &&
-    accepts $native -mprefer-vector-width=512; then
-    native="$native -mprefer-vector-width=512"
-fi
+accepts $native || native=-march=native
+accepts $native || native=
+wide="$native -mprefer-vector-width=512"
+[ -n "$native" ] && $CC $native -dM -E -x c /dev/null 2>/dev/null | grep -q __AVX512F__ && accepts $wide &&
+    native=$wide
 
 # OpenMP: -fopenmp everywhere but with Apple's compiler, which wants the library from brew.
 if [ "$OPENMP" != 0 ]; then
-    openmp_flags=-fopenmp
-    if ! runs "" ""; then
-        found=
+    openmp_flags=-fopenmp advice="install its runtime (for clang libomp)"
+    if [ "$(uname)" = Darwin ] && ! runs "" ""; then
+        advice="brew install libomp adds it"
         for folder in /opt/homebrew/opt/libomp /usr/local/opt/libomp; do
-            openmp_flags="-Xpreprocessor -fopenmp -I$folder/include"
-            openmp_libs="-L$folder/lib -lomp"
-            [ "$(uname)" = Darwin ] && runs "" "" && found=yes && break
+            openmp_flags="-Xpreprocessor -fopenmp -I$folder/include" openmp_libs="-L$folder/lib -lomp"
+            [ -d "$folder" ] && break
         done
-        if [ -z "$found" ]; then
-            [ "$(uname)" = Darwin ] &&
-                fail "$CC has no OpenMP: brew install libomp adds it (or make OPENMP=0 builds for one core)"
-            fail "$CC has no OpenMP: install its runtime (for clang libomp), or make OPENMP=0 builds for one core"
-        fi
     fi
+    runs "" "" || fail "$CC has no OpenMP: $advice, or make OPENMP=0 builds for one core"
 fi
 
 # BLAS. try FLAGS LIBS keeps the first that runs in blas_flags and blas_libs, but goes on looking (by failing)
@@ -116,26 +101,26 @@ try() {
     return $status
 }
 
-# Debian keeps each build in a folder of its own, behind a link that names one of them for all programs; -rpath
-# makes the loader take the one we built with. Fedora has the OpenMP build as libopenblaso.
+# try_debian BUILD LIBRARY: Debian keeps each build in a folder of its own, behind a link that names one of them
+# for all programs; -rpath makes the loader take the one we built with.
+try_debian() {
+    for folder in /usr/lib/*/"$1"; do
+        include=/usr/include${folder#/usr/lib}
+        [ -d "$folder" ] && try "$use -I$include" "-L$folder -Wl,-rpath,$folder -l$2" && return
+    done
+    return 1
+}
+
+# Fedora has the OpenMP build as libopenblaso, openSUSE as libopenblas_openmp.
 find_openblas() {
     name=openblas use="-DUSE_CBLAS -DUSE_OPENBLAS"
-    for folder in /usr/lib/*/openblas-openmp /usr/lib*/openblas-openmp; do
-        include=/usr/include${folder#/usr/lib}
-        [ -d "$include" ] || include=/usr/include/openblas
-        [ -e "$folder/libopenblas.so" ] && try "$use -I$include" "-L$folder -Wl,-rpath,$folder -lopenblas" && return
-    done
+    try_debian openblas-openmp openblas && return
     for library in openblaso openblas_openmp openblas; do
-        try "$use" "-l$library" && return
-        try "$use -I/usr/include/openblas" "-l$library" && return
+        try "$use" "-l$library" || try "$use -I/usr/include/openblas" "-l$library" && return
     done
-    for folder in /opt/homebrew/opt/openblas /usr/local/opt/openblas /opt/OpenBLAS /usr/local; do
-        [ -d "$folder/lib" ] &&
-            try "$use -I$folder/include" "-L$folder/lib -Wl,-rpath,$folder/lib -lopenblas" && return
+    for folder in /opt/homebrew/opt/openblas /usr/local/opt/openblas; do
+        [ -d "$folder" ] && try "$use -I$folder/include" "-L$folder/lib -lopenblas" && return
     done
-    command -v pkg-config >/dev/null 2>&1 && pkg-config --exists openblas &&
-        try "$use $(pkg-config --cflags openblas)" \
-            "$(pkg-config --libs openblas | sed 's/-L\([^ ]*\)/& -Wl,-rpath,\1/g')" && return
     [ $blas_name != none ]
 }
 
@@ -145,13 +130,8 @@ find_accelerate() { # macOS has it built in
 }
 
 find_blis() {
-    name=blis
-    for folder in /usr/lib/*/blis-openmp; do
-        [ -d "$folder" ] && try "-DUSE_CBLAS -I/usr/include${folder#/usr/lib}" \
-            "-L$folder -Wl,-rpath,$folder -lblis" && return
-    done
-    try "-DUSE_CBLAS" "-lblis" || try "-DUSE_CBLAS -I/usr/include/blis" "-lblis" ||
-        try "-DUSE_CBLAS -I/usr/local/include/blis" "-L/usr/local/lib -Wl,-rpath,/usr/local/lib -lblis"
+    name=blis use=-DUSE_CBLAS
+    try_debian blis-openmp blis || try "$use" -lblis || try "$use -I/usr/include/blis" -lblis
 }
 
 case $BLAS in
@@ -169,7 +149,7 @@ auto)
 *) fail "BLAS=$BLAS: it must be auto, openblas, accelerate, blis or none" ;;
 esac
 
-cat >"$scratch/answer" <<END
+cat >"$scratch/answer" <<END_OF_ANSWER
 $question
 NATIVE       := $native
 OPENMP_FLAGS := $openmp_flags
@@ -177,5 +157,5 @@ OPENMP_LIBS  := $openmp_libs
 BLAS_NAME    := $blas_name
 BLAS_FLAGS   := $blas_flags
 BLAS_LIBS    := $blas_libs
-END
+END_OF_ANSWER
 cmp -s "$scratch/answer" "$file" || mv "$scratch/answer" "$file"

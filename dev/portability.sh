@@ -4,7 +4,7 @@
 #   sh dev/portability.sh [NAME...]      all, or those named; logs are in build/portability/NAME.log
 #
 # What is not installed is skipped and said. On Debian the whole matrix needs: gcc clang libomp-dev
-# libopenblas-openmp-dev libopenblas-pthread-dev libblis-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+# libopenblas-openmp-dev libopenblas-pthread-dev libblis-dev musl-tools clang-16 libomp-16-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 set -u
 cd "$(dirname "$0")/.." || exit 1
 root=$PWD/build/portability
@@ -54,6 +54,8 @@ direct() {
 way gcc gcc "make test CC=gcc"
 way clang clang "make test CC=clang"
 way clang-14 clang-14 "make test CC=clang-14"
+way clang-16 clang-16 "make test CC=clang-16" # its OpenMP runtime hangs when a forked process starts threads
+way musl musl-gcc "make test CC=musl-gcc OPENMP=0 BLAS=none" # Alpine's libc; Debian has no OpenMP for it
 way no-blas gcc "make test BLAS=none"
 way no-openmp gcc "make test OPENMP=0"
 way no-openmp-no-blas gcc "make test OPENMP=0 BLAS=none"

@@ -62,7 +62,7 @@ static void show_text(const Tokenizer *t, const Dataset *data) {
             for (size_t at = 0, end; at < size; at = end) {
                 end = find_piece(t, text, at, size);
                 Ids ids = {0};
-                tokenizer_encode((Tokenizer *)t, &ids, text + at, end - at, false);
+                tokenizer_encode((Tokenizer *)t, &ids, text + at, end - at);
                 fprintf(out, "piece \"%.*s\" ->", (int)(end - at), text + at);
                 for (size_t i = 0; i < ids.size; i++)
                     fprintf(out, " %s %d", shown(t, ids.data[i]), ids.data[i]);
@@ -72,8 +72,11 @@ static void show_text(const Tokenizer *t, const Dataset *data) {
         }
         const Example *example = &data->examples[s];
         fprintf(out, "example %d:", s);
-        for (int i = 0; i < example->size; i++) fprintf(out, " %d", dataset_token(data, example, i));
-        fprintf(out, "   (the first %d not scored)\n", example->prompt);
+        for (int i = 0; i < example->size; i++) {
+            int token = dataset_token(data, example, i);
+            fprintf(out, " %d", token < 0 ? ~token : token);
+        }
+        fprintf(out, "   (the first %d not scored)\n", example->size - example->targets);
     }
 }
 
