@@ -64,7 +64,7 @@ const char *__asan_default_options(void) { return "detect_leaks=0"; }
 static const char *current_test = "";
 static int failures_of_test = 0;
 static size_t checks_of_test = 0; // a test that makes none has failed: see main
-static char self_path[4096]; // of this program, which also acts as the trainer: see run_trainer
+static char self_path[4096];      // of this program, which also acts as the trainer: see run_trainer
 
 // Records whether something holds; says what when it does not.
 static void __attribute__((format(printf, 2, 3))) check(bool ok, const char *format, ...) {
@@ -453,7 +453,8 @@ typedef struct {
 // The ways of section 16 and 17 to a product: in float32; in bfloat16 by the float32 product; by pairs; by AMX;
 // and, for few rows without transpose A, with B from a copy.
 enum { FLOAT32, ROUNDED, PAIRS, AMX, COPIED, MATMUL_WAYS };
-static const char *const matmul_ways[] = {"float32", "bfloat16, rounded", "bfloat16, pairs", "bfloat16, AMX", "bfloat16, copies"};
+static const char *const matmul_ways[] = {"float32", "bfloat16, rounded", "bfloat16, pairs", "bfloat16, AMX",
+                                          "bfloat16, copies"};
 
 static bool has_amx(void) {
     Options options = {.precision = BFLOAT16_CHOICE};
@@ -487,8 +488,9 @@ static MatmulCase matmul_case(uint64_t seed, size_t M, size_t N, size_t K, unsig
 
 // One product in the way of c->kind. amx_allowed must be set for AMX, outside of parallel regions.
 static void matmul_case_run(MatmulCase *c) {
-    const Product p = {c->C,           c->A,           c->B,          c->ldc, c->lda, c->ldb, c->M, c->N, c->K,
-                       c->transpose_a, c->transpose_b, c->accumulate, 0,      0,      0,      c->kind == ROUNDED};
+    const Product p = {
+        c->C, c->A,           c->B,           c->ldc,        c->lda, c->ldb, c->M, c->N,
+        c->K, c->transpose_a, c->transpose_b, c->accumulate, 0,      0,      0,    c->kind == ROUNDED};
     if (c->kind == COPIED && p.M <= FEW && !p.transpose_a && p.K > 0) {
         const size_t size = c->transpose_b ? p.N ? (p.N - 1) * p.ldb + p.K : 0 : (p.K - 1) * p.ldb + p.N;
         BFloat16 *copy = xmalloc(size * sizeof *copy);
@@ -566,7 +568,8 @@ static void check_matmul_shapes(int kind) {
 
 // Shapes beyond what is packed at a time in bfloat16: more than one piece in each direction.
 static void check_matmul_pieces(int kind) {
-    static const size_t shapes[][3] = {{2 * STRIPE + 5, 3, 9}, {3, 2 * STRIPE + 5, 9}, {3, 5, 4 * STRIPE + 7}};
+    static const size_t shapes[][3] = {
+        {2 * STRIPE + 5, 3, 9}, {3, 2 * STRIPE + 5, 9}, {3, 5, 4 * STRIPE + 7}};
     for (unsigned n = 0; n < 3 * 8; n++) {
         const size_t *shape = shapes[n / 8];
         MatmulCase c = matmul_case(n, shape[0], shape[1], shape[2], n % 8 | 8);
@@ -645,10 +648,11 @@ static void test_matmul_amx(void) {
 
 // Rounding to bfloat16: ties to even, infinities and NaN (of any payload) stay, the largest float overflows.
 static void test_bfloat16_rounding(void) {
-    static const uint32_t cases[][2] = {
-        {0x3f800000, 0x3f80}, {0x3f808000, 0x3f80}, {0x3f808001, 0x3f81}, {0x3f818000, 0x3f82}, {0xbf818000, 0xbf82},
-        {0x7f800000, 0x7f80}, {0xff800000, 0xff80}, {0x7f7fffff, 0x7f80}, {0x00000000, 0x0000}, {0x80000000, 0x8000},
-        {0x00008000, 0x0000}, {0x00018000, 0x0002}, {0x7f7f7fff, 0x7f7f}};
+    static const uint32_t cases[][2] = {{0x3f800000, 0x3f80}, {0x3f808000, 0x3f80}, {0x3f808001, 0x3f81},
+                                        {0x3f818000, 0x3f82}, {0xbf818000, 0xbf82}, {0x7f800000, 0x7f80},
+                                        {0xff800000, 0xff80}, {0x7f7fffff, 0x7f80}, {0x00000000, 0x0000},
+                                        {0x80000000, 0x8000}, {0x00008000, 0x0000}, {0x00018000, 0x0002},
+                                        {0x7f7f7fff, 0x7f7f}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         float x;
         memcpy(&x, &cases[i][0], sizeof x);
@@ -665,7 +669,8 @@ static void test_bfloat16_rounding(void) {
     for (uint64_t i = 0; i < 10000; i++) {
         MatmulCase c = {.kind = PAIRS};
         float x = ldexpf(2 * random_uniform(1, i) - 1, (int)(random_bits(2, i) % 100) - 50);
-        check(float_of((BFloat16)(round_to_bfloat16(x) >> 16)) == (float)matmul_operand(&c, x), "%a is rounded wrongly", x);
+        check(float_of((BFloat16)(round_to_bfloat16(x) >> 16)) == (float)matmul_operand(&c, x),
+              "%a is rounded wrongly", x);
     }
 }
 // ---- tokenizer ----
@@ -1086,9 +1091,7 @@ static void test_damaged_tokenizers(void) {
         write_file(vocabulary_path, bad.data, bad.size);
         if (damaged_tokenizers[i].merges)
             write_file(merges_path, damaged_tokenizers[i].merges, strlen(damaged_tokenizers[i].merges));
-        child_path = change                         ? folder
-                     : damaged_tokenizers[i].merges ? merges_path
-                                                    : "/nowhere/vocab.bpe";
+        child_path = change ? folder : damaged_tokenizers[i].merges ? merges_path : "/nowhere/vocab.bpe";
         int status = run_child(load_damaged, &said);
         check(status == 1, "case %zu ends with status %d", i, status);
         check(strstr(said.data, damaged_tokenizers[i].expected) && strstr(said.data, child_path),
@@ -2292,10 +2295,11 @@ static Model *updated_model(int threads) {
 // on any number of threads.
 static void test_determinism(void) {
     MatmulKind usual = matmul_kind;
-    for (int n = 0; n < 4; n++) {
+    for (int n = 0; n < 6; n++) { // 4, 5: in bfloat16
         matmul_kind = n == 0 ? usual : MATMUL_BUILTIN;
+        bfloat16_products = n >= 4;
         Model *one = updated_model(n < 2 ? omp_get_max_threads() : 1);
-        Model *other = updated_model(n < 2 ? omp_get_max_threads() : n);
+        Model *other = updated_model(n < 2 ? omp_get_max_threads() : n < 4 ? n : n - 2);
         check_gradients(one, other, 0, n < 2 ? "a second run" : "other threads");
         for (int i = 0; i < one->tensor_count; i++) {
             const Tensor *a = &one->tensors[i], *b = &other->tensors[i];
@@ -2306,6 +2310,7 @@ static void test_determinism(void) {
         model_free(one);
         model_free(other);
     }
+    bfloat16_products = false;
     matmul_kind = usual;
 }
 
@@ -2313,7 +2318,7 @@ static void test_determinism(void) {
 
 // Three samples fed to the cache in chunks (a long one, single tokens, a middling one): the logits at every
 // position are those of the full forward pass.
-static void test_cache(void) {
+static void check_cache(double tolerance) {
     enum { S = 3, T = 110, P = 120, V = 23, C = 8, NH = 2 };
     static const int chunks[] = {70, 1, 1, 1, 25, 1, 11};
     Model *model = tiny_model(tiny_config(V, P, 2, NH, C, 32, true), 7, NULL);
@@ -2326,7 +2331,14 @@ static void test_cache(void) {
                    .HS = C / NH,
                    .first_key = first_key,
                    .memory = xfloats(2 * S * P * 2 * C)};
+    bfloat16_products = false;
     float *wanted = logits_of(model, &full);
+    bfloat16_products = tolerance > 1e-5;
+    keep_copy(cache.memory, 2 * S * P * 2 * C, false);
+    for (int i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i].dims == 2) keep_copy(model->tensors[i].value, model->tensors[i].size, true);
+    check(copy_of(cache.memory + 5) == (tolerance > 1e-5 ? copies[0].to + 5 : NULL), "the cache's copy");
+    double largest = 0;
     for (size_t n = 0; n < sizeof chunks / sizeof *chunks; n++) {
         int past = cache.past;
         batch_clear(&batch);
@@ -2340,13 +2352,22 @@ static void test_cache(void) {
         for (int s = 0; s < S; s++) {
             double error = deviation_of_floats(a.logits + s * chunks[n] * V, wanted + (s * T + past) * V,
                                                (size_t)chunks[n] * V);
-            check(error < 1e-5, "sample %d from position %d: logits differ by %.1e", s, past, error);
+            check(error < tolerance, "sample %d from position %d: logits differ by %.1e", s, past, error);
+            largest = error > largest ? error : largest;
         }
     }
+    check(tolerance == 1e-5 || largest > 1e-5, "no product was in bfloat16");
+    drop_copies();
+    bfloat16_products = false;
     free(wanted), free(cache.memory);
     batch_free(&full), batch_free(&batch);
     activations_free(&a);
     model_free(model);
+}
+
+static void test_cache(void) {
+    check_cache(1e-5);
+    check_cache(2e-2); // in bfloat16, keys and values and weights from copies
 }
 
 // Greedy generation without a cache: every token from a full forward pass over the window. A full window goes
@@ -2741,9 +2762,7 @@ static void make_inputs(void) {
 
 static void child_json(void) { json_free(json_parse(child_text, strlen(child_text), "here")); }
 static void child_safetensors(void) { safetensors_open(child_path); }
-static void child_model(void) {
-    model_free(model_load(child_path));
-}
+static void child_model(void) { model_free(model_load(child_path)); }
 static void child_config(void) { config_read(child_path); }
 
 static void test_json_strings(void) {
@@ -3598,7 +3617,6 @@ static void test_text_data(void) {
             dataset_free(data);
         }
     }
-
 }
 
 // Several files, in the order of their names, each with windows of its own; and splitting off the end.
@@ -3887,6 +3905,8 @@ static const struct {
     {2, "say one of", "--schedule ''"},
     {2, "say one of", "--schedule 'linear|cosine'"},
     {2, "say one of auto|openblas|builtin", "--matmul mkl"},
+    {2, "say one of float32|bfloat16", "--precision float16"},
+    {2, "its products are built in", "$TINY --train $D/text.txt --precision bfloat16 --matmul openblas"},
     {2, "--temperature does not apply to training", "--temperature 1"},
     {2, "--eval does not apply to --generate", "--eval --generate 5"},
     {2, "--steps does not apply to --eval", "--eval --val $D/val.txt --steps 3"},
@@ -4164,8 +4184,7 @@ static void test_stream(void) {
         text_append(&text, parts[i], strlen(parts[i]));
         stream_text(&text, &printed, "the", i == 4);
         Text seen = read_file(in_tests("stdout"));
-        check(strcmp(seen.data, shown[i]) == 0, "part %d: '%s', not '%s'", i, seen.data,
-              shown[i]);
+        check(strcmp(seen.data, shown[i]) == 0, "part %d: '%s', not '%s'", i, seen.data, shown[i]);
         free(seen.data);
     }
     free(end_capture(kept).data);
@@ -4859,6 +4878,26 @@ static void test_best_and_patience(void) {
     free(printed.data);
     expect_run(0, NULL, "--resume --quiet --out $D/patience");
     check(read_log("patience", lines, NULL) == count, "--patience ends a resumed run too");
+}
+
+// A run in bfloat16, and the same from its checkpoint in the middle: the precision comes from there.
+static void test_resumed_bfloat16(void) {
+    make_inputs();
+    expect_run(
+        0, NULL,
+        "$TINY --train $D/text.txt --val-fraction 0 --steps 6 --save-every 3 --keep 9 --precision bfloat16 "
+        "--quiet --out $D/halves");
+    expect_run(0, NULL, "$TINY --train $D/text.txt --val-fraction 0 --steps 6 --quiet --out $D/whole-floats");
+    check(system("cd $D && mkdir halves-2 && cp -r halves/checkpoint-000003 halves/log.csv halves-2") == 0,
+          "no copy");
+    Text printed = {0};
+    expect_run(0, &printed, "--resume --out $D/halves-2");
+    check(strstr(printed.data, "bfloat16 matmul") != NULL, "the banner does not say bfloat16: %s",
+          printed.data);
+    check(same_files("halves/model.safetensors", "halves-2/model.safetensors"), "resumed: other weights");
+    check(!same_files("halves/model.safetensors", "whole-floats/model.safetensors"),
+          "the weights of float32");
+    free(printed.data);
 }
 
 // After --resume a tensor may be frozen that was not; the other way round its moments are missing.
@@ -5675,6 +5714,7 @@ static const struct {
     {"a run: --generate, --prompt -, --stop while text streams", test_generate},
     {"resume: the same run to the bit after any signal", test_resume},
     {"resume: the same run to the bit after kills", test_kills},
+    {"resume: a run in bfloat16, to the bit", test_resumed_bfloat16},
     {"resume: tensors that were not frozen, and that were", test_resumed_freezing},
     {"checkpoints: the best stays and is the result; --patience", test_best_and_patience},
     {"checkpoints: a full disk leaves the older one whole", test_full_disk},

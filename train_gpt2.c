@@ -5317,6 +5317,8 @@ static double skipped_work(const Model *model) {
     return (double)skipped / (double)products;
 }
 
+static size_t packed_size(const Config *config, size_t rows); // Part V
+
 static void print_memory(const Run *run) {
     const Model *model = run->model;
     size_t trained = count_parameters(model, true), all = count_parameters(model, false);
@@ -5324,8 +5326,10 @@ static void print_memory(const Run *run) {
     printf("\nmemory, MB\n  weights %.1f%s\n", megabytes(all),
            model->value_file.data ? " (mapped from the file; copied where trained)" : "");
     printf("  gradients %.1f\n  AdamW's moments %.1f\n", megabytes(trained), megabytes(2 * trained));
-    printf("  activations %.1f (%d rows)\n  in all %.1f\n", megabytes(activations), run->activations.rows,
-           megabytes(all + 3 * trained + activations));
+    printf("  activations %.1f (%d rows)\n", megabytes(activations), run->activations.rows);
+    const size_t packed = packed_size(&model->config, (size_t)run->activations.rows);
+    if (packed > 0) printf("  operands in bfloat16 %.1f\n", megabytes(packed));
+    printf("  in all %.1f\n", megabytes(all + 3 * trained + activations + packed));
     if (frozen == 0) return;
     Model unfrozen = *model;
     unfrozen.lowest_trained = -1;
@@ -5380,7 +5384,8 @@ static void print_banner(const Run *run, const char *checkpoint, const char *cha
     const Config *config = &run->model->config;
     size_t tokens, targets;
     dataset_size(run->train, &tokens, &targets);
-    printf("machine: %d threads, %s\n", omp_get_max_threads(), bfloat16_products ? precision_name() : matmul_name());
+    printf("machine: %d threads, %s\n", omp_get_max_threads(),
+           bfloat16_products ? precision_name() : matmul_name());
     printf(
         "model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them trained\n",
         checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
@@ -5587,7 +5592,7 @@ int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers: 24 sums, 3 of B, 1 of A
 #elif defined(__AVX__)
-enum { LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2 }; // 16 registers: 12 sums, 2 of B, 1 of A
+enum { LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2 };              // 16 registers: 12 sums, 2 of B, 1 of A
 #elif defined(__aarch64__)
 enum { LANES = 4, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers, narrower
 #else
@@ -5687,7 +5692,8 @@ static void matmul_block(const void *product, size_t block) {
         depth = (p->K - k) / pieces;
         size_t panel_size = depth * TILE_COLUMNS + 16; // + 16: no multiple of 4 KB here either
         matmul_pack(packed_b, panel_size, p, k, depth, column, columns);
-        if (p->round_operands) round_in_place(packed_b, (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * panel_size);
+        if (p->round_operands)
+            round_in_place(packed_b, (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * panel_size);
         for (size_t i = row, group; i < end; i += group) {
             group = smaller(GROUP, end - i);
             if (p->transpose_a) transpose(packed_a, A_LD, p->A + k * p->lda + i, p->lda, depth, group);
@@ -5821,7 +5827,7 @@ static void matmul_builtin(Product p) {
 // the kind of processor and the sizes, but not on the number of threads.
 
 typedef uint16_t BFloat16;
-typedef uint32_t __attribute__((may_alias)) Pair; // the lower half stands before the upper one along k
+typedef uint32_t __attribute__((may_alias)) BFloat16Pair; // the lower half comes first along k
 typedef uint32_t PairVector __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef BFloat16 HalfVector __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
@@ -5836,11 +5842,11 @@ static inline uint32_t round_to_bfloat16(float x) {
 }
 
 static void round_in_place(float *x, size_t count) {
-    Pair *bits = (Pair *)x;
+    BFloat16Pair *bits = (BFloat16Pair *)x;
     for (size_t i = 0; i < count; i++) bits[i] = round_to_bfloat16(x[i]) & 0xffff0000;
 }
 
-static inline Pair pair_of(float first, float second) {
+static inline BFloat16Pair pair_of(float first, float second) {
     return round_to_bfloat16(first) >> 16 | (round_to_bfloat16(second) & 0xffff0000);
 }
 
@@ -5871,12 +5877,12 @@ static const struct {
 
 // C (at most 32 x 32) = or += A (32, depth) · two tiles of columns of B, depth a multiple of 16. Four tiles hold
 // sums, two hold A, two hold B. What lies beyond the edges of C goes through a buffer.
-static void amx_tile(float *C, size_t ldc, const Pair *A, size_t lda, const Pair *B[2], size_t rows,
-                     size_t columns, size_t depth, bool add) {
+static void amx_tile(float *C, size_t ldc, const BFloat16Pair *A, size_t lda, const BFloat16Pair *B[2],
+                     size_t rows, size_t columns, size_t depth, bool add) {
     float edge[32 * 32];
     const bool whole = rows >= 32 && columns >= 32;
     float *c = whole ? C : edge;
-    const size_t ld = (whole ? ldc : 32) * sizeof(float), ld_b = TILE_COLUMNS * sizeof(Pair);
+    const size_t ld = (whole ? ldc : 32) * sizeof(float), ld_b = TILE_COLUMNS * sizeof(BFloat16Pair);
     for (size_t x = 0; !whole && add && x < rows && x < 32; x++)
         memcpy(edge + x * 32, C + x * ldc, smaller(columns, 32) * sizeof(float));
     __asm__ volatile("" ::: "memory"); // tiles read and write memory unseen by the compiler
@@ -5892,8 +5898,8 @@ static void amx_tile(float *C, size_t ldc, const Pair *A, size_t lda, const Pair
         _tile_zero(3);
     }
     for (size_t k = 0; k < depth; k += 16) {
-        _tile_loadd(4, A + k, lda * sizeof(Pair));
-        _tile_loadd(5, A + 16 * lda + k, lda * sizeof(Pair));
+        _tile_loadd(4, A + k, lda * sizeof(BFloat16Pair));
+        _tile_loadd(5, A + 16 * lda + k, lda * sizeof(BFloat16Pair));
         _tile_loadd(6, B[0] + k * TILE_COLUMNS, ld_b);
         _tile_loadd(7, B[1] + k * TILE_COLUMNS, ld_b);
         _tile_dpbf16ps(0, 4, 6);
@@ -5917,14 +5923,15 @@ static void amx_tile(float *C, size_t ldc, const Pair *A, size_t lda, const Pair
 enum { STRIPE = 2304, PAIR_GROUP = 96, PIECE = 64 };
 typedef struct {
     Product p;
-    Pair *a, *b;               // op(A): M rows of lda pairs; op(B): panels of TILE_COLUMNS columns
+    BFloat16Pair *a, *b;       // op(A): M rows of lda pairs; op(B): panels of TILE_COLUMNS columns
     size_t lda, panel_size;    // pairs
+    size_t size_a;             // pairs, of the memory for a
     size_t steps, whole_steps; // ceil(K / 2), and that rounded up to whole tiles of AMX, with zeros
 } PairProduct;
 
 // to[r][s] = the pair (from[r][2s], from[r][2s + 1]); from has K columns, and zeros fill up what is missing.
-static void pack_neighbours(Pair *to, size_t to_ld, const float *from, size_t ld, size_t rows, size_t K,
-                            size_t steps) {
+static void pack_neighbours(BFloat16Pair *to, size_t to_ld, const float *from, size_t ld, size_t rows,
+                            size_t K, size_t steps) {
     for (size_t r = 0; r < rows; r++, to += to_ld, from += ld) {
         for (size_t s = 0; s < K / 2; s++) to[s] = pair_of(from[2 * s], from[2 * s + 1]);
         for (size_t s = K / 2; s < steps; s++) to[s] = pair_of(2 * s < K ? from[2 * s] : 0, 0);
@@ -5932,8 +5939,8 @@ static void pack_neighbours(Pair *to, size_t to_ld, const float *from, size_t ld
 }
 
 // to[s][c] = the pair (from[2s][c], from[2s + 1][c]); from has K rows, and zeros fill up what is missing.
-static void pack_two_rows(Pair *to, size_t to_ld, const float *from, size_t ld, size_t columns, size_t K,
-                          size_t steps) {
+static void pack_two_rows(BFloat16Pair *to, size_t to_ld, const float *from, size_t ld, size_t columns,
+                          size_t K, size_t steps) {
     for (size_t s = 0; s < steps; s++, to += to_ld, from += 2 * ld) {
         const float *second = from + ld;
         for (size_t c = 0; c < columns; c += 16) {
@@ -5950,7 +5957,7 @@ static void pack_a(const void *product, size_t group) {
     const PairProduct *q = product;
     const Product *p = &q->p;
     const size_t row = group * PAIR_GROUP, rows = smaller(PAIR_GROUP, p->M - row);
-    Pair *to = q->a + row * q->lda, piece[PIECE * PAIR_GROUP];
+    BFloat16Pair *to = q->a + row * q->lda, piece[PIECE * PAIR_GROUP];
     if (!p->transpose_a) {
         pack_neighbours(to, q->lda, p->A + row * p->lda, p->lda, rows, p->K, q->whole_steps);
         return;
@@ -5967,7 +5974,7 @@ static void pack_b(const void *product, size_t panel) {
     const PairProduct *q = product;
     const Product *p = &q->p;
     const size_t column = panel * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p->N - column);
-    Pair *to = q->b + panel * q->panel_size, piece[TILE_COLUMNS * PIECE];
+    BFloat16Pair *to = q->b + panel * q->panel_size, piece[TILE_COLUMNS * PIECE];
     if (!p->transpose_b) {
         pack_two_rows(to, TILE_COLUMNS, p->B + column, p->ldb, columns, p->K, q->whole_steps);
         return;
@@ -5983,10 +5990,10 @@ static void pack_b(const void *product, size_t panel) {
 // ---- the product of pairs ----
 
 // matmul_tile for pairs.
-static void pair_tile(float *C, size_t ldc, const Pair *A, size_t lda, const Pair *panel, size_t rows,
-                      size_t columns, size_t depth, bool add) {
+static void pair_tile(float *C, size_t ldc, const BFloat16Pair *A, size_t lda, const BFloat16Pair *panel,
+                      size_t rows, size_t columns, size_t depth, bool add) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
-    const Pair *a[TILE_ROWS];
+    const BFloat16Pair *a[TILE_ROWS];
     for (size_t i = 0; i < TILE_ROWS; i++) {
         a[i] = A + smaller(i, rows - 1) * lda;
         for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(C + smaller(i, rows - 1) * ldc + j, 1);
@@ -6029,7 +6036,7 @@ static void amx_block(const void *product, size_t block) {
         depth = smaller(DEPTH, q->whole_steps - k);
         for (size_t i = row; i < end; i += PAIR_GROUP)
             for (size_t j = column; j < right; j += 32) {
-                const Pair *b[2];
+                const BFloat16Pair *b[2];
                 for (size_t t = 0; t < 2; t++)
                     b[t] = q->b + (j + 16 * t) / TILE_COLUMNS * q->panel_size + k * TILE_COLUMNS +
                            (j + 16 * t) % TILE_COLUMNS;
@@ -6056,6 +6063,17 @@ static void multiply_piece(PairProduct *q, bool same_b, size_t threads) {
     share_out(amx_allowed ? amx_block : pair_block, q, blocks, threads);
 }
 
+// Sets the layout of packed operands and returns how many pairs they take. Rows are an odd number of cache lines
+// apart, since multiples of 4 KB would push each other out of the cache.
+static size_t pair_layout(PairProduct *q, size_t M, size_t N, size_t K) {
+    const size_t steps = (smaller(K, 2 * STRIPE) + 31) / 32 * 16,
+                 columns = smaller(N, STRIPE) + 2 * TILE_COLUMNS;
+    q->lda = (steps / 16 | 1) * 16;
+    q->panel_size = steps * TILE_COLUMNS + 16;
+    q->size_a = (smaller(M, STRIPE) + PAIR_GROUP) * q->lda;
+    return q->size_a + columns / TILE_COLUMNS * q->panel_size;
+}
+
 // Any product, piece by piece. A thread that works alone, in a parallel region, packs into memory of its own;
 // else all threads use one memory, which is kept for the next product.
 static void matmul_pairs(Product p) {
@@ -6063,17 +6081,15 @@ static void matmul_pairs(Product p) {
     static size_t kept_size = 0;
     const bool alone = omp_in_parallel();
     const size_t threads = alone || (double)p.M * p.N * p.K < 1e5 ? 1 : (size_t)omp_get_max_threads();
-    const size_t rows = smaller(p.M, STRIPE) + PAIR_GROUP, columns = smaller(p.N, STRIPE) + 2 * TILE_COLUMNS;
-    const size_t steps = (smaller(p.K, 2 * STRIPE) + 31) / 32 * 16;
-    PairProduct q = {.lda = (steps / 16 | 1) * 16, .panel_size = steps * TILE_COLUMNS + 16};
-    const size_t size = rows * q.lda + columns / TILE_COLUMNS * q.panel_size;
+    PairProduct q = {0};
+    const size_t size = pair_layout(&q, p.M, p.N, p.K);
     if (!alone && size > kept_size) {
         free(kept);
         kept = xfloats(kept_size = size);
     }
     float *memory = alone ? xfloats(size) : kept;
-    q.a = (Pair *)memory;
-    q.b = q.a + rows * q.lda;
+    q.a = (BFloat16Pair *)memory;
+    q.b = q.a + q.size_a;
     for (size_t k = 0; k < p.K; k += 2 * STRIPE)
         for (size_t j = 0; j < p.N; j += STRIPE)
             for (size_t i = 0; i < p.M; i += STRIPE) {
@@ -6091,19 +6107,34 @@ static void matmul_pairs(Product p) {
     if (alone) free(memory);
 }
 
-// Any product in bfloat16. With 16 registers, and without an instruction for pairs, taking them apart costs more
-// than it brings: then the float32 product rounds what it packs.
-static void matmul_bfloat16(Product p) {
+// Are products by pairs faster? With 16 registers, and without an instruction for pairs, taking them apart costs
+// more than it brings.
+static bool pairs_pay(void) {
 #if defined(__AVX512F__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    const bool pairs = true;
+    return true;
 #else
-    const bool pairs = amx_allowed;
+    return amx_allowed;
 #endif
+}
+
+// Any product in bfloat16: by pairs, or by the float32 product, which then rounds what it packs.
+static void matmul_bfloat16(Product p) {
     p.round_operands = true;
-    if (pairs && p.K > 0)
-        matmul_pairs(p);
-    else
-        matmul_builtin(p);
+    (pairs_pay() && p.K > 0 ? matmul_pairs : matmul_builtin)(p);
+}
+
+// The memory that packed operands take in a training step with so many rows, in floats; 0 when none are packed.
+static size_t packed_size(const Config *config, size_t rows) {
+    const size_t C = (size_t)config->n_embd, F = (size_t)config->n_inner, V = (size_t)config->vocab_size;
+    const size_t chunk = smaller(rows, LOGIT_ROWS);
+    const size_t products[][3] = {{rows, F, C},  {rows, C, F},  {C, F, rows}, {F, C, rows},
+                                  {chunk, V, C}, {chunk, C, V}, {V, C, chunk}};
+    size_t most = 0;
+    for (size_t i = 0; bfloat16_products && pairs_pay() && i < sizeof products / sizeof *products; i++) {
+        size_t size = pair_layout(&(PairProduct){0}, products[i][0], products[i][1], products[i][2]);
+        most = size > most ? size : most;
+    }
+    return most;
 }
 
 // ---- few rows, from copies ----
@@ -6176,8 +6207,8 @@ static void few_pairs_transposed(const FewProduct *q, size_t column, size_t end)
             size_t k = 0;
             for (; k + 2 * STEP <= p->K; k += 2 * STEP)
                 for (int v = 0; v < 2; v++)
-                    sum[v] = dot_pairs(sum[v], ((const PairVector *)(a + k))[v],
-                                       ((const PairVector *)(b + k))[v]);
+                    sum[v] =
+                        dot_pairs(sum[v], ((const PairVector *)(a + k))[v], ((const PairVector *)(b + k))[v]);
             const Vector all = sum[0] + sum[1];
             const float *lanes = (const float *)&all;
 #pragma omp simd reduction(+ : total)
@@ -6235,7 +6266,8 @@ static void matmul_few_pairs(Product p, const BFloat16 *b) {
     const size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
     BFloat16 *a = xmalloc(p.M * p.K * sizeof *a);
     for (size_t i = 0; i < p.M; i++)
-        for (size_t k = 0; k < p.K; k++) a[i * p.K + k] = (BFloat16)(round_to_bfloat16(p.A[i * p.lda + k]) >> 16);
+        for (size_t k = 0; k < p.K; k++)
+            a[i * p.K + k] = (BFloat16)(round_to_bfloat16(p.A[i * p.lda + k]) >> 16);
     p.columns = (p.N + threads - 1) / threads;
     p.columns = (p.columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
     const FewProduct q = {p, a, b};
