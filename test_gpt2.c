@@ -451,10 +451,9 @@ typedef struct {
 } MatmulCase;
 
 // The ways of section 16 and 17 to a product: in float32; in bfloat16 by the float32 product; by pairs; by AMX;
-// and, for few rows without transpose A, with B from a copy.
-enum { FLOAT32, ROUNDED, PAIRS, AMX, COPIED, MATMUL_WAYS };
-static const char *const matmul_ways[] = {"float32", "bfloat16, rounded", "bfloat16, pairs", "bfloat16, AMX",
-                                          "bfloat16, copies"};
+// and, for few rows without transpose A, with B from a copy, which may be packed.
+enum { FLOAT32, ROUNDED, PAIRS, AMX, COPIED, PACKED };
+static const char *const matmul_ways[] = {"float32", "rounded", "pairs", "AMX", "copies", "packed copies"};
 
 static bool has_amx(void) {
     Options options = {.precision = BFLOAT16_CHOICE};
@@ -491,12 +490,19 @@ static void matmul_case_run(MatmulCase *c) {
     const Product p = {
         c->C, c->A,           c->B,           c->ldc,        c->lda, c->ldb, c->M, c->N,
         c->K, c->transpose_a, c->transpose_b, c->accumulate, 0,      0,      0,    c->kind == ROUNDED};
-    if (c->kind == COPIED && p.M <= FEW && !p.transpose_a && p.K > 0) {
-        const size_t size = c->transpose_b ? p.N ? (p.N - 1) * p.ldb + p.K : 0 : (p.K - 1) * p.ldb + p.N;
-        BFloat16 *copy = xmalloc(size * sizeof *copy);
-        for (size_t i = 0; i < size; i++) copy[i] = (BFloat16)(round_to_bfloat16(p.B[i]) >> 16);
-        matmul_few_pairs(p, copy);
-        free(copy);
+    const bool few = p.M <= FEW && !p.transpose_a && p.K > 0;
+    if (few && (c->kind == COPIED || c->kind == PACKED)) {
+        const size_t size = p.N == 0 ? 0 : c->transpose_b ? (p.N - 1) * p.ldb + p.K : (p.K - 1) * p.ldb + p.N;
+        const size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        PairProduct q = {.p = p, .whole_steps = (p.K + 1) / 2};
+        q.panel_size = q.whole_steps * TILE_COLUMNS;
+        q.b = xmalloc((panels * q.panel_size + size) * sizeof *q.b);
+        const Copy copy = {p.B, size, (BFloat16 *)q.b, c->kind == PACKED ? q.panel_size : 0};
+        for (size_t i = 0; i < size && c->kind == COPIED; i++)
+            copy.to[i] = (BFloat16)(round_to_bfloat16(p.B[i]) >> 16);
+        for (size_t panel = 0; panel < panels && c->kind == PACKED; panel++) pack_b(&q, panel);
+        matmul_few_pairs(p, &copy);
+        free(q.b);
     } else if (c->kind == FLOAT32 || c->kind == ROUNDED || p.K == 0)
         matmul_builtin(p);
     else
@@ -638,7 +644,10 @@ static void check_matmul_way(int kind) {
 static void test_matmul_float32(void) { check_matmul_way(FLOAT32); }
 static void test_matmul_rounded(void) { check_matmul_way(ROUNDED); }
 static void test_matmul_pairs(void) { check_matmul_way(PAIRS); }
-static void test_matmul_copied(void) { check_matmul_way(COPIED); }
+static void test_matmul_copied(void) {
+    check_matmul_way(COPIED);
+    check_matmul_way(PACKED);
+}
 static void test_matmul_amx(void) {
     if (has_amx())
         check_matmul_way(AMX);
@@ -2334,10 +2343,9 @@ static void check_cache(double tolerance) {
     bfloat16_products = false;
     float *wanted = logits_of(model, &full);
     bfloat16_products = tolerance > 1e-5;
-    keep_copy(cache.memory, 2 * S * P * 2 * C, false);
-    for (int i = 0; i < model->tensor_count; i++)
-        if (model->tensors[i].dims == 2) keep_copy(model->tensors[i].value, model->tensors[i].size, true);
-    check(copy_of(cache.memory + 5) == (tolerance > 1e-5 ? copies[0].to + 5 : NULL), "the cache's copy");
+    keep_copy(cache.memory, 2 * S * P * 2 * C);
+    keep_packed_copies(model);
+    check(copy_count == (tolerance > 1e-5 ? 10 : 0), "%zu copies", copy_count);
     double largest = 0;
     for (size_t n = 0; n < sizeof chunks / sizeof *chunks; n++) {
         int past = cache.past;

@@ -2284,8 +2284,10 @@ struct Cache {
 };
 
 // With --precision bfloat16 the arrays that each token reads again have copies in half the size. Part V.
-static void keep_copy(const float *from, size_t size, bool filled); // from now on
-static void refresh_copy(const float *from, size_t size);           // after a change
+static void keep_copy(const float *from, size_t size);    // from now on, of what refresh_copy tells it
+static void refresh_copy(const float *from, size_t size); // these have changed
+static void keep_packed_copy(const float *B, bool transpose_b, size_t K,
+                             size_t N); // of op(B) (K, N), all of it
 static void drop_copies(void);
 
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
@@ -2304,6 +2306,17 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
                 refresh_copy(to + values, HS);
             }
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
+}
+
+// Keeps copies of all weights that products multiply by.
+static void keep_packed_copies(const Model *model) {
+    const Tensor *head = model_head(model);
+    keep_packed_copy(head->value, true, head->shape[1], head->shape[0]);
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        if (t->dims == 2 && kind_is_per_layer(t->kind))
+            keep_packed_copy(t->value, false, t->shape[0], t->shape[1]);
+    }
 }
 
 typedef struct {
@@ -2415,9 +2428,8 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
     cache.first_key = xmalloc((size_t)samples * sizeof(int));
     const size_t cache_size = (size_t)config->n_layer * samples * P * 2 * config->n_embd;
     cache.memory = xfloats(cache_size);
-    keep_copy(cache.memory, cache_size, false);
-    for (int i = 0; i < model->tensor_count; i++)
-        if (model->tensors[i].dims == 2) keep_copy(model->tensors[i].value, model->tensors[i].size, true);
+    keep_copy(cache.memory, cache_size);
+    keep_packed_copies(model);
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
     int *running = xmalloc((size_t)samples * sizeof(int)); // the samples that have not ended
     int *last_row = xmalloc((size_t)samples * sizeof(int));
@@ -5829,7 +5841,6 @@ static void matmul_builtin(Product p) {
 typedef uint16_t BFloat16;
 typedef uint32_t __attribute__((may_alias)) BFloat16Pair; // the lower half comes first along k
 typedef uint32_t PairVector __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-typedef BFloat16 HalfVector __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 // The nearest bfloat16, in the upper half; what lies in the lower half means nothing. Half of the last bit that
 // stays is added, a little less when that bit is 0: so ties go to the even one. NaN stays NaN.
@@ -5989,22 +6000,25 @@ static void pack_b(const void *product, size_t panel) {
 
 // ---- the product of pairs ----
 
-// matmul_tile for pairs.
-static void pair_tile(float *C, size_t ldc, const BFloat16Pair *A, size_t lda, const BFloat16Pair *panel,
-                      size_t rows, size_t columns, size_t depth, bool add) {
+// matmul_tile for pairs. `height` is a constant: the rows of a tile, or fewer where the product has only a few.
+static inline __attribute__((always_inline)) void pair_tile(int height, float *C, size_t ldc,
+                                                            const BFloat16Pair *A, size_t lda,
+                                                            const BFloat16Pair *panel, size_t rows,
+                                                            size_t columns, size_t depth, bool add) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
     const BFloat16Pair *a[TILE_ROWS];
-    for (size_t i = 0; i < TILE_ROWS; i++) {
-        a[i] = A + smaller(i, rows - 1) * lda;
-        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(C + smaller(i, rows - 1) * ldc + j, 1);
+    for (int i = 0; i < height; i++) {
+        a[i] = A + smaller((size_t)i, rows - 1) * lda;
+        for (int j = 0; j < TILE_COLUMNS; j += 16)
+            __builtin_prefetch(C + smaller((size_t)i, rows - 1) * ldc + j, 1);
     }
     for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
         for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 12 * TILE_COLUMNS + j);
-        for (int i = 0; i < TILE_ROWS; i++)
+        for (int i = 0; i < height; i++)
             for (int v = 0; v < TILE_VECTORS; v++)
                 sum[i][v] = dot_pairs(sum[i][v], a[i][k] - (PairVector){0}, ((const PairVector *)panel)[v]);
     }
-    store_tile(C, ldc, sum, rows, columns, add);
+    store_tile(C, ldc, sum, smaller(rows, (size_t)height), columns, add);
 }
 
 // One block of C, DEPTH steps at a time.
@@ -6017,7 +6031,7 @@ static void pair_block(const void *product, size_t block) {
         for (size_t j = column; j < right; j += TILE_COLUMNS)
             for (size_t k = 0; k < q->steps; k += DEPTH)
                 for (size_t x = i; x < end && x < i + PAIR_GROUP; x += TILE_ROWS)
-                    pair_tile(p->C + x * p->ldc + j, p->ldc, q->a + x * q->lda + k, q->lda,
+                    pair_tile(TILE_ROWS, p->C + x * p->ldc + j, p->ldc, q->a + x * q->lda + k, q->lda,
                               q->b + j / TILE_COLUMNS * q->panel_size + k * TILE_COLUMNS, end - x, right - j,
                               smaller(DEPTH, q->steps - k), p->accumulate || k > 0);
 }
@@ -6140,50 +6154,90 @@ static size_t packed_size(const Config *config, size_t rows) {
 // ---- few rows, from copies ----
 // A token that is generated reads every weight, and every key and value in the cache, to multiply it once. So
 // time is what memory needs, and half the bits are half the time: generate() keeps copies in bfloat16 of the
-// arrays that are read again for each token. They hold what the product would round to anyway.
+// arrays that are read again for each token. They hold what the product would round to anyway. Weights do not
+// change meanwhile: their copies are packed in panels, one long stream for each thread.
 
 typedef struct {
     const float *from;
     size_t size;
     BFloat16 *to;
+    size_t panel_size; // pairs, in a packed copy
 } Copy;
 
 static Copy *copies = NULL;
 static size_t copy_count = 0, copy_capacity = 0;
 
-// The copy of the array in which B lies, from there on; NULL when there is none.
-static BFloat16 *copy_of(const float *B) {
+// The copy of the array in which B lies; NULL when there is none.
+static const Copy *find_copy(const float *B) {
     for (const Copy *copy = copies; copy < copies + copy_count; copy++)
-        if (B >= copy->from && B < copy->from + copy->size) return copy->to + (B - copy->from);
+        if (B >= copy->from && B < copy->from + copy->size) return copy;
     return NULL;
 }
 
-// Brings the copy of `size` floats up to date, if there is one.
-static void refresh_copy(const float *from, size_t size) {
-    BFloat16 *to = copy_of(from);
-    for (size_t i = 0; to && i < size; i++) to[i] = (BFloat16)(round_to_bfloat16(from[i]) >> 16);
+// Keeps a copy of an array from now on, with nothing in it. Large pages save the processor the search for
+// where thousands of small ones are.
+static Copy *add_copy(const float *from, size_t size, size_t panel_size, size_t bytes) {
+    const size_t large_page = 1 << 21;
+    void *to;
+    if (posix_memalign(&to, large_page, bytes))
+        die("out of memory: %.1f MB were asked for", (double)bytes / 1e6);
+#ifdef MADV_HUGEPAGE
+    madvise(to, bytes, MADV_HUGEPAGE); // a wish: nothing is lost when it is not granted
+#endif
+    copies = grow(copies, copy_count + 1, &copy_capacity, sizeof *copies);
+    copies[copy_count] = (Copy){from, size, to, panel_size};
+    return &copies[copy_count++];
 }
 
-// Keeps a copy of an array from now on. Nobody would read it with --precision float32, and there is none.
-static void keep_copy(const float *from, size_t size, bool filled) {
+static void keep_copy(const float *from, size_t size) {
+    if (bfloat16_products) add_copy(from, size, 0, size * sizeof(BFloat16));
+}
+
+static void refresh_copy(const float *from, size_t size) {
+    const Copy *copy = find_copy(from);
+    for (size_t i = 0; copy && i < size; i++)
+        copy->to[from - copy->from + i] = (BFloat16)(round_to_bfloat16(from[i]) >> 16);
+}
+
+static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N) {
     if (!bfloat16_products) return;
-    const size_t part = 1 << 16;
-    copies = grow(copies, copy_count + 1, &copy_capacity, sizeof *copies);
-    copies[copy_count++] = (Copy){from, size, (BFloat16 *)xfloats((size + 1) / 2)};
-#pragma omp parallel for
-    for (size_t i = 0; i < size; i += part)
-        if (filled) refresh_copy(from + i, smaller(part, size - i));
+    PairProduct q = {.p = {.B = B, .ldb = transpose_b ? K : N, .N = N, .K = K, .transpose_b = transpose_b}};
+    const size_t panels = (N + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    q.whole_steps = (K + 1) / 2;
+    q.panel_size = q.whole_steps * TILE_COLUMNS;
+    q.b = (BFloat16Pair *)add_copy(B, K * N, q.panel_size, panels * q.panel_size * sizeof *q.b)->to;
+    share_out(pack_b, &q, panels, (size_t)omp_get_max_threads());
 }
 
 static void drop_copies(void) {
     while (copy_count > 0) free(copies[--copy_count].to);
 }
 
-// A product of few rows: a is A rounded (M, K), b is where B begins in its copy.
+// A product of few rows: a is A rounded (M, lda), b is where B begins in its copy.
 typedef struct {
     Product p;
     const BFloat16 *a, *b;
+    size_t lda, panel_size;
 } FewProduct;
+
+// One panel of a packed copy.
+static void few_pairs_packed(const void *product, size_t panel) {
+    const FewProduct *q = product;
+    const Product *p = &q->p;
+    const BFloat16Pair *a = (const BFloat16Pair *)q->a,
+                       *b = (const BFloat16Pair *)q->b + panel * q->panel_size;
+    const size_t column = panel * TILE_COLUMNS, columns = p->N - column, steps = (p->K + 1) / 2,
+                 lda = q->lda / 2;
+    float *C = p->C + column;
+    if (p->M == 1)
+        pair_tile(1, C, p->ldc, a, lda, b, 1, columns, steps, p->accumulate);
+    else if (p->M <= 4)
+        pair_tile(4, C, p->ldc, a, lda, b, p->M, columns, steps, p->accumulate);
+    else
+        for (size_t i = 0; i < p->M; i += TILE_ROWS)
+            pair_tile(TILE_ROWS, C + i * p->ldc, p->ldc, a + i * lda, lda, b, p->M - i, columns, steps,
+                      p->accumulate);
+}
 
 static inline float float_of(BFloat16 x) {
     union {
@@ -6199,9 +6253,8 @@ static void few_pairs_transposed(const FewProduct *q, size_t column, size_t end)
     enum { STEP = 2 * LANES }; // elements in a vector of pairs
     for (size_t j = column; j < end; j++) {
         const BFloat16 *b = q->b + j * p->ldb;
-        for (size_t k = 0; k < p->K; k += 32) __builtin_prefetch(b + (1 + 4096 / p->K) * p->ldb + k);
         for (size_t i = 0; i < p->M; i++) {
-            const BFloat16 *a = q->a + i * p->K;
+            const BFloat16 *a = q->a + i * q->lda;
             Vector sum[2] = {0};
             float total = p->accumulate ? p->C[i * p->ldc + j] : 0;
             size_t k = 0;
@@ -6219,31 +6272,40 @@ static void few_pairs_transposed(const FewProduct *q, size_t column, size_t end)
     }
 }
 
-// few_rows_step for copies: adds eight rows of B, from row k on, to columns column .. end - 1 of C.
+// few_rows_step for copies: adds eight rows of B, from row k on, to columns column .. end - 1 of C. A vector of
+// a row holds two columns in each lane; two rows make pairs of the even columns and pairs of the odd ones.
 static void few_pairs_step(const FewProduct *q, size_t k, size_t column, size_t end) {
     const Product *p = &q->p;
-    const size_t n = smaller(8, p->K - k), rows_ahead = 8 + 4096 / (end - column); // to prefetch
+    const size_t n = smaller(8, p->K - k), rows_ahead = 8 + 8192 / (end - column); // to prefetch
     const BFloat16 *b = q->b + k * p->ldb;
-    float a[FEW][8] = {0};
-    for (size_t i = 0; i < p->M; i++)
-        for (size_t x = 0; x < n; x++) a[i][x] = float_of(q->a[i * p->K + k + x]);
     size_t j = column;
-    for (; n == 8 && j + LANES <= end; j += LANES) {
-        Vector rows[8];
-        for (size_t x = 0; x < 8; x++) {
-            const HalfVector half = *(const HalfVector *)(b + x * p->ldb + j);
-            rows[x] = (Vector)(__builtin_convertvector(half, PairVector) << 16);
-            __builtin_prefetch(b + (x + rows_ahead) * p->ldb + j);
+    for (; n == 8 && j + 2 * LANES <= end; j += 2 * LANES) {
+        PairVector pairs[4][2];
+        for (size_t x = 0; x < 4; x++) {
+            const PairVector first = *(const PairVector *)(b + 2 * x * p->ldb + j);
+            const PairVector second = *(const PairVector *)(b + (2 * x + 1) * p->ldb + j);
+            pairs[x][0] = (first & 0xffff) | second << 16;
+            pairs[x][1] = first >> 16 | (second & 0xffff0000);
+            __builtin_prefetch(b + (2 * x + rows_ahead) * p->ldb + j);
+            __builtin_prefetch(b + (2 * x + 1 + rows_ahead) * p->ldb + j);
         }
         for (size_t i = 0; i < p->M; i++) {
-            Vector sum = *(Vector *)(p->C + i * p->ldc + j);
-            for (size_t x = 0; x < 8; x++) sum += a[i][x] * rows[x];
-            *(Vector *)(p->C + i * p->ldc + j) = sum;
+            const BFloat16Pair *a = (const BFloat16Pair *)(q->a + i * q->lda + k);
+            float *c = p->C + i * p->ldc + j;
+            Vector sum[2] = {0};
+            for (size_t x = 0; x < 4; x++)
+                for (int v = 0; v < 2; v++) sum[v] = dot_pairs(sum[v], a[x] - (PairVector){0}, pairs[x][v]);
+            const float *even = (const float *)&sum[0], *odd = (const float *)&sum[1];
+            for (int lane = 0; lane < LANES; lane++) {
+                c[2 * lane] += even[lane];
+                c[2 * lane + 1] += odd[lane];
+            }
         }
     }
     for (; j < end; j++) // what is left over: the last columns, or the last rows of B
         for (size_t i = 0; i < p->M; i++)
-            for (size_t x = 0; x < n; x++) p->C[i * p->ldc + j] += a[i][x] * float_of(b[x * p->ldb + j]);
+            for (size_t x = 0; x < n; x++)
+                p->C[i * p->ldc + j] += float_of(q->a[i * q->lda + k + x]) * float_of(b[x * p->ldb + j]);
 }
 
 static void few_pairs(const void *product, size_t block) {
@@ -6259,19 +6321,19 @@ static void few_pairs(const void *product, size_t block) {
     for (size_t k = 0; k < p->K; k += 8) few_pairs_step(q, k, column, end);
 }
 
-// A product of at most FEW rows whose B has a copy, b.
-static void matmul_few_pairs(Product p, const BFloat16 *b) {
+// A product of at most FEW rows whose B lies in a copy.
+static void matmul_few_pairs(Product p, const Copy *copy) {
     if (p.M == 0 || p.N == 0) return;
-    const bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
-    const size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
-    BFloat16 *a = xmalloc(p.M * p.K * sizeof *a);
-    for (size_t i = 0; i < p.M; i++)
-        for (size_t k = 0; k < p.K; k++)
-            a[i * p.K + k] = (BFloat16)(round_to_bfloat16(p.A[i * p.lda + k]) >> 16);
-    p.columns = (p.N + threads - 1) / threads;
-    p.columns = (p.columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
-    const FewProduct q = {p, a, b};
-    share_out(few_pairs, &q, (p.N + p.columns - 1) / p.columns, threads);
+    const bool alone = omp_in_parallel() || (double)p.M * p.N * p.K<1e5, packed = copy->panel_size> 0;
+    const size_t threads = alone ? 1 : (size_t)omp_get_max_threads(), steps = (p.K + 1) / 2;
+    BFloat16Pair *a = xmalloc(p.M * steps * sizeof *a);
+    pack_neighbours(a, steps, p.A, p.lda, p.M, p.K, steps);
+    const size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS,
+                 each = packed ? 1 : (panels + threads - 1) / threads;
+    p.columns = each * TILE_COLUMNS;
+    const FewProduct q = {p, (const BFloat16 *)a, copy->to + (packed ? 0 : p.B - copy->from), 2 * steps,
+                          copy->panel_size};
+    share_out(packed ? few_pairs_packed : few_pairs, &q, (panels + each - 1) / each, threads);
     free(a);
 }
 //@18
@@ -6306,7 +6368,7 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
     }
 #endif
     const Product p = {C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0, false};
-    const BFloat16 *copy = M <= FEW && !transpose_a && K > 0 ? copy_of(B) : NULL;
+    const Copy *copy = M <= FEW && !transpose_a && K > 0 ? find_copy(B) : NULL;
     if (copy)
         matmul_few_pairs(p, copy);
     else if (bfloat16_products)
