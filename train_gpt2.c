@@ -2308,6 +2308,16 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
 }
 
+static Cache cache_new(const Config *config, int samples) {
+    const size_t size = (size_t)config->n_layer * samples * config->n_positions * 2 * config->n_embd;
+    Cache cache = {.sequences = samples, .positions = config->n_positions, .NH = config->n_head};
+    cache.HS = config->n_embd / config->n_head;
+    cache.first_key = xmalloc((size_t)samples * sizeof(int));
+    cache.memory = xfloats(size);
+    keep_copy(cache.memory, size);
+    return cache;
+}
+
 // Keeps copies of all weights that products multiply by.
 static void keep_packed_copies(const Model *model) {
     const Tensor *head = model_head(model);
@@ -2423,12 +2433,7 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
     const int V = config->vocab_size, P = config->n_positions;
     Activations a = {0};
     Batch batch = {0};
-    Cache cache = {.sequences = samples, .positions = P, .NH = config->n_head};
-    cache.HS = config->n_embd / config->n_head;
-    cache.first_key = xmalloc((size_t)samples * sizeof(int));
-    const size_t cache_size = (size_t)config->n_layer * samples * P * 2 * config->n_embd;
-    cache.memory = xfloats(cache_size);
-    keep_copy(cache.memory, cache_size);
+    Cache cache = cache_new(config, samples);
     keep_packed_copies(model);
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
     int *running = xmalloc((size_t)samples * sizeof(int)); // the samples that have not ended
