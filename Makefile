@@ -40,18 +40,19 @@ all: $(PROGRAMS) ## build train_gpt2, tokenizer, test_gpt2 and data/stories (the
 CONFIG := $(if $(O),$(O),build/)config.mk
 $(CONFIG): ;
 DOWNLOADS := gpt2 gpt2-medium gpt2-large gpt2-xl tinyshakespeare
-ifneq ($(filter-out help clean links $(DOWNLOADS),$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean links fuzz $(DOWNLOADS),$(or $(MAKECMDGOALS),all)),)
 PROBLEM := $(shell CC='$(CC)' CFLAGS='$(CFLAGS) $(CPPFLAGS)' LDFLAGS='$(LDFLAGS)' \
                    OPENMP='$(OPENMP)' BLAS='$(BLAS)' sh dev/flags.sh $(CONFIG))
 $(if $(PROBLEM),$(error $(PROBLEM)))
 include $(CONFIG)
 endif
 
-$(PROGRAMS) $(O)dev/bench $(O)dev/tour: $(O)%: %.c $(CONFIG)
+$(PROGRAMS) $(O)dev/bench $(O)dev/tour $(O)dev/book/numbers: $(O)%: %.c $(CONFIG)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -o $@ $< $(LIBS)
-$(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour: train_gpt2.c
-$(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour: WARNINGS += -Wno-unused-function
+$(O)dev/book/numbers: dev/tour.c
+$(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour $(O)dev/book/numbers: train_gpt2.c
+$(O)tokenizer $(O)test_gpt2 $(O)dev/bench $(O)dev/tour $(O)dev/book/numbers: WARNINGS += -Wno-unused-function
 $(O)data/stories: LIBS = $(LDFLAGS) -lm
 
 train: all build/data/stories_val.txt build/stories_tokenizer/merges.txt ## train a small model on made-up stories
@@ -92,11 +93,27 @@ test: all $(O)dev/tour ## run every test; needs no Python and no network
 links: ## repair the line numbers of README's links into train_gpt2.c
 	sh dev/links.sh README.md
 
+torture: $(O)train_gpt2 ## kills, errors, full disks, power cuts at every place of a run: MINUTES=5, or KILLS=n FAULTS=n
+	PROGRAM=$(O)train_gpt2 python3 dev/torture/torture.py
+
+fuzz: ## damaged files and words by the million, SECONDS=60 for each TARGET (needs clang)
+	sh dev/fuzz/run.sh $(or $(SECONDS),60) $(TARGET)
+
 bench: all $(O)dev/bench ## how close a step comes to the machine's limit, kernel by kernel
 	./$(O)dev/bench $(LENGTHS) $(BENCH_OPTIONS)
 
 tour: $(O)dev/tour ## walk one batch through the program; dev/tour.md explains what it prints
 	./$(O)dev/tour
+
+BOOK := build/book
+book: $(O)dev/book/numbers ## make build/book/index.html: source, derivations and tour side by side; needs Python
+	@mkdir -p $(BOOK)
+	sh dev/venv.sh build/venv-book dev/book/requirements.txt
+	./$(O)dev/book/numbers > $(BOOK)/numbers.json
+	build/venv-book/bin/python dev/book/build.py --numbers $(BOOK)/numbers.json --out $(BOOK)/index.html
+
+book-test: book ## check that page, in headless Chromium too where there is one
+	@PYTHONDONTWRITEBYTECODE=1 build/venv-book/bin/python dev/book/test.py
 
 recipe: all ## test each claim of the fine-tuning recipe: tables and pictures in build/recipe (needs gnuplot)
 	sh dev/recipe/run.sh
@@ -121,7 +138,7 @@ install: $(O)train_gpt2 $(O)tokenizer ## copy train_gpt2 and tokenizer to PREFIX
 	install -m 755 $^ $(DESTDIR)$(PREFIX)/bin
 
 clean: ## remove what was built; trained models in out/ stay
-	rm -rf build train_gpt2 tokenizer test_gpt2 data/stories dev/bench dev/tour
+	rm -rf build train_gpt2 tokenizer test_gpt2 data/stories dev/bench dev/tour dev/book/numbers
 
 show-blas: ## say which BLAS the programs are built with
 	@echo $(BLAS_NAME)
@@ -129,4 +146,5 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train finetune test links bench tour recipe plot compare-test compare $(DOWNLOADS) install clean show-blas help
+.PHONY: all train finetune test torture fuzz links bench tour book book-test recipe plot compare-test compare \
+        $(DOWNLOADS) install clean show-blas help

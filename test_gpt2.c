@@ -3217,7 +3217,11 @@ static void test_added_tokens(void) {
         }
         tokenizer_free(t);
     }
-    // Many added tokens take no longer than their number.
+}
+
+// Many added tokens take no longer than their number.
+static void test_many_added_tokens(void) {
+    make_added_folder(1);
     FILE *file = fopen(in_tests("added1/added_tokens.json"), "w");
     for (int i = 0; i < 20000; i++) fprintf(file, "%c\"<token %d>\": %d", i ? ',' : '{', i, 260 + i);
     fputs("}", file);
@@ -5686,7 +5690,8 @@ static const struct {
     {"safetensors: wrong headers", test_wrong_safetensors},
     {"model folder: round trip to the bit", test_model_folder},
     {"model folder: 16 bits, other names, tensors that are not read", test_other_clothes},
-    {"model folder: added tokens, cut anywhere, many", test_added_tokens},
+    {"model folder: added tokens, cut anywhere", test_added_tokens},
+    {"model folder: 20,000 added tokens", test_many_added_tokens},
     {"model folder: rules that are not GPT-2's", test_other_rules},
     {"model folder: its own end of text; written back as it came", test_own_words},
     {"model folder: heads beside wte and alone", test_stored_heads},

@@ -6,7 +6,6 @@
 set -eu
 cd "$(dirname "$0")/.."
 venv=build/venv
-python=${PYTHON:-python3}
 
 fail() {
     echo "compare_test.sh: $*" >&2
@@ -17,21 +16,5 @@ for program in train_gpt2 test_gpt2 tokenizer data/stories; do
     [ -x "$program" ] || fail "./$program is missing: run 'make $program' first"
 done
 
-if ! cmp -s dev/requirements.txt "$venv/installed.txt"; then
-    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null && command -v apt-get >/dev/null; then
-        sudo=
-        [ "$(id -u)" = 0 ] || sudo="sudo -n"
-        echo "compare_test.sh: $python has no venv and pip, installing python3-venv" >&2
-        { $sudo apt-get update -q && $sudo apt-get install -qy python3-venv; } >&2 || true
-    fi
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        fail "$python is missing or older than 3.11: install Python 3.11 or newer, or set PYTHON to one"
-    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-        fail "$python cannot make virtual environments: install its venv and pip (Debian: python3-venv)"
-    echo "compare_test.sh: installing PyTorch and transformers into $venv, once" >&2
-    "$python" -m venv --clear "$venv" || fail "could not make $venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r dev/requirements.txt ||
-        fail "could not install dev/requirements.txt into $venv"
-    cp dev/requirements.txt "$venv/installed.txt"
-fi
+sh dev/venv.sh "$venv" dev/requirements.txt
 PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" "${SCRIPT:-dev/compare_test.py}" "$@"

@@ -4,7 +4,8 @@
 #   sh dev/portability.sh [NAME...]      all, or those named; logs are in build/portability/NAME.log
 #
 # What is not installed is skipped and said. On Debian the whole matrix needs: gcc clang libomp-dev
-# libopenblas-openmp-dev libopenblas-pthread-dev libblis-dev musl-tools clang-16 libomp-16-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+# libopenblas-openmp-dev libopenblas-pthread-dev libblis-dev musl-tools clang-16 libomp-16-dev valgrind
+# gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 set -u
 cd "$(dirname "$0")/.." || exit 1
 root=$PWD/build/portability
@@ -71,6 +72,8 @@ x86_64)
     way x86-64-nehalem-qemu qemu-x86_64 "$(direct "cc -march=x86-64" "" 'qemu-x86_64 -cpu Nehalem -0 "$0"')"
     ;;
 esac
+way tsan clang "sh dev/sanitizers.sh tsan"
+way valgrind valgrind "sh dev/sanitizers.sh valgrind"
 way aarch64-qemu aarch64-linux-gnu-gcc "$(direct "aarch64-linux-gnu-gcc -static" "" 'qemu-aarch64 -0 "$0"')"
 
 echo "$passed ways passed, $failed failed, $skipped skipped"

@@ -5,7 +5,7 @@
 //   dev/tour --write dev/tour.md       writes them anew
 //
 // A block of the text is fenced by ``` and stands behind a line <!-- NAME -->. Numbers may differ by one in their
-// last digit, since another processor adds in another order.
+// last digit, since another processor adds in another order. dev/book/numbers.c includes this file.
 #define TRAIN_GPT2_NO_MAIN
 #include "../train_gpt2.c"
 
@@ -51,6 +51,13 @@ static void print_values(const char *what, const float *values, int count) {
     fprintf(out, " ...\n");
 }
 
+// The ids of one piece of text. The caller frees ids.data.
+static Ids encode_piece(const Tokenizer *t, const char *piece, size_t size) {
+    Ids ids = {0};
+    tokenizer_encode((Tokenizer *)t, &ids, piece, size);
+    return ids;
+}
+
 // ---- the steps ----
 
 static void show_text(const Tokenizer *t, const Dataset *data) {
@@ -61,8 +68,7 @@ static void show_text(const Tokenizer *t, const Dataset *data) {
             size_t size = text ? strlen(text) : 0;
             for (size_t at = 0, end; at < size; at = end) {
                 end = find_piece(t, text, at, size);
-                Ids ids = {0};
-                tokenizer_encode((Tokenizer *)t, &ids, text + at, end - at);
+                Ids ids = encode_piece(t, text + at, end - at);
                 fprintf(out, "piece \"%.*s\" ->", (int)(end - at), text + at);
                 for (size_t i = 0; i < ids.size; i++)
                     fprintf(out, " %s %d", shown(t, ids.data[i]), ids.data[i]);
@@ -185,7 +191,19 @@ static void show_weight(const Tensor *tensor, float before, float clip, const Hy
             tensor->decay ? rate * adam->weight_decay * before : 0.0, before, tensor->value[0]);
 }
 
-static void walk(void) {
+// What the tour works on.
+typedef struct {
+    Tokenizer *tokenizer;
+    Dataset *data;
+    Batch batch;
+    Model *model;
+    Activations activations;
+    Hyperparameters adam;
+    double rate;
+} Tour;
+
+static Tour tour_begin(void) {
+    Tour tour = {.adam = {0.9, 0.999, 1e-8, 0.01, 1, 0, 0, KEEP_ALL}, .rate = 1e-2};
     make_folder("build/tour");
     write_file("build/tour/merges.txt", merges, strlen(merges));
     FILE *file = create_file("build/tour/batch.jsonl");
@@ -195,58 +213,71 @@ static void walk(void) {
         else
             fprintf(file, "{\"text\": \"%s\"}\n", texts[s][1]);
     finish_file(file, "build/tour/batch.jsonl");
-    Tokenizer *t = tokenizer_load("build/tour/merges.txt");
-    Dataset *data = dataset_load("build/tour/batch.jsonl", t, 16, t->vocab_size);
-    Batch batch = {0};
-    dataset_batch(data, NULL, 0, 3, &batch);
-    show_text(t, data);
-    show_batch(t, &batch);
-
-    Model *model = model_new((Config){.vocab_size = t->vocab_size,
-                                      .n_positions = 16,
-                                      .n_layer = 2,
-                                      .n_head = 2,
-                                      .n_embd = 16,
-                                      .n_inner = 64,
-                                      .layer_norm_epsilon = 1e-5f,
-                                      .tie_word_embeddings = true});
+    tour.tokenizer = tokenizer_load("build/tour/merges.txt");
+    tour.data = dataset_load("build/tour/batch.jsonl", tour.tokenizer, 16, tour.tokenizer->vocab_size);
+    dataset_batch(tour.data, NULL, 0, 3, &tour.batch);
+    tour.model = model_new((Config){.vocab_size = tour.tokenizer->vocab_size,
+                                    .n_positions = 16,
+                                    .n_layer = 2,
+                                    .n_head = 2,
+                                    .n_embd = 16,
+                                    .n_inner = 64,
+                                    .layer_norm_epsilon = 1e-5f,
+                                    .tie_word_embeddings = true});
     const char *no_decay[] = {"bias", "ln_.+weight", "ln_.+bias"};
-    model_initialise(model, 1);
-    model_set_training(model, &(Patterns){0}, &(Patterns){no_decay, 3, 3});
-    model_allocate_training(model, true);
-    Activations a = {0};
-    activations_reserve(&a, model, batch.rows, KEEP_ALL);
-    model_forward(model, &a, &batch, NULL, (Dropout){0});
-    show_forward(model, t, &a, &batch);
-    show_loss(model, t, &a, &batch, classifier(model, &a, &batch, false, 0, false));
+    model_initialise(tour.model, 1);
+    model_set_training(tour.model, &(Patterns){0}, &(Patterns){no_decay, 3, 3});
+    model_allocate_training(tour.model, true);
+    activations_reserve(&tour.activations, tour.model, tour.batch.rows, KEEP_ALL);
+    return tour;
+}
 
-    const Hyperparameters adam = {0.9, 0.999, 1e-8, 0.01, 1, 0, 0, false};
-    const double rate = 1e-2;
+static void tour_end(Tour *tour) {
+    model_free(tour->model);
+    activations_free(&tour->activations);
+    batch_free(&tour->batch);
+    dataset_free(tour->data);
+    tokenizer_free(tour->tokenizer);
+}
+
+// Forward and backward; returns the mean loss.
+static double tour_gradients(Tour *tour) {
+    int targets = tour->batch.targets;
+    return model_forward_backward(tour->model, &tour->activations, &tour->batch, 1.0f / (float)targets, false,
+                                  (Dropout){0}) /
+           targets;
+}
+
+static void walk(void) {
+    Tour tour = tour_begin();
+    Model *model = tour.model;
+    show_text(tour.tokenizer, tour.data);
+    show_batch(tour.tokenizer, &tour.batch);
+    model_forward(model, &tour.activations, &tour.batch, NULL, (Dropout){0});
+    show_forward(model, tour.tokenizer, &tour.activations, &tour.batch);
+    show_loss(model, tour.tokenizer, &tour.activations, &tour.batch,
+              classifier(model, &tour.activations, &tour.batch, false, 0, false));
+
     const Tensor *worst, *weight = model_tensor(model, FC_WEIGHT, 0), *bias = model_tensor(model, FC_BIAS, 0);
     double losses[101];
     for (int step = 0; step <= 100; step++) {
-        losses[step] =
-            model_forward_backward(model, &a, &batch, 1.0f / (float)batch.targets, false, (Dropout){0}) /
-            batch.targets;
+        losses[step] = tour_gradients(&tour);
         double norm = gradient_norm(model, &worst);
-        float clip = clip_factor(norm, adam.max_grad_norm), before = weight->value[0],
+        float clip = clip_factor(norm, tour.adam.max_grad_norm), before = weight->value[0],
               before_bias = bias->value[0];
         if (step == 0) show_gradients(model, norm);
-        adamw_update(model, &adam, rate, step + 1, clip);
+        adamw_update(model, &tour.adam, tour.rate, step + 1, clip);
         if (step > 0) continue;
         begin_block("update");
-        show_weight(weight, before, clip, &adam, rate);
-        show_weight(bias, before_bias, clip, &adam, rate);
+        show_weight(weight, before, clip, &tour.adam, tour.rate);
+        show_weight(bias, before_bias, clip, &tour.adam, tour.rate);
     }
     begin_block("after");
     for (int step = 0; step <= 100; step = step == 0 ? 1 : step * 10)
         fprintf(out, "loss after %3d updates: %.*f\n", step, step < 10 ? 4 : 1, losses[step]);
     fclose(out);
-    model_free(model);
-    activations_free(&a);
-    batch_free(&batch);
-    dataset_free(data);
-    tokenizer_free(t);
+    out = NULL;
+    tour_end(&tour);
 }
 
 // ---- the text ----
@@ -306,6 +337,7 @@ static int update_text(const char *path, bool write) {
     return different;
 }
 
+#ifndef TOUR_NO_MAIN
 int main(int argc, char **argv) {
     program_name = "tour";
     matmul_kind = MATMUL_BUILTIN;
@@ -322,3 +354,4 @@ int main(int argc, char **argv) {
                argv[2]);
     return different > 0;
 }
+#endif
