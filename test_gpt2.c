@@ -1320,6 +1320,23 @@ static void check_gradients(const Model *model, const Model *wanted, double tole
 
 // ---- references ----
 
+// In bfloat16 a reference is met to two or three digits: a hundredth of the largest logit and of the loss, a tenth
+// of the largest gradient. dev/compare_bfloat16.py compares with PyTorch's bfloat16.
+static void check_bfloat16_reference(const char *folder) {
+    bfloat16_products = true;
+    Reference r = reference_open(folder, false);
+    reference_pass(&r);
+    static const double most[KINDS] = {[LOGITS] = 2e-2, [LOSS] = 1e-2, [GRADIENTS] = 0.15};
+    for (int i = 0; i < KINDS; i++) {
+        const Worst *worst = &r.worst[i];
+        check(!worst->compared || worst->relative <= most[i], "%s: %s deviate by %.1e in %s", folder,
+              worst->kind, worst->relative, worst->where);
+    }
+    check(r.worst[LOGITS].compared && r.worst[LOGITS].relative > 1e-4, "%s: not in bfloat16", folder);
+    reference_close(&r);
+    bfloat16_products = false;
+}
+
 // Every folder of dev/fixtures, with activations kept, with --recompute, and on the built-in matmul.
 static void test_references(void) {
     char *self = xstrdup(self_path), *slash = strrchr(self, '/');
@@ -1345,6 +1362,7 @@ static void test_references(void) {
         check(compare_reference(folder, NULL, true, false), "%s: not what PyTorch computed, built-in matmul",
               folder);
         matmul_kind = usual;
+        check_bfloat16_reference(folder);
         free(folder);
     }
     globfree(&found);
@@ -5749,6 +5767,27 @@ static const struct {
     {"documents: links point at what they name", test_links},
 };
 
+// test_gpt2 --reference DIR...: compares with each, and prints the deviations. --dump FILE (with one DIR only)
+// writes what was computed; with --precision bfloat16 the deviations are those of rounded products.
+static int compare_references(int count, char **words) {
+    const char *dump = NULL, *folders[1000];
+    int folder_count = 0, failed = 0;
+    program_name = "test_gpt2";
+    for (int i = 0; i < count; i++) {
+        if (strcmp(words[i], "--dump") == 0 && i + 1 < count)
+            dump = words[++i];
+        else if (strcmp(words[i], "--precision") == 0 && i + 1 < count)
+            choose_precision(&(Options){.precision = strcmp(words[++i], "bfloat16") == 0});
+        else if (folder_count < 1000)
+            folders[folder_count++] = words[i];
+    }
+    if (folder_count < 1 || (dump && folder_count > 1))
+        die_usage("--reference DIR... [--precision bfloat16], or --reference DIR --dump FILE");
+    for (int i = 0; i < folder_count; i++) failed += !compare_reference(folders[i], dump, false, false);
+    printf("%d passed, %d failed\n", folder_count - failed, failed);
+    return failed > 0;
+}
+
 int main(int argc, char **argv) {
     snprintf(self_path, sizeof self_path, "%s", argv[0]);
     if (argc > 1 && strcmp(argv[1], "--trainer") == 0) return train_gpt2_main(argc - 1, argv + 1);
@@ -5758,16 +5797,7 @@ int main(int argc, char **argv) {
         ((void (*)(void))((char *)run_child + atol(argv[2])))();
         return 0;
     }
-    if (argc > 1 && strcmp(argv[1], "--reference") == 0) {
-        const char *dump = argc > 3 && strcmp(argv[argc - 2], "--dump") == 0 ? argv[argc - 1] : NULL;
-        int folders = argc - 2 - (dump ? 2 : 0), failed = 0;
-        program_name = "test_gpt2";
-        if (folders < 1 || (dump && folders > 1))
-            die_usage("--reference DIR..., or --reference DIR --dump FILE");
-        for (int i = 2; i < 2 + folders; i++) failed += !compare_reference(argv[i], dump, false, false);
-        printf("%d passed, %d failed\n", folders - failed, failed);
-        return failed > 0;
-    }
+    if (argc > 1 && strcmp(argv[1], "--reference") == 0) return compare_references(argc - 2, argv + 2);
     int passed = 0, failed = 0;
     double started = now();
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
