@@ -1901,8 +1901,9 @@ static void test_poison(void) {
     enum { V = 31, AT = 100 };
     static const int places[] = {1, 63, 64, 65, 128, 149};
     MatmulKind usual = matmul_kind;
-    for (int kind = 0; kind < 2; kind++) {
-        matmul_kind = kind ? usual : MATMUL_BUILTIN;
+    for (int kind = 0; kind < 3; kind++) {
+        matmul_kind = kind == 1 ? usual : MATMUL_BUILTIN;
+        bfloat16_products = kind == 2;
         Model *model = tiny_model(tiny_config(V, 160, 2, 2, 8, 32, false), 3, NULL);
         Batch batch = ragged_batch(1, V - 1, 3, (int[]){40, 150, 90});
         const int first = batch.first_row[1], end = batch.first_row[2];
@@ -1939,6 +1940,7 @@ static void test_poison(void) {
         batch_free(&batch);
         model_free(model);
     }
+    bfloat16_products = false;
     matmul_kind = usual;
 }
 

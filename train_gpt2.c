@@ -11,7 +11,8 @@
 //   II.  Text            9 tokenizer: text <-> token ids   10 generation
 //   III. Files and data  11 files and JSON   12 model folders, checkpoints   13 text, shards, JSONL examples
 //   IV.  Running it      14 evaluation, log, the training loop   15 options and main
-//   V.   Speed           16 how a product of matrices gets fast; a fast exp
+//   V.   Speed           16 how a product of matrices gets fast   17 with half the bits, faster
+//                        18 the one matmul, and a fast exp
 //
 // Part I is the whole of GPT-2 and of one training step; read it from top to bottom. The other parts are
 // chapters to open when you want them. dev/tour.md follows one batch through Part I with real numbers, and
@@ -5819,29 +5820,32 @@ static void matmul_builtin(Product p) {
     share_out(few ? matmul_few_rows : matmul_block, &p, blocks, threads);
 }
 
-//@17
 // =====================================================================================================
 // 17. How a product gets faster with half the bits
 // =====================================================================================================
 // A bfloat16 is the upper half of a float: the sign, the eight bits of the exponent, and seven of the 23 bits
-// behind the point. It reaches as far as a float, but it has only two to three digits. For the operands of a
-// product that is enough: hundreds of terms add up, and their rounding errors, some up and some down, mostly
-// cancel. So with --precision bfloat16 every product rounds its operands to bfloat16 and sums in float32. All
-// the rest stays float32: weights, gradients, moments, layernorm, softmax, the loss, checkpoints. (So does the
-// triangle in attention_forward, which is no product of whole matrices.)
+// behind the point. It reaches as far as a float, but it has only two to three decimal digits. For the operands
+// of a product that is enough: hundreds of terms add up, and their rounding errors, some up and some down, mostly
+// cancel. So with --precision bfloat16 every product rounds its operands to bfloat16 and sums in float32. All the
+// rest stays float32: weights, gradients, moments, layernorm, softmax, the loss, checkpoints; and the triangle in
+// attention_forward, a plain loop, because a product would multiply what is masked by zero, and NaN times zero is
+// NaN.
 //
-// What it brings depends on the processor. All three steps below rest on one idea, the pair: two neighbours
-// along k side by side in 32 bits, where one float was before.
-// 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum: a step is
-//    two k long, and the tiles of section 16 stay as they are. Processors without such an instruction take two
-//    multiply-adds.
-// 2. Packing for all. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels.
-//    The tiles now go through their work in half the time, and copies made anew for each block would weigh
-//    twice as much. So threads share out the copying, wait for each other, and then share the blocks.
-// 3. Tiles (AMX, on Xeons since 2023). Eight registers of 16 x 16 pairs: an instruction multiplies a whole tile
-//    of A by a whole tile of B, 16 steps at once. It takes both as they are packed for step 1.
-// The meaning is the same everywhere: exact products of rounded operands, summed in an order that depends on
-// the kind of processor and the sizes, but not on the number of threads.
+// What that brings depends on the processor. All of it rests on one idea, the pair: two neighbours along k stand
+// side by side in 32 bits, where one float was before.
+// 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum. A step is
+//    now two k long; the tiles of section 16 stay as they are.
+// 2. Packing once. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels. The
+//    tiles need only half the time now, and a copy for each block would weigh twice as much as before. So all
+//    threads share the copying, then all share the blocks.
+// 3. Whole tiles (AMX, in Xeons since 2023). Its registers hold 16 rows of 16 pairs. One instruction multiplies
+//    such a tile of A by one of B, and it takes both as they are packed for the pairs.
+// A processor without such instructions gains nothing: there the float32 product rounds what it packs, at nearly
+// its own speed. The meaning is the same everywhere: exact products of rounded operands, summed in an order that
+// depends on the kind of processor and on the sizes, but not on the number of threads.
+//
+// What ran where: AVX512_BF16 and the float32 product on real processors (AMD Zen 4), the kernel for arm64 in an
+// emulator, the kernel for AMX with its instructions written out in plain C (dev/amx_emulation.h).
 
 typedef uint16_t BFloat16;
 typedef uint32_t __attribute__((may_alias)) BFloat16Pair; // the lower half comes first along k
@@ -5857,6 +5861,7 @@ static inline uint32_t round_to_bfloat16(float x) {
     return x == x ? u.bits + 0x7fff + (u.bits >> 16 & 1) : 0x7fc00000;
 }
 
+// For the float32 product: rounds what it has packed.
 static void round_in_place(float *x, size_t count) {
     BFloat16Pair *bits = (BFloat16Pair *)x;
     for (size_t i = 0; i < count; i++) bits[i] = round_to_bfloat16(x[i]) & 0xffff0000;
@@ -6341,7 +6346,6 @@ static void matmul_few_pairs(Product p, const Copy *copy) {
     share_out(packed ? few_pairs_packed : few_pairs, &q, (panels + each - 1) / each, threads);
     free(a);
 }
-//@18
 
 // =====================================================================================================
 // 18. The one matmul, and a fast exp
