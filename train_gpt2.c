@@ -11,7 +11,8 @@
 //   II.  Text            9 tokenizer: text <-> token ids   10 generation
 //   III. Files and data  11 files and JSON   12 model folders, checkpoints   13 text, shards, JSONL examples
 //   IV.  Running it      14 evaluation, log, the training loop   15 options and main
-//   V.   Speed           16 how a product of matrices gets fast; a fast exp
+//   V.   Speed           16 how a product of matrices gets fast   17 with half the bits, faster
+//                        18 the one matmul, and a fast exp
 //
 // Part I is the whole of GPT-2 and of one training step; read it from top to bottom. The other parts are
 // chapters to open when you want them. dev/tour.md follows one batch through Part I with real numbers, and
@@ -76,6 +77,15 @@ static int omp_get_max_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 static int omp_in_parallel(void) { return 0; }
 static void omp_set_num_threads(int n) { (void)n; }
+#endif
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__)
+#define USE_AMX
+#include <sys/syscall.h>
+#endif
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
 #endif
 #if defined(USE_ACCELERATE)
 #include <Accelerate/Accelerate.h>
@@ -2274,6 +2284,13 @@ struct Cache {
     int *first_key; // (sequences of the batch) in rows of HS, within a layer's part
 };
 
+// With --precision bfloat16 the arrays that each token reads again have copies in half the size. Part V.
+static void keep_copy(const float *from, size_t size);    // from now on, of what refresh_copy tells it
+static void refresh_copy(const float *from, size_t size); // these have changed
+static void keep_packed_copy(const float *B, bool transpose_b, size_t K,
+                             size_t N); // of op(B) (K, N), all of it
+static void drop_copies(void);
+
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
     const size_t NH = (size_t)cache->NH, HS = (size_t)cache->HS, C = NH * HS;
     const size_t head_stride = cache->positions * HS,
@@ -2286,8 +2303,31 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
                 const float *key = qkv + ((size_t)r * 3 + 1) * C + head * HS;
                 memcpy(to, key, HS * sizeof(float));
                 memcpy(to + values, key + C, HS * sizeof(float));
+                refresh_copy(to, HS);
+                refresh_copy(to + values, HS);
             }
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
+}
+
+static Cache cache_new(const Config *config, int samples) {
+    const size_t size = (size_t)config->n_layer * samples * config->n_positions * 2 * config->n_embd;
+    Cache cache = {.sequences = samples, .positions = config->n_positions, .NH = config->n_head};
+    cache.HS = config->n_embd / config->n_head;
+    cache.first_key = xmalloc((size_t)samples * sizeof(int));
+    cache.memory = xfloats(size);
+    keep_copy(cache.memory, size);
+    return cache;
+}
+
+// Keeps copies of all weights that products multiply by.
+static void keep_packed_copies(const Model *model) {
+    const Tensor *head = model_head(model);
+    keep_packed_copy(head->value, true, head->shape[1], head->shape[0]);
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        if (t->dims == 2 && kind_is_per_layer(t->kind))
+            keep_packed_copy(t->value, false, t->shape[0], t->shape[1]);
+    }
 }
 
 typedef struct {
@@ -2394,10 +2434,8 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
     const int V = config->vocab_size, P = config->n_positions;
     Activations a = {0};
     Batch batch = {0};
-    Cache cache = {.sequences = samples, .positions = P, .NH = config->n_head};
-    cache.HS = config->n_embd / config->n_head;
-    cache.first_key = xmalloc((size_t)samples * sizeof(int));
-    cache.memory = xfloats((size_t)config->n_layer * samples * P * 2 * config->n_embd);
+    Cache cache = cache_new(config, samples);
+    keep_packed_copies(model);
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
     int *running = xmalloc((size_t)samples * sizeof(int)); // the samples that have not ended
     int *last_row = xmalloc((size_t)samples * sizeof(int));
@@ -2440,6 +2478,7 @@ static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *
         if (samples == 1)
             stream_text(&outputs[0].text, &printed, sampling->stop, alive == 0 || made == count - 1);
     }
+    drop_copies();
     free(running);
     free(last_row);
     free(candidates);
@@ -4239,7 +4278,7 @@ typedef struct {
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
-    long schedule, matmul; // numbers of their choices
+    long schedule, matmul, precision; // numbers of their choices
     Patterns no_decay, freeze;
     bool resume, overfit, eval, plan, plain, recompute, quiet, help;
 } Options;
@@ -4796,12 +4835,14 @@ static const Option option_table[] = {
     {"seed", 0, COUNT, FIELD(seed), "1337", 0, 1e15, TRAIN | GENERATE, "N", "of initial values, shuffling, dropout and samples"},
     {"recompute", 0, FLAG, FIELD(recompute), "", 0, 0, TRAIN, NULL, "keep less for the backward pass: less memory, more time"},
     {"matmul", 0, CHOICE, FIELD(matmul), "auto", 0, 0, ANY, "auto|openblas|builtin", "auto: OpenBLAS, unless it cannot use this processor or its threads"},
+    {"precision", 0, CHOICE, FIELD(precision), "float32", 0, 0, ANY, "float32|bfloat16", "of what products multiply; bfloat16 is faster where the processor has it"},
     {"quiet", 0, FLAG, FIELD(quiet), "", 0, 0, ANY | NOT_SAVED, NULL, "no banner and no progress line"},
 };
 // clang-format on
 enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
 // Numbers of a CHOICE's words, as Schedule has them for --schedule; a test compares both with the table.
 enum { AUTO_CHOICE, OPENBLAS_CHOICE, BUILTIN_CHOICE }; // of --matmul
+enum { FLOAT32_CHOICE, BFLOAT16_CHOICE };              // of --precision
 
 static void add_pattern(Patterns *patterns, const char *item) {
     patterns->items = grow(patterns->items, patterns->size + 1, &patterns->capacity, sizeof *patterns->items);
@@ -5056,6 +5097,9 @@ static size_t count_parameters(const Model *model, bool only_trainable) {
 
 static void choose_matmul(Options *options); // Part V
 static const char *matmul_name(void);
+static void choose_precision(Options *options);
+static const char *precision_name(void);
+static bool bfloat16_products = false; // --precision bfloat16
 
 // Sets the number of threads: --threads, or what OpenMP makes of environment and cores. A parallel region may get
 // fewer than were asked for (OMP_THREAD_LIMIT); OpenBLAS would wait for the missing ones for ever. So it is seen
@@ -5181,6 +5225,7 @@ static Run start_run(Options *options, const char *checkpoint) {
         (options->n_layer || options->n_head || options->n_embd || options->n_positions))
         die_usage("--n-layer, --n-head, --n-embd, --n-positions: for a random start, not for a model folder");
     if (!size) refuse_other_formats(folder);
+    choose_precision(options);
     choose_matmul(options);
     Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1, .started = now()};
     run.tokenizer = load_tokenizer(checkpoint ? "" : options->tokenizer, folder);
@@ -5294,6 +5339,8 @@ static double skipped_work(const Model *model) {
     return (double)skipped / (double)products;
 }
 
+static size_t packed_size(const Config *config, size_t rows); // Part V
+
 static void print_memory(const Run *run) {
     const Model *model = run->model;
     size_t trained = count_parameters(model, true), all = count_parameters(model, false);
@@ -5301,8 +5348,10 @@ static void print_memory(const Run *run) {
     printf("\nmemory, MB\n  weights %.1f%s\n", megabytes(all),
            model->value_file.data ? " (mapped from the file; copied where trained)" : "");
     printf("  gradients %.1f\n  AdamW's moments %.1f\n", megabytes(trained), megabytes(2 * trained));
-    printf("  activations %.1f (%d rows)\n  in all %.1f\n", megabytes(activations), run->activations.rows,
-           megabytes(all + 3 * trained + activations));
+    printf("  activations %.1f (%d rows)\n", megabytes(activations), run->activations.rows);
+    const size_t packed = packed_size(&model->config, (size_t)run->activations.rows);
+    if (packed > 0) printf("  operands in bfloat16 %.1f\n", megabytes(packed));
+    printf("  in all %.1f\n", megabytes(all + 3 * trained + activations + packed));
     if (frozen == 0) return;
     Model unfrozen = *model;
     unfrozen.lowest_trained = -1;
@@ -5357,7 +5406,8 @@ static void print_banner(const Run *run, const char *checkpoint, const char *cha
     const Config *config = &run->model->config;
     size_t tokens, targets;
     dataset_size(run->train, &tokens, &targets);
-    printf("machine: %d threads, %s\n", omp_get_max_threads(), matmul_name());
+    printf("machine: %d threads, %s\n", omp_get_max_threads(),
+           bfloat16_products ? precision_name() : matmul_name());
     printf(
         "model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them trained\n",
         checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
@@ -5565,7 +5615,7 @@ int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers: 24 sums, 3 of B, 1 of A
 #elif defined(__AVX__)
-enum { LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2 }; // 16 registers: 12 sums, 2 of B, 1 of A
+enum { LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2 };              // 16 registers: 12 sums, 2 of B, 1 of A
 #elif defined(__aarch64__)
 enum { LANES = 4, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers, narrower
 #else
@@ -5583,7 +5633,19 @@ typedef struct {
     size_t ldc, lda, ldb, M, N, K;
     bool transpose_a, transpose_b, accumulate;
     size_t rows, columns, blocks_across; // of a block of C, and how many blocks lie side by side
+    bool round_operands;                 // to bfloat16: section 17
 } Product;
+
+// C (rows, columns) = or += the sums of a tile; C may have less room than a tile has rows or columns.
+static inline __attribute__((always_inline)) void
+store_tile(float *C, size_t ldc, Vector sum[TILE_ROWS][TILE_VECTORS], size_t rows, size_t columns, bool add) {
+    for (size_t i = 0; i < TILE_ROWS && i < rows; i++, C += ldc) {
+        for (int v = 0; v < TILE_VECTORS && columns >= TILE_COLUMNS; v++)
+            ((Vector *)C)[v] = sum[i][v] + (add ? ((Vector *)C)[v] : (Vector){0});
+        for (size_t j = 0; j < columns && columns < TILE_COLUMNS; j++)
+            C[j] = sum[i][j / LANES][j % LANES] + (add ? C[j] : 0);
+    }
+}
 
 // C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
 // computed more than once, beyond the right edge the panel holds anything: neither is stored.
@@ -5600,12 +5662,7 @@ static void matmul_tile(float *C, size_t ldc, const float *A, size_t lda, const 
         for (int i = 0; i < TILE_ROWS; i++)
             for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += a[i][k] * ((const Vector *)panel)[v];
     }
-    for (size_t i = 0; i < TILE_ROWS && i < rows; i++, C += ldc) {
-        for (int v = 0; v < TILE_VECTORS && columns == TILE_COLUMNS; v++)
-            ((Vector *)C)[v] = sum[i][v] + (add ? ((Vector *)C)[v] : (Vector){0});
-        for (size_t j = 0; j < columns && columns < TILE_COLUMNS; j++)
-            C[j] = sum[i][j / LANES][j % LANES] + (add ? C[j] : 0);
-    }
+    store_tile(C, ldc, sum, rows, columns, add);
 }
 
 // to (columns, rows) = from (rows, columns), transposed: four by four, which fits in registers.
@@ -5644,22 +5701,28 @@ static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, s
         }
 }
 
+static void round_in_place(float *x, size_t count); // to bfloat16: section 17
+
 // One block of C, for all of K.
-static void matmul_block(const Product *p, size_t block) {
+static void matmul_block(const void *product, size_t block) {
+    const Product *p = product;
     static _Thread_local _Alignas(64) float packed_a[GROUP * A_LD], packed_b[PACKED_B];
     size_t row = block / p->blocks_across * p->rows, end = smaller(row + p->rows, p->M);
     size_t column = block % p->blocks_across * p->columns, columns = smaller(p->columns, p->N - column);
-    bool in_place = !p->transpose_a && p->lda % 1024 != 0;
+    bool in_place = !p->transpose_a && p->lda % 1024 != 0 && !p->round_operands;
     size_t lda = in_place ? p->lda : A_LD;
     for (size_t k = 0, depth, pieces = (p->K + DEPTH - 1) / DEPTH; pieces > 0; k += depth, pieces--) {
         depth = (p->K - k) / pieces;
         size_t panel_size = depth * TILE_COLUMNS + 16; // + 16: no multiple of 4 KB here either
         matmul_pack(packed_b, panel_size, p, k, depth, column, columns);
+        if (p->round_operands)
+            round_in_place(packed_b, (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * panel_size);
         for (size_t i = row, group; i < end; i += group) {
             group = smaller(GROUP, end - i);
             if (p->transpose_a) transpose(packed_a, A_LD, p->A + k * p->lda + i, p->lda, depth, group);
             for (size_t x = 0; !in_place && !p->transpose_a && x < group; x++)
                 memcpy(packed_a + x * A_LD, p->A + (i + x) * p->lda + k, depth * sizeof(float));
+            if (p->round_operands) round_in_place(packed_a, group * A_LD);
             const float *group_a = in_place ? p->A + i * p->lda + k : packed_a;
             for (size_t j = 0; j < columns; j += TILE_COLUMNS)
                 for (size_t x = 0; x < group; x += TILE_ROWS)
@@ -5730,15 +5793,25 @@ static void few_rows_plain(const Product *p, size_t column, size_t end) {
     for (size_t k = 0; k < p->K; k += 8) few_rows_step(p, k, smaller(8, p->K - k), column, end);
 }
 
-static void matmul_few_rows(const Product *p, size_t block) {
+static void matmul_few_rows(const void *product, size_t block) {
+    const Product *p = product;
     size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
     (p->transpose_b ? few_rows_transposed : few_rows_plain)(p, column, end);
+}
+
+// Calls work(product, 0) to work(product, count - 1), on all threads or on the calling one alone.
+static void share_out(void (*work)(const void *, size_t), const void *product, size_t count, size_t threads) {
+    if (threads == 1) // even an idle parallel region takes time
+        for (size_t i = 0; i < count; i++) work(product, i);
+    else
+#pragma omp parallel for schedule(dynamic)
+        for (size_t i = 0; i < count; i++) work(product, i);
 }
 
 // Cuts C into blocks and shares them out. Inside a parallel region the calling thread works alone.
 static void matmul_builtin(Product p) {
     if (p.M == 0 || p.N == 0) return;
-    bool few = (p.M <= FEW && !p.transpose_a) || p.K == 0;
+    bool few = (p.M <= FEW && !p.transpose_a && !p.round_operands) || p.K == 0;
     bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
     size_t threads = alone ? 1 : (size_t)omp_get_max_threads();
     // A block's panels: none wider than packed_b can hold, as many blocks as threads or a multiple of them.
@@ -5749,14 +5822,539 @@ static void matmul_builtin(Product p) {
     p.blocks_across = (p.N + p.columns - 1) / p.columns;
     p.rows = few || threads == 1 ? p.M : smaller(p.M, 10 * GROUP);
     size_t blocks = p.blocks_across * ((p.M + p.rows - 1) / p.rows);
-    void (*work)(const Product *, size_t) = few ? matmul_few_rows : matmul_block;
-    if (threads == 1) // even an idle parallel region takes time
-        for (size_t block = 0; block < blocks; block++) work(&p, block);
-    else
-#pragma omp parallel for schedule(dynamic)
-        for (size_t block = 0; block < blocks; block++) work(&p, block);
+    share_out(few ? matmul_few_rows : matmul_block, &p, blocks, threads);
 }
 
+// =====================================================================================================
+// 17. How a product gets faster with half the bits
+// =====================================================================================================
+// A bfloat16 is the upper half of a float: the sign, the eight bits of the exponent, and seven of the 23 bits
+// behind the point. It reaches as far as a float, but it has only two to three decimal digits. For the operands
+// of a product that is enough: hundreds of terms add up, and their rounding errors, some up and some down, mostly
+// cancel. So with --precision bfloat16 every product rounds its operands to bfloat16 and sums in float32. All the
+// rest stays float32: weights, gradients, moments, layernorm, softmax, the loss, checkpoints; and the triangle in
+// attention_forward, a plain loop, because a product would multiply what is masked by zero, and NaN times zero is
+// NaN.
+//
+// What that brings depends on the processor. All of it rests on one idea, the pair: two neighbours along k stand
+// side by side in 32 bits, where one float was before.
+// 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum. A step is
+//    now two k long; the tiles of section 16 stay as they are.
+// 2. Packing once. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels. The
+//    tiles need only half the time now, and a copy for each block would weigh twice as much as before. So all
+//    threads share the copying, then all share the blocks.
+// 3. Whole tiles (AMX, in Xeons since 2023). Its registers hold 16 rows of 16 pairs. One instruction multiplies
+//    such a tile of A by one of B, and it takes both as they are packed for the pairs.
+// A processor without such instructions gains nothing: there the float32 product rounds what it packs, at nearly
+// its own speed. The meaning is the same everywhere: exact products of rounded operands, summed in an order that
+// depends on the kind of processor and on the sizes, but not on the number of threads.
+//
+// What ran where: AVX512_BF16 and the float32 product on real processors (AMD Zen 4), the kernel for arm64 in an
+// emulator, the kernel for AMX with its instructions written out in plain C (dev/amx_emulation.h).
+
+typedef uint16_t BFloat16;
+typedef uint32_t __attribute__((may_alias)) BFloat16Pair; // the lower half comes first along k
+typedef uint32_t PairVector __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+
+// The nearest bfloat16, in the upper half; what lies in the lower half means nothing. Half of the last bit that
+// stays is added, a little less when that bit is 0: so ties go to the even one. NaN stays NaN.
+static inline uint32_t round_to_bfloat16(float x) {
+    union {
+        float f;
+        uint32_t bits;
+    } u = {x};
+    return x == x ? u.bits + 0x7fff + (u.bits >> 16 & 1) : 0x7fc00000;
+}
+
+// For the float32 product: rounds what it has packed.
+static void round_in_place(float *x, size_t count) {
+    BFloat16Pair *bits = (BFloat16Pair *)x;
+    for (size_t i = 0; i < count; i++) bits[i] = round_to_bfloat16(x[i]) & 0xffff0000;
+}
+
+static inline BFloat16Pair pair_of(float first, float second) {
+    return round_to_bfloat16(first) >> 16 | (round_to_bfloat16(second) & 0xffff0000);
+}
+
+// ---- what processors have ----
+// All that is written for one kind of processor stands here.
+
+// sum += a.first · b.first + a.second · b.second, lane by lane.
+static inline Vector dot_pairs(Vector sum, PairVector a, PairVector b) {
+#if defined(__AVX512BF16__)
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return (Vector)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+    sum += (Vector)(a << 16) * (Vector)(b << 16);
+    return sum + (Vector)(a & 0xffff0000) * (Vector)(b & 0xffff0000);
+#endif
+}
+
+static bool amx_allowed = false; // the processor has AMX, and the system lets us use it: choose_precision
+
+#ifdef USE_AMX
+// One palette for all: eight tiles of 16 rows, 64 bytes each. (Constant: gcc does not see that it is read.)
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} amx_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// C (at most 32 x 32) = or += A (32, depth) · two tiles of columns of B, depth a multiple of 16. Four tiles hold
+// sums, two hold A, two hold B. What lies beyond the edges of C goes through a buffer.
+static void amx_tile(float *C, size_t ldc, const BFloat16Pair *A, size_t lda, const BFloat16Pair *B[2],
+                     size_t rows, size_t columns, size_t depth, bool add) {
+    float edge[32 * 32];
+    const bool whole = rows >= 32 && columns >= 32;
+    float *c = whole ? C : edge;
+    const size_t ld = (whole ? ldc : 32) * sizeof(float), ld_b = TILE_COLUMNS * sizeof(BFloat16Pair);
+    for (size_t x = 0; !whole && add && x < rows && x < 32; x++)
+        memcpy(edge + x * 32, C + x * ldc, smaller(columns, 32) * sizeof(float));
+    __asm__ volatile("" ::: "memory"); // tiles read and write memory unseen by the compiler
+    if (add) {
+        _tile_loadd(0, c, ld);
+        _tile_loadd(1, c + 16, ld);
+        _tile_loadd(2, (char *)c + 16 * ld, ld);
+        _tile_loadd(3, (char *)c + 16 * ld + 64, ld);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (size_t k = 0; k < depth; k += 16) {
+        _tile_loadd(4, A + k, lda * sizeof(BFloat16Pair));
+        _tile_loadd(5, A + 16 * lda + k, lda * sizeof(BFloat16Pair));
+        _tile_loadd(6, B[0] + k * TILE_COLUMNS, ld_b);
+        _tile_loadd(7, B[1] + k * TILE_COLUMNS, ld_b);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, ld);
+    _tile_stored(1, c + 16, ld);
+    _tile_stored(2, (char *)c + 16 * ld, ld);
+    _tile_stored(3, (char *)c + 16 * ld + 64, ld);
+    __asm__ volatile("" ::: "memory");
+    for (size_t x = 0; !whole && x < rows && x < 32; x++)
+        memcpy(C + x * ldc, edge + x * 32, smaller(columns, 32) * sizeof(float));
+}
+#endif
+
+// ---- packing pairs ----
+
+// A piece of a product whose operands fit into the packed form: STRIPE rows, columns and steps at most.
+enum { STRIPE = 2304, PAIR_GROUP = 96, PIECE = 64 };
+typedef struct {
+    Product p;
+    BFloat16Pair *a, *b;       // op(A): M rows of lda pairs; op(B): panels of TILE_COLUMNS columns
+    size_t lda, panel_size;    // pairs
+    size_t size_a;             // pairs, of the memory for a
+    size_t steps, whole_steps; // ceil(K / 2), and that rounded up to whole tiles of AMX, with zeros
+} PairProduct;
+
+// to[r][s] = the pair (from[r][2s], from[r][2s + 1]); from has K columns, and zeros fill up what is missing.
+static void pack_neighbours(BFloat16Pair *to, size_t to_ld, const float *from, size_t ld, size_t rows,
+                            size_t K, size_t steps) {
+    for (size_t r = 0; r < rows; r++, to += to_ld, from += ld) {
+        for (size_t s = 0; s < K / 2; s++) to[s] = pair_of(from[2 * s], from[2 * s + 1]);
+        for (size_t s = K / 2; s < steps; s++) to[s] = pair_of(2 * s < K ? from[2 * s] : 0, 0);
+    }
+}
+
+// to[s][c] = the pair (from[2s][c], from[2s + 1][c]); from has K rows, and zeros fill up what is missing.
+static void pack_two_rows(BFloat16Pair *to, size_t to_ld, const float *from, size_t ld, size_t columns,
+                          size_t K, size_t steps) {
+    for (size_t s = 0; s < steps; s++, to += to_ld, from += 2 * ld) {
+        const float *second = from + ld;
+        for (size_t c = 0; c < columns; c += 16) {
+            __builtin_prefetch(from + 8 * ld + c);
+            __builtin_prefetch(second + 8 * ld + c);
+        }
+        for (size_t c = 0; c < columns && 2 * s + 1 < K; c++) to[c] = pair_of(from[c], second[c]);
+        for (size_t c = 0; c < columns && 2 * s + 1 >= K; c++) to[c] = pair_of(2 * s < K ? from[c] : 0, 0);
+    }
+}
+
+// Packs one group of rows of op(A), each row's steps side by side.
+static void pack_a(const void *product, size_t group) {
+    const PairProduct *q = product;
+    const Product *p = &q->p;
+    const size_t row = group * PAIR_GROUP, rows = smaller(PAIR_GROUP, p->M - row);
+    BFloat16Pair *to = q->a + row * q->lda, piece[PIECE * PAIR_GROUP];
+    if (!p->transpose_a) {
+        pack_neighbours(to, q->lda, p->A + row * p->lda, p->lda, rows, p->K, q->whole_steps);
+        return;
+    }
+    for (size_t s = 0; s < q->whole_steps; s += PIECE) {
+        const size_t steps = smaller(PIECE, q->whole_steps - s), K = p->K > 2 * s ? p->K - 2 * s : 0;
+        pack_two_rows(piece, PAIR_GROUP, p->A + 2 * s * p->lda + row, p->lda, rows, K, steps);
+        transpose((float *)(to + s), q->lda, (float *)piece, PAIR_GROUP, steps, rows);
+    }
+}
+
+// Packs one panel of op(B), step by step.
+static void pack_b(const void *product, size_t panel) {
+    const PairProduct *q = product;
+    const Product *p = &q->p;
+    const size_t column = panel * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p->N - column);
+    BFloat16Pair *to = q->b + panel * q->panel_size, piece[TILE_COLUMNS * PIECE];
+    if (!p->transpose_b) {
+        pack_two_rows(to, TILE_COLUMNS, p->B + column, p->ldb, columns, p->K, q->whole_steps);
+        return;
+    }
+    for (size_t s = 0; s < q->whole_steps; s += PIECE) {
+        const size_t steps = smaller(PIECE, q->whole_steps - s), K = p->K > 2 * s ? p->K - 2 * s : 0;
+        pack_neighbours(piece, PIECE, p->B + column * p->ldb + 2 * s, p->ldb, columns, smaller(K, 2 * steps),
+                        steps);
+        transpose((float *)(to + s * TILE_COLUMNS), TILE_COLUMNS, (float *)piece, PIECE, columns, steps);
+    }
+}
+
+// ---- the product of pairs ----
+
+// matmul_tile for pairs. `height` is a constant: the rows of a tile, or fewer where the product has only a few.
+static inline __attribute__((always_inline)) void pair_tile(int height, float *C, size_t ldc,
+                                                            const BFloat16Pair *A, size_t lda,
+                                                            const BFloat16Pair *panel, size_t rows,
+                                                            size_t columns, size_t depth, bool add) {
+    Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
+    const BFloat16Pair *a[TILE_ROWS];
+    for (int i = 0; i < height; i++) {
+        a[i] = A + smaller((size_t)i, rows - 1) * lda;
+        for (int j = 0; j < TILE_COLUMNS; j += 16)
+            __builtin_prefetch(C + smaller((size_t)i, rows - 1) * ldc + j, 1);
+    }
+    for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
+        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 12 * TILE_COLUMNS + j);
+        for (int i = 0; i < height; i++)
+            for (int v = 0; v < TILE_VECTORS; v++)
+                sum[i][v] = dot_pairs(sum[i][v], a[i][k] - (PairVector){0}, ((const PairVector *)panel)[v]);
+    }
+    store_tile(C, ldc, sum, smaller(rows, (size_t)height), columns, add);
+}
+
+// One block of C, DEPTH steps at a time.
+static void pair_block(const void *product, size_t block) {
+    const PairProduct *q = product;
+    const Product *p = &q->p;
+    const size_t row = block / p->blocks_across * p->rows, end = smaller(row + p->rows, p->M);
+    const size_t column = block % p->blocks_across * p->columns, right = smaller(column + p->columns, p->N);
+    for (size_t i = row; i < end; i += PAIR_GROUP)
+        for (size_t j = column; j < right; j += TILE_COLUMNS)
+            for (size_t k = 0; k < q->steps; k += DEPTH)
+                for (size_t x = i; x < end && x < i + PAIR_GROUP; x += TILE_ROWS)
+                    pair_tile(TILE_ROWS, p->C + x * p->ldc + j, p->ldc, q->a + x * q->lda + k, q->lda,
+                              q->b + j / TILE_COLUMNS * q->panel_size + k * TILE_COLUMNS, end - x, right - j,
+                              smaller(DEPTH, q->steps - k), p->accumulate || k > 0);
+}
+
+#ifndef USE_AMX
+#define amx_block pair_block
+#else
+// The same by tiles of AMX. B's tiles lie three in a panel (of 48 columns), or two.
+static void amx_block(const void *product, size_t block) {
+    const PairProduct *q = product;
+    const Product *p = &q->p;
+    const size_t row = block / p->blocks_across * p->rows, end = smaller(row + p->rows, p->M);
+    const size_t column = block % p->blocks_across * p->columns, right = smaller(column + p->columns, p->N);
+    _tile_loadconfig(&amx_tiles);
+    for (size_t k = 0, depth; k < q->whole_steps; k += depth) {
+        depth = smaller(DEPTH, q->whole_steps - k);
+        for (size_t i = row; i < end; i += PAIR_GROUP)
+            for (size_t j = column; j < right; j += 32) {
+                const BFloat16Pair *b[2];
+                for (size_t t = 0; t < 2; t++)
+                    b[t] = q->b + (j + 16 * t) / TILE_COLUMNS * q->panel_size + k * TILE_COLUMNS +
+                           (j + 16 * t) % TILE_COLUMNS;
+                for (size_t x = i; x < end && x < i + PAIR_GROUP; x += 32)
+                    amx_tile(p->C + x * p->ldc + j, p->ldc, q->a + x * q->lda + k, q->lda, b, end - x,
+                             right - j, depth, p->accumulate || k > 0);
+            }
+    }
+    _tile_release();
+}
+#endif
+
+// Packs and multiplies a piece. With `same_b` op(B) is packed already.
+static void multiply_piece(PairProduct *q, bool same_b, size_t threads) {
+    Product *p = &q->p;
+    const size_t panels = (p->N + TILE_COLUMNS - 1) / TILE_COLUMNS, most = 6; // panels of a block
+    p->blocks_across = ((panels + most - 1) / most + threads - 1) / threads * threads;
+    p->columns = (panels + p->blocks_across - 1) / p->blocks_across * TILE_COLUMNS;
+    p->blocks_across = (p->N + p->columns - 1) / p->columns;
+    p->rows = threads == 1 ? p->M : smaller(p->M, 5 * PAIR_GROUP);
+    const size_t blocks = p->blocks_across * ((p->M + p->rows - 1) / p->rows);
+    share_out(pack_a, q, (p->M + PAIR_GROUP - 1) / PAIR_GROUP, threads);
+    if (!same_b) share_out(pack_b, q, panels, threads);
+    share_out(amx_allowed ? amx_block : pair_block, q, blocks, threads);
+}
+
+// Sets the layout of packed operands and returns how many pairs they take. Rows are an odd number of cache lines
+// apart, since multiples of 4 KB would push each other out of the cache.
+static size_t pair_layout(PairProduct *q, size_t M, size_t N, size_t K) {
+    const size_t steps = (smaller(K, 2 * STRIPE) + 31) / 32 * 16,
+                 columns = smaller(N, STRIPE) + 2 * TILE_COLUMNS;
+    q->lda = (steps / 16 | 1) * 16;
+    q->panel_size = steps * TILE_COLUMNS + 16;
+    q->size_a = (smaller(M, STRIPE) + PAIR_GROUP) * q->lda;
+    return q->size_a + columns / TILE_COLUMNS * q->panel_size;
+}
+
+// Any product, piece by piece. A thread that works alone, in a parallel region, packs into memory of its own;
+// else all threads use one memory, which is kept for the next product.
+static void matmul_pairs(Product p) {
+    static float *kept = NULL;
+    static size_t kept_size = 0;
+    const bool alone = omp_in_parallel();
+    const size_t threads = alone || (double)p.M * p.N * p.K < 1e5 ? 1 : (size_t)omp_get_max_threads();
+    PairProduct q = {0};
+    const size_t size = pair_layout(&q, p.M, p.N, p.K);
+    if (!alone && size > kept_size) {
+        free(kept);
+        kept = xfloats(kept_size = size);
+    }
+    float *memory = alone ? xfloats(size) : kept;
+    q.a = (BFloat16Pair *)memory;
+    q.b = q.a + q.size_a;
+    for (size_t k = 0; k < p.K; k += 2 * STRIPE)
+        for (size_t j = 0; j < p.N; j += STRIPE)
+            for (size_t i = 0; i < p.M; i += STRIPE) {
+                q.p = p;
+                q.p.M = smaller(p.M - i, STRIPE), q.p.N = smaller(p.N - j, STRIPE);
+                q.p.K = smaller(p.K - k, 2 * STRIPE);
+                q.p.A += p.transpose_a ? k * p.lda + i : i * p.lda + k;
+                q.p.B += p.transpose_b ? j * p.ldb + k : k * p.ldb + j;
+                q.p.C += i * p.ldc + j;
+                q.p.accumulate = p.accumulate || k > 0;
+                q.steps = (q.p.K + 1) / 2;
+                q.whole_steps = (q.steps + 15) / 16 * 16;
+                multiply_piece(&q, i > 0, threads);
+            }
+    if (alone) free(memory);
+}
+
+// Are products by pairs faster? With 16 registers, and without an instruction for pairs, taking them apart costs
+// more than it brings.
+static bool pairs_pay(void) {
+#if defined(__AVX512F__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return true;
+#else
+    return amx_allowed;
+#endif
+}
+
+// Any product in bfloat16: by pairs, or by the float32 product, which then rounds what it packs.
+static void matmul_bfloat16(Product p) {
+    p.round_operands = true;
+    (pairs_pay() && p.K > 0 ? matmul_pairs : matmul_builtin)(p);
+}
+
+// The memory that packed operands take in a training step with so many rows, in floats; 0 when none are packed.
+static size_t packed_size(const Config *config, size_t rows) {
+    const size_t C = (size_t)config->n_embd, F = (size_t)config->n_inner, V = (size_t)config->vocab_size;
+    const size_t chunk = smaller(rows, LOGIT_ROWS);
+    const size_t products[][3] = {{rows, F, C},  {rows, C, F},  {C, F, rows}, {F, C, rows},
+                                  {chunk, V, C}, {chunk, C, V}, {V, C, chunk}};
+    size_t most = 0;
+    for (size_t i = 0; bfloat16_products && pairs_pay() && i < sizeof products / sizeof *products; i++) {
+        size_t size = pair_layout(&(PairProduct){0}, products[i][0], products[i][1], products[i][2]);
+        most = size > most ? size : most;
+    }
+    return most;
+}
+
+// ---- few rows, from copies ----
+// A token that is generated reads every weight, and every key and value in the cache, to multiply it once. So
+// time is what memory needs, and half the bits are half the time: generate() keeps copies in bfloat16 of the
+// arrays that are read again for each token. They hold what the product would round to anyway. Weights do not
+// change meanwhile: their copies are packed in panels, one long stream for each thread.
+
+typedef struct {
+    const float *from;
+    size_t size;
+    BFloat16 *to;
+    size_t panel_size; // pairs, in a packed copy
+} Copy;
+
+static Copy *copies = NULL;
+static size_t copy_count = 0, copy_capacity = 0;
+
+// The copy of the array in which B lies; NULL when there is none.
+static const Copy *find_copy(const float *B) {
+    for (const Copy *copy = copies; copy < copies + copy_count; copy++)
+        if (B >= copy->from && B < copy->from + copy->size) return copy;
+    return NULL;
+}
+
+// Keeps a copy of an array from now on, with nothing in it. Large pages save the processor the search for
+// where thousands of small ones are.
+static Copy *add_copy(const float *from, size_t size, size_t panel_size, size_t bytes) {
+    const size_t large_page = 1 << 21;
+    void *to;
+    if (posix_memalign(&to, large_page, bytes))
+        die("out of memory: %.1f MB were asked for", (double)bytes / 1e6);
+#ifdef MADV_HUGEPAGE
+    madvise(to, bytes, MADV_HUGEPAGE); // a wish: nothing is lost when it is not granted
+#endif
+    copies = grow(copies, copy_count + 1, &copy_capacity, sizeof *copies);
+    copies[copy_count] = (Copy){from, size, to, panel_size};
+    return &copies[copy_count++];
+}
+
+static void keep_copy(const float *from, size_t size) {
+    if (bfloat16_products) add_copy(from, size, 0, size * sizeof(BFloat16));
+}
+
+static void refresh_copy(const float *from, size_t size) {
+    const Copy *copy = find_copy(from);
+    for (size_t i = 0; copy && i < size; i++)
+        copy->to[from - copy->from + i] = (BFloat16)(round_to_bfloat16(from[i]) >> 16);
+}
+
+static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N) {
+    if (!bfloat16_products) return;
+    PairProduct q = {.p = {.B = B, .ldb = transpose_b ? K : N, .N = N, .K = K, .transpose_b = transpose_b}};
+    const size_t panels = (N + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    q.whole_steps = (K + 1) / 2;
+    q.panel_size = q.whole_steps * TILE_COLUMNS;
+    q.b = (BFloat16Pair *)add_copy(B, K * N, q.panel_size, panels * q.panel_size * sizeof *q.b)->to;
+    share_out(pack_b, &q, panels, (size_t)omp_get_max_threads());
+}
+
+static void drop_copies(void) {
+    while (copy_count > 0) free(copies[--copy_count].to);
+}
+
+// A product of few rows: a is A rounded (M, lda), b is where B begins in its copy.
+typedef struct {
+    Product p;
+    const BFloat16 *a, *b;
+    size_t lda, panel_size;
+} FewProduct;
+
+// One panel of a packed copy.
+static void few_pairs_packed(const void *product, size_t panel) {
+    const FewProduct *q = product;
+    const Product *p = &q->p;
+    const BFloat16Pair *a = (const BFloat16Pair *)q->a,
+                       *b = (const BFloat16Pair *)q->b + panel * q->panel_size;
+    const size_t column = panel * TILE_COLUMNS, columns = p->N - column, steps = (p->K + 1) / 2,
+                 lda = q->lda / 2;
+    float *C = p->C + column;
+    if (p->M == 1)
+        pair_tile(1, C, p->ldc, a, lda, b, 1, columns, steps, p->accumulate);
+    else if (p->M <= 4)
+        pair_tile(4, C, p->ldc, a, lda, b, p->M, columns, steps, p->accumulate);
+    else
+        for (size_t i = 0; i < p->M; i += TILE_ROWS)
+            pair_tile(TILE_ROWS, C + i * p->ldc, p->ldc, a + i * lda, lda, b, p->M - i, columns, steps,
+                      p->accumulate);
+}
+
+static inline float float_of(BFloat16 x) {
+    union {
+        uint32_t bits;
+        float f;
+    } u = {(uint32_t)x << 16};
+    return u.f;
+}
+
+// Columns column .. end - 1 of A · Bᵀ: dot products with the rows of B, two vectors of pairs at a time.
+static void few_pairs_transposed(const FewProduct *q, size_t column, size_t end) {
+    const Product *p = &q->p;
+    enum { STEP = 2 * LANES }; // elements in a vector of pairs
+    for (size_t j = column; j < end; j++) {
+        const BFloat16 *b = q->b + j * p->ldb;
+        for (size_t i = 0; i < p->M; i++) {
+            const BFloat16 *a = q->a + i * q->lda;
+            Vector sum[2] = {0};
+            float total = p->accumulate ? p->C[i * p->ldc + j] : 0;
+            size_t k = 0;
+            for (; k + 2 * STEP <= p->K; k += 2 * STEP)
+                for (int v = 0; v < 2; v++)
+                    sum[v] =
+                        dot_pairs(sum[v], ((const PairVector *)(a + k))[v], ((const PairVector *)(b + k))[v]);
+            const Vector all = sum[0] + sum[1];
+            const float *lanes = (const float *)&all;
+#pragma omp simd reduction(+ : total)
+            for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+            for (; k < p->K; k++) total += float_of(a[k]) * float_of(b[k]);
+            p->C[i * p->ldc + j] = total;
+        }
+    }
+}
+
+// few_rows_step for copies: adds eight rows of B, from row k on, to columns column .. end - 1 of C. A vector of
+// a row holds two columns in each lane; two rows make pairs of the even columns and pairs of the odd ones.
+static void few_pairs_step(const FewProduct *q, size_t k, size_t column, size_t end) {
+    const Product *p = &q->p;
+    const size_t n = smaller(8, p->K - k), rows_ahead = 8 + 8192 / (end - column); // to prefetch
+    const BFloat16 *b = q->b + k * p->ldb;
+    size_t j = column;
+    for (; n == 8 && j + 2 * LANES <= end; j += 2 * LANES) {
+        PairVector pairs[4][2];
+        for (size_t x = 0; x < 4; x++) {
+            const PairVector first = *(const PairVector *)(b + 2 * x * p->ldb + j);
+            const PairVector second = *(const PairVector *)(b + (2 * x + 1) * p->ldb + j);
+            pairs[x][0] = (first & 0xffff) | second << 16;
+            pairs[x][1] = first >> 16 | (second & 0xffff0000);
+            __builtin_prefetch(b + (2 * x + rows_ahead) * p->ldb + j);
+            __builtin_prefetch(b + (2 * x + 1 + rows_ahead) * p->ldb + j);
+        }
+        for (size_t i = 0; i < p->M; i++) {
+            const BFloat16Pair *a = (const BFloat16Pair *)(q->a + i * q->lda + k);
+            float *c = p->C + i * p->ldc + j;
+            Vector sum[2] = {0};
+            for (size_t x = 0; x < 4; x++)
+                for (int v = 0; v < 2; v++) sum[v] = dot_pairs(sum[v], a[x] - (PairVector){0}, pairs[x][v]);
+            const float *even = (const float *)&sum[0], *odd = (const float *)&sum[1];
+            for (int lane = 0; lane < LANES; lane++) {
+                c[2 * lane] += even[lane];
+                c[2 * lane + 1] += odd[lane];
+            }
+        }
+    }
+    for (; j < end; j++) // what is left over: the last columns, or the last rows of B
+        for (size_t i = 0; i < p->M; i++)
+            for (size_t x = 0; x < n; x++)
+                p->C[i * p->ldc + j] += float_of(q->a[i * q->lda + k + x]) * float_of(b[x * p->ldb + j]);
+}
+
+static void few_pairs(const void *product, size_t block) {
+    const FewProduct *q = product;
+    const Product *p = &q->p;
+    const size_t column = block * p->columns, end = smaller(column + p->columns, p->N);
+    if (p->transpose_b) {
+        few_pairs_transposed(q, column, end);
+        return;
+    }
+    for (size_t i = 0; !p->accumulate && i < p->M; i++)
+        memset(p->C + i * p->ldc + column, 0, (end - column) * sizeof(float));
+    for (size_t k = 0; k < p->K; k += 8) few_pairs_step(q, k, column, end);
+}
+
+// A product of at most FEW rows whose B lies in a copy.
+static void matmul_few_pairs(Product p, const Copy *copy) {
+    if (p.M == 0 || p.N == 0) return;
+    const bool alone = omp_in_parallel() || (double)p.M * p.N * p.K<1e5, packed = copy->panel_size> 0;
+    const size_t threads = alone ? 1 : (size_t)omp_get_max_threads(), steps = (p.K + 1) / 2;
+    BFloat16Pair *a = xmalloc(p.M * steps * sizeof *a);
+    pack_neighbours(a, steps, p.A, p.lda, p.M, p.K, steps);
+    const size_t panels = (p.N + TILE_COLUMNS - 1) / TILE_COLUMNS,
+                 each = packed ? 1 : (panels + threads - 1) / threads;
+    p.columns = each * TILE_COLUMNS;
+    const FewProduct q = {p, (const BFloat16 *)a, copy->to + (packed ? 0 : p.B - copy->from), 2 * steps,
+                          copy->panel_size};
+    share_out(packed ? few_pairs_packed : few_pairs, &q, (panels + each - 1) / each, threads);
+    free(a);
+}
+
+// =====================================================================================================
+// 18. The one matmul, and a fast exp
+// =====================================================================================================
 // ---- the one matmul ----
 // Every product of the program goes through matmul(): a CBLAS where there is one, or the built-in one.
 
@@ -5773,7 +6371,7 @@ static MatmulKind matmul_kind = MATMUL_BUILTIN;
 static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
                    size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, bool accumulate) {
 #ifdef USE_CBLAS
-    bool empty = M == 0 || N == 0 || K == 0;
+    bool empty = M == 0 || N == 0 || K == 0 || bfloat16_products;
     bool few_rows = M <= 4 && !transpose_a; // single tokens: the built-in way reads B twice as fast
     if (matmul_kind == MATMUL_CBLAS && !few_rows && !empty) {
         // Not in a parallel region of one thread (`if (false)`): OpenMP would make new threads each time.
@@ -5783,7 +6381,14 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
         return;
     }
 #endif
-    matmul_builtin((Product){C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0});
+    const Product p = {C, A, B, ldc, lda, ldb, M, N, K, transpose_a, transpose_b, accumulate, 0, 0, 0, false};
+    const Copy *copy = M <= FEW && !transpose_a && K > 0 ? find_copy(B) : NULL;
+    if (copy)
+        matmul_few_pairs(p, copy);
+    else if (bfloat16_products)
+        matmul_bfloat16(p);
+    else
+        matmul_builtin(p);
 }
 
 #ifdef USE_OPENBLAS
@@ -5863,6 +6468,30 @@ static void choose_matmul(Options *options) {
     if (options->matmul == OPENBLAS_CHOICE)
         die_usage("--matmul openblas: this program was built without a BLAS; --matmul builtin works");
     options->matmul = BUILTIN_CHOICE;
+#endif
+}
+
+// --precision. Asks the system for AMX, whose registers it must save when it switches programs. (18 is their
+// number in the processor's list of states, 0x1023 Linux's request for permission.)
+static void choose_precision(Options *options) {
+    bfloat16_products = options->precision == BFLOAT16_CHOICE;
+    if (!bfloat16_products) return;
+    if (options->matmul == OPENBLAS_CHOICE)
+        die_usage("--precision bfloat16: its products are built in; leave out --matmul openblas");
+    options->matmul = BUILTIN_CHOICE;
+#ifdef USE_AMX
+    amx_allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#endif
+}
+
+// What the banner says of the products in bfloat16.
+static const char *precision_name(void) {
+#if defined(__AVX512BF16__)
+    return amx_allowed ? "built-in bfloat16 matmul (AMX)" : "built-in bfloat16 matmul (AVX512_BF16)";
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return "built-in bfloat16 matmul (BF16)";
+#else
+    return "built-in bfloat16 matmul (without instructions for it)";
 #endif
 }
 

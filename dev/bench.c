@@ -4,6 +4,7 @@
 //   dev/bench LENGTHS [train_gpt2's options]                    for instance:
 //   dev/bench 64,64,64,64 --init d12 --steps 9
 //   dev/bench 1024,512,256,128 --matmul builtin --recompute
+//   dev/bench 64,64,64,64 --init d12 --precision bfloat16
 //
 // LENGTHS are the sequences of one batch. The floor of a step is its products' time at the rate that matmul()
 // reaches now, alone, for the same shapes, plus one pass over weights, gradients and moments at the measured
@@ -120,6 +121,42 @@ static double peak_rate(void) {
     return best;
 }
 
+// The same for pairs of bfloat16, by the instruction that the products use, or by tiles of AMX.
+static double pair_peak_rate(void) {
+    enum { SUMS = 12, STEPS = 3000000 };
+    double best = 0;
+    for (int repeat = 0; repeat < 3; repeat++) {
+        double start = now(), work = 4e-9 * SUMS * LANES * STEPS;
+#pragma omp parallel
+        {
+            Vector sum[SUMS];
+            PairVector a = {0}, b = {0};
+            for (int v = 0; v < SUMS; v++) sum[v] = (Vector){0} + (float)v;
+            a += (uint32_t)omp_get_thread_num();
+#ifdef USE_AMX
+            if (amx_allowed) {
+                _tile_loadconfig(&amx_tiles);
+                for (int i = 0; i < STEPS; i++) {
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                _tile_release();
+            } else
+#endif
+                for (int i = 0; i < STEPS; i++)
+                    for (int v = 0; v < SUMS; v++) sum[v] = dot_pairs(sum[v], a, b);
+            for (int v = 1; v < SUMS; v++) sum[0] += sum[v];
+            if (sum[0][0] == 0.5f) // never: keeps the loop
+                printf("%g\n", sum[0][0]);
+        }
+        if (amx_allowed) work = 1e-9 * STEPS * 4 * 2 * 16 * 16 * 32;
+        best = fmax(best, work * omp_get_max_threads() / (now() - start));
+    }
+    return best;
+}
+
 // ---- kernels ----
 
 static double time_kernel(void (*kernel)(const Model *, Activations *, const Batch *), const Model *model,
@@ -221,6 +258,7 @@ static void print_machine(void) {
 #elif defined(USE_CBLAS)
     matmul = matmul_kind == MATMUL_CBLAS ? "CBLAS" : matmul;
 #endif
+    if (bfloat16_products) matmul = precision_name();
     printf("machine: %s, %d threads, %s, %d lanes\n", cpu, omp_get_max_threads(), matmul, LANES);
 #ifdef USE_OPENBLAS
     if (openblas_get_parallel() == 1)
@@ -358,6 +396,7 @@ int main(int argc, char **argv) {
     free(arena);
     printf("%-20s %31s %9.1f %10.2f\n", "together", "", 2e-9 * multiplies / products, 1e3 * products);
     printf("%-20s %31s %9.1f\n", "multiply-add peak", "", peak_rate());
+    if (bfloat16_products) printf("%-20s %31s %9.1f\n", "bfloat16 peak", "", pair_peak_rate());
 
     // Kernels, each alone.
     const struct {

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Times GPT-2 in PyTorch: the peer that README and dev/compare_pytorch.py compare with.
 
-  dev/bench_pytorch.py --batch-size 4 --seq-len 64 [--steps 8] [--compile] [--half-pad]    a training step
+  dev/bench_pytorch.py --batch-size 4 --seq-len 64 [--steps 8] [--compile] [--half-pad] [--bfloat16]    a training step
   dev/bench_pytorch.py --generate 32 --seq-len 900                  greedy tokens behind so many, with cache
 
 A step is forward, backward, clipping and fused AdamW in float32 with scaled-dot-product attention, on all cores.
+--bfloat16: forward and backward under autocast, as transformers' --bf16 has it; generation in a bfloat16 model.
 --half-pad: sequences of T, T/2, T/4, T/4 in turn, padded at the right to T, with an attention mask.
 --model FOLDER takes another model than a random one of 124M. The last line ends in `median X` (ms a step, or
 tokens a second) and `peak memory Y GB`.
@@ -26,6 +27,7 @@ parser.add_argument("--seq-len", type=int, default=64)
 parser.add_argument("--steps", type=int, default=8)
 parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
 parser.add_argument("--half-pad", action="store_true")
+parser.add_argument("--bfloat16", action="store_true")
 parser.add_argument("--generate", type=int, default=0, metavar="N")
 args = parser.parse_args()
 
@@ -38,6 +40,8 @@ else:
     config = transformers.GPT2Config()
     config._attn_implementation = "sdpa"
     model = transformers.GPT2LMHeadModel(config)
+if args.bfloat16 and args.generate:
+    model = model.to(torch.bfloat16)
 model.eval()  # for GPT-2 that is: without dropout
 B, T = args.batch_size, args.seq_len
 tokens = torch.randint(0, model.config.vocab_size, (B, T + 1))
@@ -62,8 +66,9 @@ def train():
     seconds = []
     for step in range(args.steps + 2):  # the first two warm up, or compile
         start = time.perf_counter()
-        logits = forward(tokens[:, :-1], attention_mask=mask, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+            logits = forward(tokens[:, :-1], attention_mask=mask, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -6,8 +6,9 @@
 1. One table of deviations: logits, loss, gradients, AdamW steps (dev/reference.py computes them in PyTorch,
    test_gpt2 --reference compares) and a greedy continuation. A size makes a model at random, with a vocabulary
    of pairs of bytes; without --data, stories are made up.
-2. Times, in turn in several rounds, medians: a training step in float32, one on a batch of which half is PAD
-   (train_gpt2 packs, PyTorch pads and masks), greedy generation with key/value cache.
+   The same in bfloat16: how far from float32, beside PyTorch's autocast (dev/compare_bfloat16.py).
+2. Times, in turn in several rounds, medians, in float32 and bfloat16: a training step, one on a batch of which
+   half is PAD (train_gpt2 packs, PyTorch pads and masks), greedy generation with key/value cache.
 Exit status 1 when a result deviates too far; times are only shown. --quick is a test of this script.
 """
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 
+import compare_bfloat16
 import numpy as np
 import reference  # first: it turns off the network
 import torch
@@ -204,22 +206,22 @@ def timed(command, on_output=None):
     return output, peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def our_step(args, B, T, data):
+def our_step(args, B, T, data, *options):
     """--overfit: the same batch again and again, as PyTorch's side does it, and nothing is saved."""
     out = WORK + "/out"
     shutil.rmtree(out, ignore_errors=True)
     _, peak = timed(["./train_gpt2", "--init", MODEL, "--train", data, "--val-fraction", "0", "--out", out,
                      "--batch-size", str(B), "--seq-len", str(T), "--steps", str(args.timed_steps + 2),
-                     "--overfit", "--quiet", "--no-decay", "none", "--learning-rate", "1e-4"])
+                     "--overfit", "--quiet", "--no-decay", "none", "--learning-rate", "1e-4", *options])
     with open(out + "/log.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     return 1e3 * statistics.median(np.diff(seconds)[1:]), peak
 
 
-def our_generation(context, count, piece):
+def our_generation(context, count, piece, *options):
     times = []
     _, peak = timed(["./train_gpt2", "--init", MODEL, "--generate", str(count + 1), "--prompt",
-                     piece * context, "--temperature", "0", "--quiet"], times)
+                     piece * context, "--temperature", "0", "--quiet", *options], times)
     if len(times) < 3 or times[-1] == times[1]:
         raise RuntimeError("the tokens came too quickly to be told apart")
     return count / (times[-1] - times[1]), peak  # times[0]: the prompt, times[1]: the first token
@@ -233,17 +235,17 @@ def peer(args, *words):
 
 def show_times(args, what, contestants):
     """Rounds in turn; a contestant that fails is named in one line and left out. Prints medians."""
-    results = {name: [] for name, _ in contestants}
+    results = [[] for _ in contestants]
     for _ in range(args.rounds):
-        for name, function in contestants:
-            if results[name] is not None:
+        for i, (name, function) in enumerate(contestants):
+            if results[i] is not None:
                 try:
-                    results[name].append(function())
+                    results[i].append(function())
                 except (RuntimeError, AttributeError, IndexError, ValueError) as problem:
                     print(f"{what}, {name}: left out, {problem}")
-                    results[name] = None
+                    results[i] = None
     words = [what.ljust(34)]
-    for name, rounds in results.items():
+    for (name, _), rounds in zip(contestants, results):
         if rounds:
             median = statistics.median(value for value, _ in rounds)
             words.append(f"{name} {median:.1f} ({max(peak for _, peak in rounds):.2f} GB)")
@@ -272,17 +274,24 @@ def compare_times(args, tokenizer):
                     for length in half:
                         print(json.dumps({"text": piece * max(1, length - 1)}), file=file)
             options = ["--batch-size", str(B), "--seq-len", str(T), *more]
+            ours = "--precision", "bfloat16"
             contestants = [("train_gpt2", lambda: our_step(args, B, T, data)),
-                           ("PyTorch eager", lambda: peer(args, *options))]
+                           ("bfloat16", lambda: our_step(args, B, T, data, *ours)),
+                           ("PyTorch eager", lambda: peer(args, *options)),
+                           ("bfloat16 autocast", lambda: peer(args, "--bfloat16", *options))]
             if not args.no_compile:
-                contestants.append(("torch.compile", lambda: peer(args, "--compile", *options)))
+                contestants += [("torch.compile", lambda: peer(args, "--compile", *options)),
+                                ("compile, autocast", lambda: peer(args, "--compile", "--bfloat16", *options))]
             show_times(args, what, contestants)
     count = 8 if args.quick else 32
     for context in map(int, args.contexts.split(",")):
         if piece:
             show_times(args, f"greedy behind {context} tokens, tokens/s", [
                 ("train_gpt2", lambda: our_generation(context, count, piece)),
-                ("PyTorch eager", lambda: peer(args, "--generate", str(count), "--seq-len", str(context)))])
+                ("bfloat16", lambda: our_generation(context, count, piece, "--precision", "bfloat16")),
+                ("PyTorch eager", lambda: peer(args, "--generate", str(count), "--seq-len", str(context))),
+                ("bfloat16", lambda: peer(args, "--bfloat16", "--generate", str(count), "--seq-len",
+                                          str(context)))])
 
 
 def main():
@@ -302,6 +311,9 @@ def main():
           f"{args.model}, {os.path.basename(args.data)}", flush=True)
     equal = compare_results(args, batch)
     equal = compare_greedy(args, tokenizer, prompt) and equal
+    print()
+    compare_bfloat16.compare([WORK + "/reference"])
+    equal = equal and compare_bfloat16.checks.counts["failed"] == 0
     shutil.rmtree(WORK + "/reference")  # gigabytes, for a large model
     compare_times(args, tokenizer)
     print("\nresults agree" if equal else "\nresults DO NOT agree")

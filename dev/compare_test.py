@@ -15,6 +15,7 @@
 6. The script behind `make compare`, on a tiny model.
 """
 import argparse
+import glob
 import json
 import os
 import random
@@ -239,6 +240,9 @@ def main():
     shutil.rmtree(WORK, ignore_errors=True)
     os.makedirs(WORK)
     compare_references(random.Random(args.seed), args.count)
+    folders = sorted(glob.glob("dev/fixtures/*/"))
+    ok, _, why = run(sys.executable, "dev/compare_bfloat16.py", *folders, show=True)
+    check(ok and folders, "dev/compare_bfloat16.py: closer to float32 than PyTorch's bfloat16", why)
     compare_with("dev/compare_tokenizer.py")
     compare_tokens.compare(args.seed)
     compare_with("dev/compare_convert.py")

@@ -68,6 +68,9 @@ case $(uname -m) in
 x86_64)
     way x86-64-baseline gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64'"
     way x86-64-v3 gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64-v3'"
+    # Intel's tiles written out in plain C, in panels of 16 columns and of 48
+    way amx-emulated gcc "make test BLAS=none CFLAGS='-O3 -march=x86-64-v3 -include dev/amx_emulation.h'"
+    way amx-emulated-avx512 gcc "make test BLAS=none CFLAGS='-O3 -march=native -include dev/amx_emulation.h'"
     # an emulated processor that has SSE4.2 at most
     way x86-64-nehalem-qemu qemu-x86_64 "$(direct "cc -march=x86-64" "" 'qemu-x86_64 -cpu Nehalem -0 "$0"')"
     ;;
@@ -75,6 +78,8 @@ esac
 way tsan clang "sh dev/sanitizers.sh tsan"
 way valgrind valgrind "sh dev/sanitizers.sh valgrind"
 way aarch64-qemu aarch64-linux-gnu-gcc "$(direct "aarch64-linux-gnu-gcc -static" "" 'qemu-aarch64 -0 "$0"')"
+way aarch64-bf16-qemu aarch64-linux-gnu-gcc "$(direct "aarch64-linux-gnu-gcc -static -march=armv8.2-a+bf16" "" \
+    'qemu-aarch64 -cpu max -0 "$0"')"
 
 echo "$passed ways passed, $failed failed, $skipped skipped"
 [ $failed = 0 ]
