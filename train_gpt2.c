@@ -2694,17 +2694,20 @@ static void make_folder(const char *path) {
     free(above);
 }
 
-// Deletes a folder with what is in it, but of a symbolic link only the link; what is not there is no error.
+// Deletes a folder with what is in it, but of a symbolic link only the link; what is not there is no error. What
+// cannot be deleted ends the program: the disk fails, or the folder belongs to somebody else.
 static void remove_folder(const char *path) {
     if (unlink(path) == 0 || errno == ENOENT) return;
+    int reason = errno; // Linux says EISDIR of a folder, POSIX EPERM
     DIR *folder = opendir(path);
-    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+    if (!folder) die("%s: cannot be deleted: %s", path, strerror(errno == ENOTDIR ? reason : errno));
+    for (struct dirent *entry; (entry = readdir(folder));) {
         char *inside = xprintf("%s/%s", path, entry->d_name);
         if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) remove_folder(inside);
         free(inside);
     }
-    if (folder) closedir(folder);
-    if (rmdir(path) != 0 && errno != ENOENT) warn("%s: cannot be deleted: %s", path, strerror(errno));
+    closedir(folder);
+    if (rmdir(path) != 0 && errno != ENOENT) die("%s: cannot be deleted: %s", path, strerror(errno));
 }
 
 // ---- JSON (RFC 8259) ----
@@ -3137,12 +3140,30 @@ static void read_named(Tokenizer *t, const Json *token, size_t listed, const cha
 static const char *const token_tasks[] = {"bos_token", "eos_token", "unk_token", "sep_token",
                                           "pad_token", "cls_token", "mask_token"};
 
+static const char *const token_lists[] = {"extra_special_tokens", "additional_special_tokens"};
+
+// Whether a token has a task or is in one of the lists: then it is special though added_tokens.json, which has ids
+// only, does not say so.
+static bool is_named(const TokenizerFiles *files, const char *content, const char *path) {
+    for (size_t i = 0; i < sizeof token_tasks / sizeof *token_tasks; i++) {
+        const Json *token = named_token(files, token_tasks[i]);
+        if (!json_is_null(token) && strcmp(added_content(token, path), content) == 0) return true;
+    }
+    for (int i = 0; i < 2; i++)
+        for (const Json *token = json_child(named_token(files, token_lists[i])); token; token = token->next)
+            if (strcmp(added_content(token, path), content) == 0) return true;
+    return false;
+}
+
 // Reads all added tokens of a folder.
 static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const char *folder) {
     const int before = t->vocab_size;
     const Json *decoder = json_get(files->config, "added_tokens_decoder");
+    if ((files->added && files->added->kind != JSON_OBJECT) || (decoder && decoder->kind != JSON_OBJECT))
+        die("%s: added_tokens.json and added_tokens_decoder: expected an object {...}", folder);
     for (const Json *token = json_child(files->added); token; token = token->next)
-        read_added(t, token->key, token->kind == JSON_NUMBER ? token->number : -2, NULL, false, folder);
+        read_added(t, token->key, token->kind == JSON_NUMBER ? token->number : -2, NULL,
+                   is_named(files, token->key, folder), folder);
     for (const Json *token = json_child(json_get(files->tokenizer, "added_tokens")); token;
          token = token->next)
         read_added(t, added_content(token, folder), json_number(token, "id", -2, folder), token, false,
@@ -3163,9 +3184,8 @@ static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const c
             read_named(t, &(Json){.kind = JSON_STRING, .string = END_OF_TEXT, .length = END_OF_TEXT_SIZE},
                        listed, folder);
     }
-    static const char *const lists[] = {"extra_special_tokens", "additional_special_tokens"};
     for (int i = 0; i < 2; i++)
-        for (const Json *token = json_child(named_token(files, lists[i])); token; token = token->next)
+        for (const Json *token = json_child(named_token(files, token_lists[i])); token; token = token->next)
             read_named(t, token, listed, folder);
 }
 
