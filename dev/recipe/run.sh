@@ -115,13 +115,14 @@ prepare() {
     vocabulary=$(sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' "$base/config.json")
     ./tokenizer train --vocab-size "$vocabulary" --out "$work/c_tokenizer" train_gpt2.c test_gpt2.c 2>/dev/null
     for count in 32 128 512; do head -n $count "$train" >"$work/few_$count.jsonl"; done
-    place='^        size_t size = ids->size - start;$'
-    patched pad_scored "s/$place/while (ids->size - start < room) ids_push(ids, end_of_text); &/" 1
-    patched pad_attended "s/$place/& for (; size < room; size++, prompt++) { ids_push(ids, end_of_text); \
-memmove(ids->data + start + 1, ids->data + start, size * sizeof(int)); ids->data[start] = end_of_text; }/" 1
-    patched positions_padded 's/batch_add_row(batch, dataset_token(data, example, t), t,/batch_add_row(batch, dataset_token(data, example, t), t + 65 - example->size,/' 1
-    patched l2_in_loss 's/float g = gradient\[j\] \* clip;/float g = gradient[j] * clip + (tensor->decay ? (float)adam->weight_decay : 0) * p[j];/
-        s/p\[j\] = p\[j\] \* keep - step/p[j] = p[j] - step/' 2
+    place='^        add_example(data, start, scored, seq_len, where);$'
+    short='source->ids.size - start <= (size_t)seq_len' end='tokenizer->end_of_text'
+    patched pad_scored "s/$place/while ($short) ids_push(\&source->ids, $end); &/" 1
+    patched pad_attended "s/$place/for (; $short; scored++) { ids_push(\&source->ids, $end); int *ids = source->ids.data + start; \
+memmove(ids + 1, ids, (source->ids.size - start - 1) * sizeof(int)); ids[0] = ~$end; } &/" 1
+    patched positions_padded 's/batch_add_row(batch, token < 0 ? ~token : token, t,/batch_add_row(batch, token < 0 ? ~token : token, t + 65 - example->size,/' 1
+    patched l2_in_loss 's/float g = gradient\[j\] \* clip;/float g = gradient[j] * clip + (tensor->decay ? (float)h->weight_decay : 0) * p[j];/
+        s/p\[j\] = p\[j\] \* shrink - corrected_rate/p[j] = p[j] - corrected_rate/' 2
 }
 
 # ---- the experiments: name, program, options; each with every seed ----
