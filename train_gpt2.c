@@ -3858,10 +3858,12 @@ static long *list_checkpoints(const char *out, size_t *count) {
 static void remove_leftovers(const char *out) {
     DIR *folder = opendir(out);
     if (!folder) die("%s: cannot be read: %s", out, strerror(errno));
-    for (struct dirent *entry; (entry = readdir(folder));)
+    errno = 0;
+    for (struct dirent *entry; (entry = readdir(folder)); errno = 0)
         if ((strncmp(entry->d_name, "checkpoint-", 11) == 0 && ends_with(entry->d_name, ".tmp")) ||
             strcmp(entry->d_name, "model.tmp") == 0)
             remove_folder(path_of("%s/%s", out, entry->d_name));
+    if (errno) die("%s: cannot be read: %s", out, strerror(errno));
     closedir(folder);
 }
 
@@ -3887,9 +3889,11 @@ static void publish_model(const char *folder) {
             unlink(path_of("%s/%s", folder, tokenizer_names[i]));
     DIR *files = opendir(from);
     if (!files) die("%s: cannot be read: %s", from, strerror(errno));
-    for (struct dirent *entry; (entry = readdir(files));)
+    errno = 0;
+    for (struct dirent *entry; (entry = readdir(files)); errno = 0)
         if (entry->d_name[0] != '.' && strcmp(entry->d_name, "config.json") != 0)
             rename_for_good(path_of("%s/%s", from, entry->d_name), path_of("%s/%s", folder, entry->d_name));
+    if (errno) die("%s: cannot be read: %s", from, strerror(errno));
     closedir(files);
     rename_for_good(path_of("%s/config.json", from), path_of("%s/config.json", folder));
     remove_folder(from);
