@@ -20,7 +20,7 @@
 //
 // ---- the letters ----
 //
-//   B   sequences in a batch                 R   rows: all tokens of a batch, one row each
+//   B   sequences (texts) in a batch         R   rows: all tokens of a batch, one row each
 //   T   positions in a sequence              V   vocabulary: how many different tokens there are
 //   P   positions that the model knows       C   channels: floats that describe a row (n_embd)
 //   L   blocks, each the same few layers (n_layer)          F   channels inside a block's MLP (n_inner)
@@ -34,7 +34,8 @@
 // - A d in front of a name means gradient: dx is d(loss)/dx, how much the loss grows when x grows. It has the
 //   shape of x. X_forward computes a layer; X_backward receives the gradient of the layer's output and
 //   computes the gradients of its inputs and weights.
-// - NULL for an array means not wanted, or not there. A frozen tensor's gradient is NULL, for instance.
+// - NULL for an array means not wanted, or not there. The gradient of a frozen tensor, one that
+//   is not trained, is NULL.
 // - A function whose name begins with a type's name works on that type: batch_clear(), model_free(). What a
 //   function returns in fresh memory belongs to the caller: X_free() or free() releases it.
 // - die() ends the program with one line on stderr. It is for whatever the outside world does wrong. assert()
@@ -105,8 +106,9 @@ static void omp_set_num_threads(int n) { (void)n; }
 // The text itself says which token did come next. The loss at a position is -log(p[that token]): 0 if the
 // model was sure of it, large if it was surprised. For example V = 3 and logits 2, 1, 0: exp gives 7.39,
 // 2.72, 1.00, their sum is 11.11, and p = 0.665, 0.245, 0.090. If the first token came, the loss is
-// -log(0.665) = 0.41; if the third came, it is 2.41. A model that knows nothing gives each token 1 / V: its
-// loss is log(50257) = 10.8. Training makes the mean loss smaller, step by step:
+// -log(0.665) = 0.41; if the third came, it is 2.41. A model that knows nothing gives each token 1 / V: with
+// GPT-2's V = 50257 its loss is log(50257) = 10.8 (log is the natural logarithm). Training makes the mean
+// loss smaller, step by step:
 //
 //     forward     from token ids through all layers to the logits and the loss
 //     backward    from the loss back through all layers: the gradient of each parameter, that is, how much
@@ -128,7 +130,12 @@ static void omp_set_num_threads(int n) { (void)n; }
 // residual stream is called a projection. A layernorm brings a row's numbers to a common scale. An MLP
 // (multi-layer perceptron) is linear, gelu, linear, where gelu is a simple curve.
 //
-// On a first reading you may go on at section 3.
+// Three words have two meanings. The head is the last matrix, (V, C); an attention head is one of NH parts of
+// attention. A block is one of the L; a block of keys is at most 256 keys. A layer is a step of the
+// computation such as layernorm (section 5); in names that files share (n_layer, `layer`) it is the number of
+// a block.
+//
+// On a first reading, read the comment on matmul at the end of section 1, then go on at section 3.
 
 // =====================================================================================================
 // 1. Support
@@ -150,8 +157,8 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) 
     va_end(arguments);
 }
 
-// Both end the program. die: status 1, a file, the machine or a number is bad. die_usage: status 2, the
-// command line is.
+// Both end the program. die (status 1): a file, the machine or a number is bad. die_usage (status 2): the
+// command line is wrong.
 #define die(...) (warn(__VA_ARGS__), exit(1))
 #define die_usage(...) (warn(__VA_ARGS__), exit(2))
 
@@ -239,7 +246,8 @@ static float largest_of(const float *x, int n); // the largest of x[0 .. n - 1].
 // =====================================================================================================
 // 2. Random numbers
 // =====================================================================================================
-// Training needs chance in three places: initial parameters, the order of examples, dropout. Usual generators
+// Training needs chance in three places: initial parameters, the order of examples (the texts to learn from),
+// and dropout (section 5). Usual generators
 // have a state that each draw changes. These have none. A random stream is an endless sequence of draws,
 // named by a number, and its draw number `index` is a pure function of both. So any draw can be made again,
 // by any thread, and after an interruption.
@@ -281,7 +289,7 @@ static float random_normal(uint64_t stream, uint64_t index) {
 // What distinguishes one GPT-2 from another. A model's file config.json has these sizes under the same names.
 typedef struct {
     int vocab_size, n_positions, n_layer, n_head, n_embd, n_inner;
-    float layer_norm_epsilon;
+    float layer_norm_epsilon; // eps of the layernorms
     bool tie_word_embeddings; // the head is the token embedding itself, see model_head
 } Config;
 
@@ -289,12 +297,12 @@ typedef struct {
 // the block's number. Shapes are spelled in letters, with Q = 3C for query, key and value side by side.
 // Matrices are [in, out], as in y = xW + b; only the head is (V, C) and used transposed.
 //
-// Initial values are GPT-2's: normal with deviation 0.02 (its published code). Each block adds two
-// projections to the residual stream, 2L in all. To keep their sum small, they start smaller by sqrt(2L)
-// (Radford et al. 2019, section 2.3).
+// Initial values: normal with deviation 0.02, as in Hugging Face's GPT-2. Each block adds two projections to
+// the residual stream, 2L in all. To keep their sum small, their deviation is divided by sqrt(2L) (Radford et
+// al. 2019, section 2.3).
 //
-// The smallest GPT-2 has V = 50257, P = 1024, C = 768, F = 4C, L = NH = 12. wte has 38.6 million values, wpe
-// 0.8, each block 12 C² + 13 C = 7.1 million: 38.6 + 0.8 + 12 · 7.1 = 124 million in all.
+// The smallest GPT-2 has V = 50257, P = 1024, C = 768, F = 4C, L = NH = 12. wte has 38.60 million values, wpe
+// 0.79, each block 12 C² + 13 C = 7.088 million: 38.60 + 0.79 + 12 · 7.088 = 124.4 million in all.
 typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
 
 // clang-format off
@@ -334,14 +342,14 @@ typedef struct {
     char *name; // Hugging Face's, in full
     int kind, layer;
     int dims;
-    size_t shape[2], size; // size: elements
-    bool frozen, decay;
+    size_t shape[2], size;       // size: elements
+    bool frozen, decay;          // decay: pulled towards 0, see below
     float *value;                // (size) in the model's own memory or mapped from its file
     float *gradient;             // (size) NULL when frozen, and so are the next two
-    float *exp_avg, *exp_avg_sq; // (size) the optimizer's two averages, section 7
+    float *exp_avg, *exp_avg_sq; // (size) the optimizer's two moments, section 7
 } Tensor;
 
-// A file seen as memory; what is written to it never reaches the file. Part III.
+// The bytes of a file, seen as memory. A write changes the memory only, never the file. Part III.
 typedef struct {
     char *data;
     size_t size;
@@ -354,10 +362,10 @@ typedef struct {
     int tensor_count;
     Tensor *tensors;
     int lowest_trained;  // the backward pass ends at this block; -1: at the embeddings; L: before any block
-    float *value_memory; // holds all values; NULL when they are mapped from a file:
-    Mapping value_file;  // copy-on-write: a page is copied when training first writes to it
-    float *training_memory; // holds gradients, and moments unless they are mapped from a checkpoint's file:
-    Mapping moment_file;
+    float *value_memory; // holds all values; NULL when they are in value_file
+    Mapping value_file;  // the model's file; a page is copied when training first writes to it
+    float *training_memory; // holds gradients, and moments unless these are in moment_file
+    Mapping moment_file;    // of a checkpoint, the saved state of an interrupted run
 } Model;
 
 static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
@@ -365,7 +373,7 @@ static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < L
 // Tensors stand in the order of the table, block after block: those of a block are t[LN_1_WEIGHT] to
 // t[FC_PROJ_BIAS] with t = model->tensors + layer * BLOCK_TENSORS. For other kinds `layer` does not matter.
 static Tensor *model_tensor(const Model *model, int kind, int layer) {
-    if (!kind_is_per_layer(kind)) // the kinds after the blocks count one block already
+    if (!kind_is_per_layer(kind)) // kinds after the blocks: the enum counts one block already
         layer = kind < LN_1_WEIGHT ? 0 : model->config.n_layer - 1;
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
@@ -446,9 +454,9 @@ static void model_initialise(Model *model, uint64_t seed) {
 }
 
 // ---- what is trained ----
-// Fine-tuning changes as little as it can. A frozen tensor keeps its values, bit for bit, and saves time and
-// memory: it has no gradient and no moments. The user names tensors by regular expressions, such as
-// "wte|wpe" or "h\.[0-5]\.": POSIX extended ones, which may match any part of the name.
+// Fine-tuning may leave a part of the model as it is. A frozen tensor keeps its values, bit for bit, and
+// saves time and memory: it has no gradient and no moments. The user names tensors by regular expressions,
+// such as "wte|wpe" or "h\.[0-5]\.": POSIX extended ones, which may match any part of the name.
 typedef struct {
     const char **items;
     size_t size, capacity;
@@ -503,19 +511,18 @@ static void model_allocate_training(Model *model, bool with_moments) {
 // may see filler). Here PAD never enters the model. A batch is a list of sequences packed row after row:
 //
 //     padded, B = 3, T = 5          packed, R = 9
-//     . . I like tea                row       0 1    2    3   4    5    6  7      8
+//     I like tea . .                row       0 1    2    3   4    5    6  7      8
 //     Hi . . . .                    token     I like tea  Hi  The  cat sat there  !
 //     The cat sat there !           position  0 1    2    0   0    1    2  3      4
-//                                   first_row 0           3   4                     (9)
+//     (. is PAD)                    first_row 0           3   4                     (9)
 //
 // Row i of sequence s sees rows first_row[s] .. i, and nothing else exists: both masks together have become a
 // range. It costs no time, and nothing can leak through it.
 //
-// A row's target is the token that comes next in its sequence: what the model should predict there. In the
-// picture these are: like, tea, none | none | cat, sat, there, !, none. All rows are trained at once: row 1
-// must predict "tea" from "I like", and cannot see row 2. So one pass answers up to T questions for each
-// sequence. A row with a target is scored. When a model learns to answer questions, only the answer's tokens
-// are targets.
+// A row's target is the next token of its sequence: what the model should predict there. In the picture these
+// are: like, tea, none | none | cat, sat, there, !, none. All rows are trained at once: row 1 must predict
+// "tea" from "I like", and cannot see row 2. So one pass answers one question for each row. A row with a
+// target is scored. When a model learns to answer questions, only the answer's tokens are targets.
 
 typedef struct {
     int sequences, rows;
@@ -574,6 +581,11 @@ static void batch_end_sequence(Batch *batch) {
 //     dw = dy · x = 1.5     w acts on y with slope x: this is why the forward pass has to keep x
 //     db = dy     = 0.5
 // When a number is used in several places, the gradients of all its uses are added.
+//
+// Some gradients are overwritten, some added to:
+// - A weight's or bias's: the first batch of an update overwrites it (`accumulate` is false), the others add.
+// - The two embedding tables': always added to; they are cleared first (model_forward_backward).
+// - dx of linear, attention and gelu: overwritten. dx of a layernorm: added to, since x also passes it by.
 
 // ---- dropout ----
 // A model trained for long on few examples learns them by heart. Dropout makes that harder. It hides numbers
@@ -637,8 +649,7 @@ static void embedding_backward(float *dtable, const float *dx, const int *index,
 // y depends on row r of x only, and the weights are the same for all rows: one product of matrices.
 //   y = residual + x · weight + bias, with residual NULL for none
 //   y, residual (R, N); x (R, K); weight (K, N); bias (N)
-// y[r, n] = ... + sum over k of x[r, k] · weight[k, n]. Bias and residual are written into y first, and the
-// product is added to them.
+// Bias and residual are written into y first, and the product is added to them.
 static void linear_forward(float *y, const float *residual, const float *x, const float *weight,
                            const float *bias, int R, int K, int N) {
 #pragma omp parallel for
@@ -650,8 +661,8 @@ static void linear_forward(float *y, const float *residual, const float *x, cons
     matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
 }
 
-// Sums each column over all rows: the gradient of a bias, since a bias acts on every row. With x, each dy[r,
-// n] is multiplied by the normalised x[r, n] first: the gradient of a layernorm's weight.
+// Sums each column over all rows: the gradient of a bias, which acts on every row. With x, each dy[r, n] is
+// first multiplied by the normalised x[r, n], which the layernorm below explains: the gradient of its weight.
 //   out[n] = sum over r of dy[r, n],   or of dy[r, n] · (x[r, n] - mean[r]) · rstd[r]
 //   dy, x (R, N); mean, rstd (R); out (N) is overwritten, or added to when accumulate
 static void column_sums(float *out, const float *dy, const float *x, const float *mean, const float *rstd,
@@ -684,9 +695,10 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
 
 // ---- layernorm ----
 // Numbers that pass through dozens of layers tend to grow or to fade, and then nothing can be learned from
-// them. A layernorm brings each row to mean 0 and variance 1, whatever came in. Then it scales and shifts
-// each channel by a weight and a bias that are learned, so that the model can undo it where that helps
-// (Ba, Kiros, Hinton 2016). rstd is the reciprocal standard deviation; eps avoids a division by 0.
+// them. A layernorm brings each row to mean 0 and variance 1, whatever came in. Then it multiplies each
+// channel by a weight and adds a bias, both learned and the same for all rows: the model chooses each
+// channel's scale and centre (Ba, Kiros, Hinton 2016). rstd is the reciprocal standard deviation, 1 / (how
+// far numbers lie from the mean); eps avoids a division by 0.
 //   y = (x - mean) · rstd · weight + bias, per row;   rstd = 1 / sqrt(variance + eps)
 // For example x = 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, rstd 0.53; the row becomes -1.07,
 // -0.53, 0, 1.60.
@@ -750,17 +762,18 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 // and each can look for something else. Their outputs stand side by side in C channels; the projection after
 // attention mixes them. For each head and row i, over the rows j <= i of the same sequence (Vaswani et al.
 // 2017; the root keeps scores from growing with HS):
-//   score[i, j] = q[i] · k[j] / sqrt(HS)
+//   score[i, j] = scale · q[i] · k[j],   scale = 1 / sqrt(HS)
 //   p[i, j] = exp(score[i, j]) / sum over m of exp(score[i, m])
 //   out[i] = sum over j of p[i, j] v[j]
 // For example HS = 4, and row 2 has q · k = 2, 0, -2 with the keys of rows 0, 1, 2. The scores are 1, 0, -1;
 // exp gives 2.72, 1.00, 0.37, with sum 4.09; p = 0.665, 0.245, 0.090. If one channel of the three values is
 // 10, 20, 30, that channel of out is 14.25. Row 0 sees only itself: there p = 1.
 //
-// All scores of a sequence would be T x T numbers for each head: too many to store. So queries are taken in
-// tiles of 64. Of a row's softmax only the log-sum-exp is kept, log(sum over m of exp(score[i, m])), and the
-// backward pass computes a tile of p again as exp(score - log_sum_exp), for one block of keys after another.
-// FlashAttention does the same (Dao et al. 2022).
+// All scores of one head would be T x T numbers: too many to keep. So the forward pass takes a tile, 64
+// queries, at a time. Of each row's softmax it keeps one number, log_sum_exp = log(sum over m of exp(score[i,
+// m])). From it the backward pass computes p again, as exp(score - log_sum_exp), for 64 queries and at most
+// 256 keys at a time. The idea is FlashAttention's (Dao et al. 2022), which takes keys in blocks in its
+// forward pass, too.
 //
 // One row of qkv, for example with C = 4, NH = 2, HS = 2, where h0 and h1 are the heads:
 //     q: h0 h0 h1 h1   k: h0 h0 h1 h1   v: h0 h0 h1 h1
@@ -798,7 +811,7 @@ static size_t attention_scratch(int longest) {
 }
 
 // Multiplies p (keys) of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
-// Each (row, head, key) has an index of its own: a sequence has fewer than 2^20 keys.
+// Each (row, head, key) has an index of its own: a sequence has at most 2^20 keys.
 static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
     uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
     if (dropout.probability == 0) return;
@@ -806,7 +819,7 @@ static void attention_dropout(float *p, Dropout dropout, int row, int NH, int he
 }
 
 // One tile of queries of one head: those of sequence s that begin at its row `begin`.
-//   p: scratch for (queries, keys): first q · k, then exp(score), at last dropped from
+//   p: scratch for (queries, keys): q · k, then exp(score - largest), then that after dropout
 // Threads take tiles, so this runs inside a parallel region: there matmul works on the calling thread alone.
 static void attention_forward_tile(const Attention *a, int s, int head, int begin, float *p) {
     const int NH = a->NH, HS = a->HS, C = NH * HS;
@@ -824,7 +837,8 @@ static void attention_forward_tile(const Attention *a, int s, int head, int begi
     for (int i = 0; i < queries; i++) {
         const int row = first + begin + i, visible = before + i + 1; // the causal mask
         float *pi = p + (size_t)i * keys, largest = largest_of(pi, visible), sum = 0;
-        // exp(score) may overflow; less the largest score it cannot, and p is the same.
+        // Each score loses the row's largest score before exp. p stays the same, since exp(largest) cancels
+        // in the quotient, and no exponent is above 0: exp of a score above 88 would not fit into a float.
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < visible; j++) {
             pi[j] = fast_exp(scale * (pi[j] - largest));
@@ -835,8 +849,9 @@ static void attention_forward_tile(const Attention *a, int s, int head, int begi
         inverse_sum[i] = 1 / sum; // divides out at the end: HS numbers instead of `visible`
     }
 
-    // The keys before the tile are seen by all its queries; with none, this product sets out to 0. Then comes
-    // the triangle inside the tile: masked pairs are skipped.
+    // All queries of the tile see all keys before the tile: one product. The first tile has no such keys, and
+    // then the product writes 0 to out. Inside the tile a query sees the keys up to its own row: the loop
+    // skips the rest.
     float *out = a->out + (size_t)(first + begin) * C + head * HS;
     matmul(out, C, p, keys, false, v, ldk, false, queries, HS, before, false);
     for (int i = 0; i < queries; i++) {
@@ -848,7 +863,7 @@ static void attention_forward_tile(const Attention *a, int s, int head, int begi
 }
 
 // Fills a->out and a->log_sum_exp. All threads walk through the sequences; the tiles of each are shared out,
-// the longest first, and no thread waits for the others before it goes on (`nowait`).
+// the longest first, and no thread waits for the others (`nowait`).
 static void attention_forward(const Attention *a) {
 #pragma omp parallel
     for (int s = 0; s < a->batch->sequences; s++) {
@@ -868,7 +883,7 @@ static void attention_forward(const Attention *a) {
 // is how far dp lies above its weighted average, mean_dp[i] = sum over j of p[i, j] dp[i, j]. With p = 0.665,
 // 0.245, 0.090 and dp = 1, 0, 0 it is 0.665, and dscore = 0.223, -0.163, -0.060. The average needs no p,
 // because out is itself a sum over p: sum over j of p[i, j] (dout[i] · v[j]) = dout[i] · out[i].
-// With dropout, dv takes p after it, and dp passes through its factors.
+// With dropout, out was made of p · factor: dv uses p · factor, and dp[i, j] = factor · (dout[i] · v[j]).
 //
 // This function does one tile of queries and one block of keys: it adds their part to dk and dv, and to dq,
 // which the first block overwrites.
@@ -889,7 +904,7 @@ static void attention_backward_tile(const Attention *a, float *dqkv, const float
     matmul(p, keys, q, ld, false, k, ld, true, queries, keys, HS, false);             // q · kᵀ
     matmul(dscore, keys, dout_tile, C, false, v, ld, true, queries, keys, HS, false); // dp = dout · vᵀ
     for (int i = 0; i < queries; i++) {
-        const int row = first + begin + i, seen = begin + i + 1 - block; // keys of this block, if positive
+        const int row = first + begin + i, seen = begin + i + 1 - block; // keys of this block that row i sees
         const int visible = seen < 0 ? 0 : seen < keys ? seen : keys;
         const float log_sum_exp = a->log_sum_exp[(size_t)row * NH + head], mean_dp_i = mean_dp[i];
         float *pi = p + i * keys, *dscore_i = dscore + i * keys;
@@ -919,7 +934,7 @@ static void attention_backward(const Attention *a, float *dqkv, const float *dou
         for (size_t head = 0; head < NH; head++) {
             float *p = a->scratch + omp_get_thread_num() * a->scratch_size;
             float *dscore = p + QUERY_TILE * KEY_BLOCK, *mean_dp = dscore + QUERY_TILE * KEY_BLOCK;
-            for (int i = 0; i < T; i++) { // tiles add to dk and dv
+            for (int i = 0; i < T; i++) { // 0 at first: each tile adds its part
                 float *dk = dqkv + (first + i) * 3 * C + C + head * HS, *dv = dk + C;
                 for (size_t c = 0; c < HS; c++) dk[c] = dv[c] = 0;
             }
@@ -972,7 +987,8 @@ static void gelu_backward(float *dy, float *x, size_t size) {
 // they were believed, and the target's is pushed up. With p = 0.665, 0.245, 0.090 and the second token as
 // target, dlogit = 0.665, -0.755, 0.090.
 //   loss[r] = log(sum over v of exp(logit[r, v])) - logit[r, target[r]]
-//   dlogit[r, v] = loss_scale · (softmax(logit[r])[v] - (v == target[r])): of loss_scale · (sum of losses)
+//   dlogit[r, v] = loss_scale · (softmax(logit[r])[v] - (v == target[r]))
+//   With loss_scale = 1 / (targets of the update) this is the gradient of the mean loss (section 8).
 //   correct[r]: the target's logit is higher than all others
 //   logits (R, V) become dlogits when `backward`; target, loss, correct (R)
 static void cross_entropy(float *logits, float *loss, bool *correct, const int *target, bool backward,
@@ -980,7 +996,7 @@ static void cross_entropy(float *logits, float *loss, bool *correct, const int *
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *row = logits + (size_t)r * V, largest = largest_of(row, V), sum = 0, wanted = row[target[r]];
-        int count_of_largest = 0; // more than 1: a tie
+        int count_of_largest = 0; // more than 1: a tie. The largest is subtracted as in attention.
 #pragma omp simd reduction(+ : sum, count_of_largest)
         for (int v = 0; v < V; v++) {
             count_of_largest += row[v] == largest;
@@ -999,28 +1015,24 @@ static void cross_entropy(float *logits, float *loss, bool *correct, const int *
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
-// The layers in the order that makes them GPT-2 (Radford et al. 2019). Each row has a vector x of C numbers
-// that runs through the whole model, the residual stream. A block does not replace x. It reads x twice, each
-// time through a layernorm, and adds what it found: first attention, which brings in news from other rows,
-// then the MLP, which works on each row alone.
-//
-//     x = wte[token] + wpe[position]
-//     L times:  x = x + attention(layernorm_1(x));   x = x + mlp(layernorm_2(x))
-//     logits = layernorm_f(x) · headᵀ
+// The layers in the order that makes them GPT-2 (Radford et al. 2019). The page at the start of Part I shows
+// it.
 //
 // Since x is only added to, its gradient has one path back that no block weakens. For y = x + f(x) with dy =
 // 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; even where f has slope 0, the 0.5 arrives. That
 // is why deep models can be trained.
 //
-// The backward pass goes the same way back. It needs most of what the forward pass computed, so the forward
-// pass keeps it: the activations, about 10 C floats for each row and block. What is cheap is computed again
-// instead, as the layers above say, and logits never exist for more than LOGIT_ROWS rows.
+// The backward pass goes the same way back and needs what the forward pass computed. Of each block it finds
+// x, qkv, attention's output, middle and hidden (10 C floats per row when F = 4C), log_sum_exp, means and
+// rstds: these are kept, and called activations. It computes again what is cheap: the outputs of layernorms,
+// p, gelu and dropout's choices. Logits exist for at most LOGIT_ROWS rows; their gradient takes their place
+// at once.
 enum { LOGIT_ROWS = 256 };
 
-// What is kept for the backward pass: nothing, because there is none; everything it needs; or of each block
-// only its input, C floats per row, and block_backward computes the rest again. With the smallest GPT-2 and 4
-// x 1024 rows KEEP_ALL keeps 1.5 GB. KEEP_INPUTS keeps 13 times x and one whole block, 0.28 GB, and is
-// slower.
+// What is kept for the backward pass. The sizes are for the smallest GPT-2 and 4 x 1024 rows.
+//   KEEP_NOTHING   nothing: there is no backward pass
+//   KEEP_ALL       all activations: 1.5 GB
+//   KEEP_INPUTS    x of each block, and one whole block: 0.28 GB; block_backward computes the rest again
 typedef enum { KEEP_NOTHING, KEEP_ALL, KEEP_INPUTS } Keep;
 
 // What one block computes on its way forward.
@@ -1034,7 +1046,7 @@ typedef struct {
     float *mean_1, *rstd_1, *mean_2, *rstd_2; // (R) of the two layernorms
 } Block;
 
-// Where a forward and a backward pass write, for up to `rows` rows.
+// Where a forward and a backward pass write, for up to `rows` rows: activations, gradients, scratch, results.
 typedef struct {
     int rows;
     Keep keep;
@@ -1265,7 +1277,7 @@ static void head_backward(const Model *model, Activations *a, const int *rows, i
 }
 
 // From the residual stream to the loss, and when `backward` the way back. Logits of a whole batch would be R
-// x V floats, 800 MB for 4 x 1024 rows. So rows are taken LOGIT_ROWS at a time, all the way to the gradient.
+// x V floats, 820 MB for 4 x 1024 rows. So rows are taken LOGIT_ROWS at a time, all the way to the gradient.
 // Rows that are not scored cost nothing here and get gradient 0.
 //   Fills a->scored, a->loss and a->correct for each scored row; when `backward`, also the gradient of
 //   loss_scale · (sum of losses) in a->d_residual, layernorm_f and head. Returns the sum of losses.
@@ -1303,7 +1315,7 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
     if (a->keep == KEEP_INPUTS && layer < config->n_layer - 1) // the last block's are still there
         block_forward(model, a, batch, layer, NULL, dropout, false);
 
-    // x = middle + dropout(gelu(hidden) · c_proj + bias)
+    // x = middle + dropout(gelu(hidden) · c_proj + bias): first d_hidden gets the gradient of gelu(hidden)
     if (dropout.probability > 0)
         dropout_add(d_projected = a->projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R,
                     C);
@@ -1321,7 +1333,8 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
     layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
                        b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
 
-    // middle = x + dropout(attention(qkv) · c_proj + bias)
+    // middle = x + dropout(attention(qkv) · c_proj + bias): here d_normed holds the gradient of attention's
+    // output
     if (dropout.probability > 0)
         dropout_add(d_projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
     linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_projected,
@@ -1383,15 +1396,16 @@ static double model_forward_backward(const Model *model, Activations *a, const B
 // small number that the user chooses. Three rules refine it:
 // - Clipping. Now and then a batch has huge gradients, and one such step can ruin a model. If the norm of all
 //   gradients together (the root of the sum of their squares) is too large, all are scaled down.
-// - AdamW. It keeps two running averages for each parameter, the moments: of the gradient, and of its square.
-//   A step is the first divided by the root of the second. So each parameter moves by about the learning rate,
-//   whether its gradients are large or small, and moves less when they disagree from step to step.
+// - AdamW. The gradients of one tensor may be a thousand times those of another; one learning rate must suit
+//   both. So AdamW divides by the usual size of a parameter's own gradient. It keeps two running averages for
+//   each parameter, the moments: m of the gradient, v of its square; the root of v is the usual size. A step
+//   is the learning rate times m / root of v: the whole rate while gradients agree, less when they do not.
 // - The schedule. The learning rate rises from 0 (warm-up), while the averages are still young and a trained
 //   model is easily spoiled, and then falls, so that the last steps settle the details.
 
 // The settings of an update, besides model, data and learning rate.
 typedef struct {
-    double beta1, beta2, epsilon, weight_decay; // AdamW's
+    double beta1, beta2, epsilon, weight_decay; // b1, b2, epsilon and decay of adamw_update
     double max_grad_norm;                       // 0: no clipping
     float dropout;                              // probability
     uint64_t seed;                              // of dropout
@@ -1468,10 +1482,10 @@ static void adamw_update(const Model *model, const Hyperparameters *h, double le
 
 typedef enum { SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_CONSTANT } Schedule;
 
-// The learning rate of update `step` = 0, 1, ..., steps - 1, relative to the highest: up from 0 in a line
-// during `warmup` updates, then down towards 0 in a line or a half cosine, but never below `final`; or
-// constant. The same as transformers' get_*_schedule_with_warmup, which have no `final`. With a warm-up, the
-// first update has rate 0: it only starts the moments.
+// What part of the highest learning rate update `step` = 0, 1, ..., steps - 1 uses. It rises in a straight
+// line from 0 during `warmup` updates. Then it falls in a straight line or half a cosine, but not below
+// `final`; or it stays at 1. transformers' get_*_schedule_with_warmup do the same, without `final`. With a
+// warm-up, the first update has rate 0: it only starts the moments.
 static double schedule_factor(Schedule schedule, long step, long warmup, long steps, double final) {
     if (step < warmup) return (double)step / (double)warmup;
     double progress = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1;
@@ -1497,9 +1511,9 @@ typedef struct {
 } Update;
 
 // Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over the scored rows of all
-// of them together, so it does not matter how examples fall into micro-batches. When nothing is scored,
-// nothing changes and targets is 0. The program ends before the update when the loss or a gradient is not
-// finite.
+// of them together, so without dropout, whose choices depend on the micro-batch, it does not matter how
+// examples fall into them. When nothing is scored, nothing changes and targets is 0. The program ends before
+// the update when the loss or a gradient is not finite.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
                           const Hyperparameters *h, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
@@ -1531,7 +1545,6 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
             "help",
             step + 1, not_finite ? "gradient of " : "loss", not_finite ? not_finite->name : "");
 
-    // Update.
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
 }
@@ -1848,9 +1861,9 @@ static const AddedToken *added_token_at(const Tokenizer *t, int pass, const char
     return found;
 }
 
-// Whether a text may be cut at text[at] as far as added tokens go: none may begin before and reach up to here,
-// since it would be torn or lose the white space behind it (rstrip); and none that begins here may ask for the
-// character before. Where the text ends inside a name, that name may still come.
+// Whether a text may be cut at text[at] as far as added tokens go: none may begin before and reach up to
+// here, since it would be torn or lose the white space behind it (rstrip); and none that begins here may ask
+// for the character before. Where the text ends inside a name, that name may still come.
 static bool cut_spares_added(const Tokenizer *t, const char *text, size_t at, size_t size) {
     for (size_t start = at > t->longest_added ? at - t->longest_added : 0; start <= at; start++)
         for (int pass = 0; pass < PASSES && t->added_count > 0; pass++) {
@@ -2075,8 +2088,8 @@ static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size) {
 }
 
 // Appends the ids of a text to `ids`: those that AutoTokenizer gives, or with t->plain tiktoken's
-// encode_ordinary. Several threads of a parallel region may call this at once with the same tokenizer; outside
-// of one a large text is cut into parts that the threads share, and the ids are the same.
+// encode_ordinary. Several threads of a parallel region may call this at once with the same tokenizer;
+// outside of one a large text is cut into parts that the threads share, and the ids are the same.
 //   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>" -> 31373 220 50256
 static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size) {
     enum { PART_BYTES = 1 << 17 };
@@ -2557,8 +2570,9 @@ static Text read_file(const char *path) {
     return text;
 }
 
-// Other programs can change a file while it is mapped here. So each mapping is remembered: when a page of it can
-// no longer be read (SIGBUS) the file is named, and check_mapped_files() sees what was written over in place.
+// Other programs can change a file while it is mapped here. So each mapping is remembered: when a page of it
+// can no longer be read (SIGBUS) the file is named, and check_mapped_files() sees what was written over in
+// place.
 static struct MappedFile {
     char *path, *data;
     size_t size;
@@ -2588,8 +2602,8 @@ static void lost_page(int signal_number, siginfo_t *info, void *context) {
     signal(signal_number, SIG_DFL); // no file of ours: this ends the program as if there were no handler
 }
 
-// Ends the program when a mapped file has been written to since. One that was deleted or replaced by another of
-// its name is no harm: the mapping keeps the old one.
+// Ends the program when a mapped file has been written to since. One that was deleted or replaced by another
+// of its name is no harm: the mapping keeps the old one.
 static void check_mapped_files(void) {
     struct stat now;
     for (struct MappedFile *file = mapped_files; file < mapped_files + mapped_count; file++) {
@@ -2632,8 +2646,8 @@ static Mapping map_file(const char *path) {
     return mapping;
 }
 
-// Brings what was written to the disk itself, where a power cut cannot reach it. A folder of a file system that
-// has no such thing for folders (EINVAL) is as good as it gets.
+// Brings what was written to the disk itself, where a power cut cannot reach it. A folder of a file system
+// that has no such thing for folders (EINVAL) is as good as it gets.
 static bool sync_to_disk(int descriptor) {
 #ifdef F_FULLFSYNC // macOS: its fsync() stops at the disk's own memory
     if (fcntl(descriptor, F_FULLFSYNC) == 0) return true;
@@ -2694,8 +2708,8 @@ static void make_folder(const char *path) {
     free(above);
 }
 
-// Deletes a folder with what is in it, but of a symbolic link only the link; what is not there is no error. What
-// cannot be deleted ends the program: the disk fails, or the folder belongs to somebody else.
+// Deletes a folder with what is in it, but of a symbolic link only the link; what is not there is no error.
+// What cannot be deleted ends the program: the disk fails, or the folder belongs to somebody else.
 static void remove_folder(const char *path) {
     if (unlink(path) == 0 || errno == ENOENT) return;
     int reason = errno; // Linux says EISDIR of a folder, POSIX EPERM
@@ -2711,8 +2725,9 @@ static void remove_folder(const char *path) {
 }
 
 // ---- JSON (RFC 8259) ----
-// A text becomes a tree of nodes in one block of memory: a node for each value, then a copy of the text, in which
-// each string is written over its spelling, since it is never longer. Members and elements are chained by `next`.
+// A text becomes a tree of nodes in one block of memory: a node for each value, then a copy of the text, in
+// which each string is written over its spelling, since it is never longer. Members and elements are chained
+// by `next`.
 
 typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonKind;
 
@@ -2904,8 +2919,8 @@ static const Json *json_child(const Json *node) {
     return node && (node->kind == JSON_OBJECT || node->kind == JSON_ARRAY) ? node->child : NULL;
 }
 
-// The member called `key`, or NULL (also when `object` is NULL or no object). Of two the last one counts, as in
-// Python.
+// The member called `key`, or NULL (also when `object` is NULL or no object). Of two the last one counts, as
+// in Python.
 static const Json *json_get(const Json *object, const char *key) {
     const Json *found = NULL;
     if (!object || object->kind != JSON_OBJECT) return NULL;
@@ -2984,8 +2999,8 @@ static void load_vocabulary(Tokenizer *t, const Json *json, const char *path) {
 
 static size_t most_merges(const Text *lines) { return lines->size / 4 + 1; } // "a b\n" is the shortest line
 
-// Takes a line of merges.txt, which is ours to write into. Without a vocabulary the merge makes a token, which
-// gets the next id. `where` is file and line.
+// Takes a line of merges.txt, which is ours to write into. Without a vocabulary the merge makes a token,
+// which gets the next id. `where` is file and line.
 static void load_merge(Tokenizer *t, char *line, size_t length, bool has_vocabulary, const char *where) {
     line[length] = 0; // in place of the line's end
     char *right = strchr(line, ' ');
@@ -3095,8 +3110,8 @@ static const char *added_content(const Json *token, const char *path) {
     return content->string;
 }
 
-// Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be its
-// id; without one (-1) it keeps the one that it has or gets the next.
+// Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be
+// its id; without one (-1) it keeps the one that it has or gets the next.
 static void read_added(Tokenizer *t, const char *content, double id, const Json *flags, bool special,
                        const char *path) {
     int *slot = name_slot(t, content);
@@ -3119,8 +3134,8 @@ static void read_added(Tokenizer *t, const char *content, double id, const Json 
     token_add(t, token);
 }
 
-// The token with this task, such as "eos_token", in special_tokens_map.json or else tokenizer_config.json; NULL
-// when neither names it.
+// The token with this task, such as "eos_token", in special_tokens_map.json or else tokenizer_config.json;
+// NULL when neither names it.
 static const Json *named_token(const TokenizerFiles *files, const char *name) {
     const Json *token = json_get(files->map, name);
     return token ? token : json_get(files->config, name);
@@ -3142,8 +3157,8 @@ static const char *const token_tasks[] = {"bos_token", "eos_token", "unk_token",
 
 static const char *const token_lists[] = {"extra_special_tokens", "additional_special_tokens"};
 
-// Whether a token has a task or is in one of the lists: then it is special though added_tokens.json, which has ids
-// only, does not say so.
+// Whether a token has a task or is in one of the lists: then it is special though added_tokens.json, which
+// has ids only, does not say so.
 static bool is_named(const TokenizerFiles *files, const char *content, const char *path) {
     for (size_t i = 0; i < sizeof token_tasks / sizeof *token_tasks; i++) {
         const Json *token = named_token(files, token_tasks[i]);
@@ -3289,8 +3304,8 @@ static Tokenizer *load_merges_file(const char *path) {
     return t;
 }
 
-// Loads a tokenizer from a folder with tokenizer.json, or vocab.json and merges.txt, or OpenAI's encoder.json and
-// vocab.bpe; or from a merges file alone. Whatever is wrong with a file ends the program with one line.
+// Loads a tokenizer from a folder with tokenizer.json, or vocab.json and merges.txt, or OpenAI's encoder.json
+// and vocab.bpe; or from a merges file alone. Whatever is wrong with a file ends the program with one line.
 static Tokenizer *tokenizer_load(const char *path) {
     return is_folder(path) ? load_tokenizer_folder(path) : load_merges_file(path);
 }
@@ -3783,9 +3798,9 @@ static void save_tokenizer_config(const Tokenizer *tokenizer, int n_positions, c
     finish_file(file, path);
 }
 
-// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights, the files that are
-// kept, and what is missing besides when the model began at random or the tokenizer was a merges file alone.
-// tokenizer may be NULL.
+// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights, the files that
+// are kept, and what is missing besides when the model began at random or the tokenizer was a merges file
+// alone. tokenizer may be NULL.
 static void model_save(const Model *model, const Tokenizer *tokenizer, const KeptFiles *kept,
                        const char *folder) {
     const int end_of_text = tokenizer ? tokenizer->end_of_text : -1;
@@ -3831,8 +3846,8 @@ static const char *checkpoint_path(const char *out, long step) {
     return path_of("%s/checkpoint-%06ld", out, step);
 }
 
-// The steps of all whole checkpoints in a folder, ascending; *count tells how many. A folder that is not there has
-// none; one that cannot be read ends the program.
+// The steps of all whole checkpoints in a folder, ascending; *count tells how many. A folder that is not
+// there has none; one that cannot be read ends the program.
 static long *list_checkpoints(const char *out, size_t *count) {
     long *steps = NULL;
     size_t capacity = *count = 0;
@@ -3877,8 +3892,8 @@ static void remove_checkpoint(const char *out, long step) {
     free(temporary);
 }
 
-// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is
-// no model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
+// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is no
+// model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
 static void publish_model(const char *folder) {
     char *from = xprintf("%s/model.tmp", folder);
     if (unlink(path_of("%s/config.json", folder)) != 0 && errno != ENOENT)
@@ -3963,8 +3978,8 @@ static void add_windows(Dataset *data, size_t tokens, size_t seq_len) {
 }
 
 // Finds the next line of text[from ...] that is only <|endoftext|>: returns where it starts, and in *end what
-// follows it. Without one both are `size`. `fresh`: text[from] begins a line. Unless the text is `whole`, more
-// may follow; when that must be read to tell, *end is 0.
+// follows it. Without one both are `size`. `fresh`: text[from] begins a line. Unless the text is `whole`,
+// more may follow; when that must be read to tell, *end is 0.
 static size_t find_separator(const char *text, size_t size, size_t from, bool fresh, bool whole,
                              size_t *end) {
     size_t at = from;
@@ -4155,8 +4170,8 @@ static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenize
     free(text.data);
 }
 
-// The files that a pattern names: the one of that name, if there is one (a name may have a [), else all that it
-// matches. Ends the program when there is none.
+// The files that a pattern names: the one of that name, if there is one (a name may have a [), else all that
+// it matches. Ends the program when there is none.
 static glob_t find_files(const char *pattern) {
     glob_t found = {0};
     if (file_exists(pattern) || strcmp(pattern, "-") == 0) {
@@ -4284,8 +4299,9 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
 // =====================================================================================================
 // 14. Training
 // =====================================================================================================
-// The recipe: warm up, decay, evaluate now and then, keep the best, stop in order. Everything that must
-// survive an interruption is in a checkpoint; everything else is a pure function of the options and the step.
+// The recipe: the learning rate rises, then falls; evaluate now and then; keep the best model; on a signal,
+// finish the step and save. A checkpoint holds all that must survive an interruption. Everything else follows
+// from the options and the step.
 
 // Seconds on a clock that never goes back.
 static double now(void) {
@@ -4345,9 +4361,10 @@ static volatile sig_atomic_t stop_signal = 0;
 
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
 
-// From here on a signal asks the training loop to finish its step and save, instead of ending the program. A
-// second ^C (SIGINT) or SIGTERM ends it at once. A closed terminal or ssh connection (SIGHUP), and a reader of our
-// output that went away (SIGPIPE), may say so more than once. What the user had ignored, as nohup does, stays so.
+// From here on a signal does not end the program at once: the training loop finishes its step and saves. A
+// second ^C (SIGINT) or SIGTERM ends it at once. SIGHUP (the terminal or the ssh connection is gone) and
+// SIGPIPE (the reader of our output is gone) may come again and change nothing. A signal that was ignored
+// when the program began, as nohup does with SIGHUP, stays ignored; SIGPIPE is always caught.
 static void catch_signals(void) {
     static const struct {
         int number, flags;
@@ -4359,8 +4376,8 @@ static void catch_signals(void) {
     }
 }
 
-// Returns a tensor that has a weight or moment which is not a finite number, or NULL. (0 · x is 0 for all finite
-// x, else NaN: so this is one fast sum.)
+// Returns a tensor that has a weight or moment which is not a finite number, or NULL. (0 · x is 0 for all
+// finite x, else NaN: so this is one fast sum.)
 static const Tensor *find_not_finite(const Model *model) {
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
@@ -4453,10 +4470,10 @@ static double epoch_of(const Run *run, long step) { return (double)step / (doubl
 
 // ---- log.csv ----
 
-// Opens OUT/log.csv and takes OUT for this process alone, by a lock on that file: two runs that write checkpoints
-// with the same names would destroy each other's work. The system releases the lock when the process ends, in
-// whatever way. When another process has it, this one ends with a line that names it. Without the file returns
-// NULL, or makes it if `create`.
+// Opens OUT/log.csv and takes OUT for this process alone, by a lock on that file: two runs that write
+// checkpoints with the same names would destroy each other's work. The system releases the lock when the
+// process ends, in whatever way. When another process has it, this one ends with a line that names it.
+// Without the file returns NULL, or makes it if `create`.
 static FILE *lock_log(const char *out, bool create) {
     const char *path = path_of("%s/log.csv", out);
     int descriptor = open(path, O_RDWR | O_APPEND | (create ? O_CREAT : 0), 0666);
@@ -4540,8 +4557,8 @@ static void prune_checkpoints(const Run *run) {
     free(steps);
 }
 
-// Saves everything that is needed to go on. The order of what reaches the disk is: the log, the new checkpoint, its
-// name, and only then are older ones deleted.
+// Saves everything that is needed to go on. The order of what reaches the disk is: the log, the new
+// checkpoint, its name, and only then are older ones deleted.
 static void save_checkpoint(Run *run) {
     const char *out = run->options->out;
     const Tensor *bad = find_not_finite(run->model);
@@ -4631,8 +4648,8 @@ static void print_sample(const Run *run) {
     sample_free(&output);
 }
 
-// Evaluates, reports, and judges: is this the best model so far? An evaluation that a signal cut short counts for
-// nothing, and is made up for after --resume.
+// Evaluates and reports. Returns whether this is the best loss so far; step 0 is only reported. An evaluation
+// that a signal cut short counts for nothing: --resume does it again.
 static bool evaluate_and_judge(Run *run) {
     Evaluation e = evaluate(run);
     if (stop_signal) return false;
@@ -4673,8 +4690,8 @@ static long next_batches(Run *run) {
     return count;
 }
 
-// Shows an update on the progress line, or about forty lines of a run in a pipe. What matters most stands first,
-// since a narrow window cuts the line.
+// Shows an update on the progress line, or about forty lines of a run in a pipe. What matters most stands
+// first, since a narrow window cuts the line.
 static void show_update(Run *run, const Update *update, double seconds) {
     const long steps = run->options->steps, every = steps / 40 > 0 ? steps / 40 : 1;
     const bool on_terminal = isatty(1);
@@ -4751,8 +4768,8 @@ static bool is_hopeless(const Run *run) {
     return run->options->patience > 0 && run->stale >= run->options->patience;
 }
 
-// The training loop, from run->step to --steps, or until a signal or --patience ends it. Now and then it
-// evaluates, shows a sample and saves; else each turn is one update. Returns the program's exit status.
+// The training loop, from run->step to --steps, or until a signal or --patience ends it. Each turn evaluates,
+// shows a sample and saves, each if it is due, and then takes one update. Returns the program's exit status.
 static int train(Run *run) {
     const Options *o = run->options;
     const Hyperparameters h = hyperparameters_of(o);
@@ -4783,8 +4800,8 @@ static int train(Run *run) {
 // checkpoint remembers.
 
 typedef enum { FLAG, COUNT, REAL, WORD, CHOICE, LIST } OptionKind;
-// Where an option applies; NOT_SAVED: a checkpoint does not remember it; START: it only counts when a run begins;
-// ONCE: given twice it is refused, since the user may believe that both count.
+// Where an option applies; NOT_SAVED: a checkpoint does not remember it; START: it only counts when a run
+// begins; ONCE: given twice it is refused, since the user may believe that both count.
 enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8, START = 16, ONCE = 32 };
 
 typedef struct {
@@ -4979,8 +4996,8 @@ static const Option *find_option(const char *name, size_t length, char letter) {
     return NULL;
 }
 
-// Sets the options that words[1], ... give: --name value, --name=value, -n value, -nvalue; letters of FLAGs may
-// stand together, as in -yx5. A LIST's first word replaces what was there before.
+// Sets the options that words[1], ... give: --name value, --name=value, -n value, -nvalue; letters of FLAGs
+// may stand together, as in -yx5. A LIST's first word replaces what was there before.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words) {
     bool taken[OPTION_COUNT] = {false};
     for (int i = 1; i < count; i++) {
@@ -5088,8 +5105,8 @@ static size_t likeness(const char *a, const char *b) {
     return best;
 }
 
-// Ends the program when a pattern of --NAME matches no tensor at all: it must be a slip. Lists the names that are
-// most like it.
+// Ends the program when a pattern of --NAME matches no tensor at all: it must be a slip. Lists the names that
+// are most like it.
 static void need_matches(const Model *model, const char *name, const Patterns *patterns) {
     for (size_t p = 0; p < patterns->size; p++) {
         const Patterns one = {&patterns->items[p], 1, 1};
@@ -5125,9 +5142,9 @@ static void choose_precision(Options *options);
 static const char *precision_name(void);
 static bool bfloat16_products = false; // --precision bfloat16
 
-// Sets the number of threads: --threads, or what OpenMP makes of environment and cores. A parallel region may get
-// fewer than were asked for (OMP_THREAD_LIMIT); OpenBLAS would wait for the missing ones for ever. So it is seen
-// here how many a region really gets.
+// Sets the number of threads: --threads, or what OpenMP makes of environment and cores. A parallel region may
+// get fewer than were asked for (OMP_THREAD_LIMIT); OpenBLAS would wait for the missing ones for ever. So it
+// is seen here how many a region really gets.
 static void set_threads(long wanted) {
     int got = 0;
     if (wanted) omp_set_num_threads((int)wanted);
@@ -5138,8 +5155,8 @@ static void set_threads(long wanted) {
         warn("--threads %ld: only %d can be had (OMP_THREAD_LIMIT, or built without OpenMP)", wanted, got);
 }
 
-// Numbers below 1e-38 (denormals) cost some processors a hundred cycles each, and weights or moments that shrink
-// towards 0 are full of them. From here on they count as 0 in the calling thread.
+// Numbers below 1e-38 (denormals) cost some processors a hundred cycles each, and weights or moments that
+// shrink towards 0 are full of them. From here on they count as 0 in the calling thread.
 static void flush_denormals(void) {
 #if defined(__SSE__)
     __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040); // FTZ and DAZ: results, and operands
@@ -5275,8 +5292,8 @@ static Run start_run(Options *options, const char *checkpoint) {
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
-    // Not before weights of 16 bits are read: they become what they mean by way of denormals. Some OpenMP runtimes
-    // hand the calling thread's mode on to the others, some do not.
+    // Not before weights of 16 bits are read: they become what they mean by way of denormals. Some OpenMP
+    // runtimes hand the calling thread's mode on to the others, some do not.
     flush_denormals();
 #pragma omp parallel
     flush_denormals();
@@ -5349,8 +5366,9 @@ static void print_tensors(const Model *model) {
     printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trained, decayed, all - trained);
 }
 
-// Which part of the products with weights is not computed since something is frozen. A matrix takes part in three:
-// y = xW, dx = dy Wᵀ, dW = xᵀ dy. The last one goes when it is frozen, dx when nothing below is trained.
+// Which part of the products with weights is not computed since something is frozen. A matrix takes part in
+// three: y = xW, dx = dy Wᵀ, dW = xᵀ dy. The last one goes when it is frozen, dx when nothing below is
+// trained.
 static double skipped_work(const Model *model) {
     size_t products = 0, skipped = 0;
     for (int i = 0; i < model->tensor_count; i++) {
@@ -5458,8 +5476,8 @@ static void set_lengths(Run *run, Options *options) {
     if (!options->save_every) options->save_every = options->val_every;
 }
 
-// A run that is finished has nothing to do any more; with other options this must be said, or what it did before
-// would be taken for their result.
+// A run that is finished has nothing to do any more; with other options this must be said, or what it did
+// before would be taken for their result.
 static void check_if_finished(const Run *run, const char *changes) {
     const Options *options = run->options;
     if (run->step < options->steps && !is_hopeless(run)) return;
@@ -5472,8 +5490,8 @@ static void check_if_finished(const Run *run, const char *changes) {
            options->out, run->step, options->steps);
 }
 
-// Finds the newest checkpoint in --out to go on from, its step in *newest, or returns NULL. `log` belongs to this
-// process, if it is there.
+// Finds the newest checkpoint in --out to go on from, its step in *newest, or returns NULL. `log` belongs to
+// this process, if it is there.
 static char *find_checkpoint(const Options *options, long *newest) {
     size_t count;
     long *steps = list_checkpoints(options->out, &count);
@@ -5579,8 +5597,8 @@ static int run_generation(Options *options) {
     return end_run(&run, 0);
 }
 
-// A standard stream that was closed (>&-) leaves its number to the next file that is opened, and what is meant for
-// the stream would land in that file. /dev/null takes these numbers.
+// A standard stream that was closed (>&-) leaves its number to the next file that is opened, and what is
+// meant for the stream would land in that file. /dev/null takes these numbers.
 static void keep_standard_streams(void) {
     int descriptor;
     while ((descriptor = open("/dev/null", O_RDWR)) >= 0 && descriptor <= 2)
@@ -5615,26 +5633,29 @@ int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
 // #####################################################################################################
 // PART V. Speed
 // #####################################################################################################
-// Part I says what is computed, with no word of how it gets fast. That is here, and it is needed in few
-// places: products of matrices take nearly all the time, and of the rest only exp() is slow by itself.
+// Part I says what is computed and how threads share the work. This part makes it fast. Few places need that:
+// products of matrices take nearly all the time, and of the rest only exp() is slow by itself.
 
 // =====================================================================================================
 // 16. How a product gets fast
 // =====================================================================================================
 // C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
 // what the processor can do: every multiplication waits for memory. Four steps repair that.
-// 1. Registers. A tile of C (6 x 16 floats with AVX2) stays in the vector registers while k runs. One step of
-//    k loads 16 floats of B and 6 of A, and multiplies each with each: 8 loads for 96 multiply-adds. The 12
-//    sums are independent, so no addition waits for the one before it.
-// 2. Cache. DEPTH steps of k at a time: a panel of B, as wide as the tile, then stays in the first-level
-//    cache for GROUP rows of A; those and a block of panels stay in the second-level cache.
-// 3. Packing. That block is first copied into the order in which tiles read it: one stream, few pages, and B
-//    is transposed on the way if need be. A is read in place, unless it is transposed or its rows, a multiple
-//    of 4 KB apart, would push each other out of the cache.
-// 4. Threads. C is cut into blocks; each thread takes the next one when it is done with its last.
-// Each element of C sums k = 0, 1, 2, ... in the same order, DEPTH at a time, wherever its tile lies and
-// whoever computes it: results do not depend on the number of threads. (After Goto and van de Geijn, "Anatomy
-// of High-Performance Matrix Multiplication", 2008.)
+// 1. Registers. A tile of C (6 x 16 floats with AVX2: 12 vectors) stays in registers while k runs. One step
+//   of k
+//    loads 16 floats of B as 2 vectors and 6 single floats of A, and multiplies each with each: 8 loads for 96
+//    multiply-adds. The 12 sums are independent, so no addition waits for the one before it.
+// 2. Cache. A panel is a strip of B, as wide as a tile and at most DEPTH deep. GROUP rows of A use it one
+//   after
+//    another. With AVX2 it has 24 KB and stays in the first-level cache; with AVX-512 it has 72 KB and stays in
+//    the second, where the block's other panels and the GROUP rows of A stay as well.
+// 3. Packing. The panels of a block are first copied into the order in which tiles read them: one stream, few
+//    pages. If B must be transposed, the copy does it. A is read in place, with two exceptions: when it must be
+//    transposed, and when its rows are a multiple of 4 KB apart and would push each other out of the cache.
+// 4. Threads. C is cut into blocks; each thread takes the next one when it is done with its last. Each
+//   element of C is summed over k = 0, 1, 2, ..., in pieces of at most DEPTH that are the same for every tile
+//   and thread. So the result does not depend on the number of threads. (After Goto and van de Geijn,
+//   "Anatomy of High-Performance Matrix Multiplication", 2008.)
 
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers: 24 sums, 3 of B, 1 of A
@@ -5671,8 +5692,9 @@ store_tile(float *C, size_t ldc, Vector sum[TILE_ROWS][TILE_VECTORS], size_t row
     }
 }
 
-// C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge the last row is
-// computed more than once, beyond the right edge the panel holds anything: neither is stored.
+// C (rows, columns) = or += A (rows, depth) · panel (depth, TILE_COLUMNS). At the lower edge A has fewer rows
+// than a tile: the tile computes the last row again instead. At the right edge the panel holds arbitrary
+// numbers beyond B. Neither result is stored.
 static void matmul_tile(float *C, size_t ldc, const float *A, size_t lda, const float *panel, size_t rows,
                         size_t columns, size_t depth, bool add) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
@@ -5853,35 +5875,35 @@ static void matmul_builtin(Product p) {
 // 17. How a product gets faster with half the bits
 // =====================================================================================================
 // A bfloat16 is the upper half of a float: the sign, the eight bits of the exponent, and seven of the 23 bits
-// behind the point. It reaches as far as a float, but it has only two to three decimal digits. For the operands
-// of a product that is enough: hundreds of terms add up, and their rounding errors, some up and some down, mostly
-// cancel. So with --precision bfloat16 every product rounds its operands to bfloat16 and sums in float32. All the
-// rest stays float32: weights, gradients, moments, layernorm, softmax, the loss, checkpoints; and the triangle in
-// attention_forward, a plain loop, because a product would multiply what is masked by zero, and NaN times zero is
-// NaN.
+// behind the point. It has the range of a float, but only two to three decimal digits. For the operands of a
+// product that is enough: hundreds of terms are summed, and their rounding errors, some up and some down,
+// mostly cancel. With --precision bfloat16 every product rounds its operands to bfloat16 and sums in float32.
+// Everything else stays float32: weights, gradients, moments, layernorm, softmax, the loss, checkpoints. So
+// does the triangle in attention_forward_tile, a plain loop. (A product would multiply masked places by 0,
+// and NaN times 0 is NaN.)
 //
-// What that brings depends on the processor. All of it rests on one idea, the pair: two neighbours along k stand
-// side by side in 32 bits, where one float was before.
-// 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum. A step is
+// What that brings depends on the processor. All of it rests on one idea, the pair: two neighbours along k
+// stand side by side in 32 bits, where one float was before.
+// 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum. A step
+//   is
 //    now two k long; the tiles of section 16 stay as they are.
-// 2. Packing once. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels. The
+// 2. Packing once. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels.
+//   The
 //    tiles need only half the time now, and a copy for each block would weigh twice as much as before. So all
 //    threads share the copying, then all share the blocks.
-// 3. Whole tiles (AMX, in Xeons since 2023). Its registers hold 16 rows of 16 pairs. One instruction multiplies
+// 3. Whole tiles (AMX, in Xeons since 2023). Its registers hold 16 rows of 16 pairs. One instruction
+//   multiplies
 //    such a tile of A by one of B, and it takes both as they are packed for the pairs.
-// A processor without such instructions gains nothing: there the float32 product rounds what it packs, at nearly
-// its own speed. The meaning is the same everywhere: exact products of rounded operands, summed in an order that
-// depends on the kind of processor and on the sizes, but not on the number of threads.
-//
-// What ran where: AVX512_BF16 and the float32 product on real processors (AMD Zen 4), the kernel for arm64 in an
-// emulator, the kernel for AMX with its instructions written out in plain C (dev/amx_emulation.h).
+// A processor without such an instruction splits each pair into two floats. With 32 vector registers
+// (AVX-512) that is about as fast as float32. With 16 it is slower: there the float32 product rounds what it
+// packs.
 
 typedef uint16_t BFloat16;
 typedef uint32_t __attribute__((may_alias)) BFloat16Pair; // the lower half comes first along k
 typedef uint32_t PairVector __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
-// The nearest bfloat16, in the upper half; what lies in the lower half means nothing. Half of the last bit that
-// stays is added, a little less when that bit is 0: so ties go to the even one. NaN stays NaN.
+// The nearest bfloat16, in the upper half; what lies in the lower half means nothing. Half of the last bit
+// that stays is added, a little less when that bit is 0: so ties go to the even one. NaN stays NaN.
 static inline uint32_t round_to_bfloat16(float x) {
     union {
         float f;
@@ -5925,8 +5947,8 @@ static const struct {
     uint8_t rows[16];
 } amx_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// C (at most 32 x 32) = or += A (32, depth) · two tiles of columns of B, depth a multiple of 16. Four tiles hold
-// sums, two hold A, two hold B. What lies beyond the edges of C goes through a buffer.
+// C (at most 32 x 32) = or += A (32, depth) · two tiles of columns of B, depth a multiple of 16. Four tiles
+// hold sums, two hold A, two hold B. What lies beyond the edges of C goes through a buffer.
 static void amx_tile(float *C, size_t ldc, const BFloat16Pair *A, size_t lda, const BFloat16Pair *B[2],
                      size_t rows, size_t columns, size_t depth, bool add) {
     float edge[32 * 32];
@@ -6039,7 +6061,8 @@ static void pack_b(const void *product, size_t panel) {
 
 // ---- the product of pairs ----
 
-// matmul_tile for pairs. `height` is a constant: the rows of a tile, or fewer where the product has only a few.
+// matmul_tile for pairs. `height` is a constant: the rows of a tile, or fewer where the product has only a
+// few.
 static inline __attribute__((always_inline)) void pair_tile(int height, float *C, size_t ldc,
                                                             const BFloat16Pair *A, size_t lda,
                                                             const BFloat16Pair *panel, size_t rows,
@@ -6116,8 +6139,8 @@ static void multiply_piece(PairProduct *q, bool same_b, size_t threads) {
     share_out(amx_allowed ? amx_block : pair_block, q, blocks, threads);
 }
 
-// Sets the layout of packed operands and returns how many pairs they take. Rows are an odd number of cache lines
-// apart, since multiples of 4 KB would push each other out of the cache.
+// Sets the layout of packed operands and returns how many pairs they take. Rows are an odd number of cache
+// lines apart, since multiples of 4 KB would push each other out of the cache.
 static size_t pair_layout(PairProduct *q, size_t M, size_t N, size_t K) {
     const size_t steps = (smaller(K, 2 * STRIPE) + 31) / 32 * 16,
                  columns = smaller(N, STRIPE) + 2 * TILE_COLUMNS;
@@ -6160,8 +6183,8 @@ static void matmul_pairs(Product p) {
     if (alone) free(memory);
 }
 
-// Are products by pairs faster? With 16 registers, and without an instruction for pairs, taking them apart costs
-// more than it brings.
+// Are products by pairs faster? Not on a processor that has only 16 vector registers and no instruction for
+// pairs: splitting the pairs costs more time there than the smaller copies save.
 static bool pairs_pay(void) {
 #if defined(__AVX512F__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return true;
@@ -6176,7 +6199,8 @@ static void matmul_bfloat16(Product p) {
     (pairs_pay() && p.K > 0 ? matmul_pairs : matmul_builtin)(p);
 }
 
-// The memory that packed operands take in a training step with so many rows, in floats; 0 when none are packed.
+// The memory that packed operands take in a training step with so many rows, in floats; 0 when none are
+// packed.
 static size_t packed_size(const Config *config, size_t rows) {
     const size_t C = (size_t)config->n_embd, F = (size_t)config->n_inner, V = (size_t)config->vocab_size;
     const size_t chunk = smaller(rows, LOGIT_ROWS);
@@ -6311,8 +6335,8 @@ static void few_pairs_transposed(const FewProduct *q, size_t column, size_t end)
     }
 }
 
-// few_rows_step for copies: adds eight rows of B, from row k on, to columns column .. end - 1 of C. A vector of
-// a row holds two columns in each lane; two rows make pairs of the even columns and pairs of the odd ones.
+// few_rows_step for copies: adds eight rows of B, from row k on, to columns column .. end - 1 of C. A vector
+// of a row holds two columns in each lane; two rows make pairs of the even columns and pairs of the odd ones.
 static void few_pairs_step(const FewProduct *q, size_t k, size_t column, size_t end) {
     const Product *p = &q->p;
     const size_t n = smaller(8, p->K - k), rows_ahead = 8 + 8192 / (end - column); // to prefetch
@@ -6379,7 +6403,6 @@ static void matmul_few_pairs(Product p, const Copy *copy) {
 // =====================================================================================================
 // 18. The one matmul, and a fast exp
 // =====================================================================================================
-// ---- the one matmul ----
 // Every product of the program goes through matmul(): a CBLAS where there is one, or the built-in one.
 
 typedef enum { MATMUL_BUILTIN, MATMUL_CBLAS } MatmulKind;
@@ -6416,10 +6439,11 @@ static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transp
 }
 
 #ifdef USE_OPENBLAS
-// Which of the two is taken by --matmul auto follows from what they are, never from a stopwatch: the same command
-// must give the same bits. With kernels for the same kind of vectors OpenBLAS is as fast as the built-in product or
-// faster. It is slower where it has no kernels for this processor's widest vectors (an old version, or
-// OPENBLAS_CORETYPE), and where it does not share OpenMP's threads (`parallel` is 0: it has none, 1: others).
+// Which of the two is taken by --matmul auto follows from what they are, never from a stopwatch: the same
+// command must give the same bits. With kernels for the same kind of vectors OpenBLAS is as fast as the
+// built-in product or faster. It is slower where it has no kernels for this processor's widest vectors (an
+// old version, or OPENBLAS_CORETYPE), and where it does not share OpenMP's threads (`parallel` is 0: it has
+// none, 1: others).
 //   core: openblas_get_corename(), the processor its kernels are for
 static bool builtin_is_better(const char *core, int parallel, int threads) {
     static const struct {
@@ -6436,9 +6460,9 @@ static bool builtin_is_better(const char *core, int parallel, int threads) {
 #endif
 
 #ifdef USE_CBLAS
-// OpenBLAS takes 128 MB of addresses for each thread and 128 more, some when it is loaded and the rest at its first
-// large product. Where the system does not give them (ulimit -v) it asks again for ever, in silence. So this asks
-// first, and ends the program.
+// OpenBLAS takes 128 MB of addresses for each thread and 128 more, some when it is loaded and the rest at its
+// first large product. Where the system does not give them (ulimit -v) it asks again for ever, in silence. So
+// this asks first, and ends the program.
 static void need_room_for_openblas(size_t blocks) {
 #if defined(USE_OPENBLAS) && defined(__linux__) && defined(__LP64__)
     size_t size = blocks << 27;
