@@ -1760,6 +1760,7 @@ typedef struct {
 
 typedef struct {
     int vocab_size, merge_count; // vocab_size: the largest id, plus 1
+    int base_size;               // the same before the folder's added tokens come to the vocabulary
     int end_of_text;             // the id that ends a text, or -1
     int pad;                     // the id that fills up short examples, or -1
     bool plain;                  // added tokens in a text are ordinary text
@@ -2818,6 +2819,7 @@ static Json *json_children(JsonReader *reader, char close, int depth) {
         if (close == '}') {
             if (!json_accept(reader, '"')) json_die(reader, "a name in double quotes");
             key = json_string(reader, &length);
+            if (strlen(key) != length) json_die(reader, "a name without NUL before this");
             if (!json_accept(reader, ':')) json_die(reader, "':'");
         }
         *tail = json_value(reader, depth + 1);
@@ -2933,10 +2935,13 @@ static double json_number(const Json *object, const char *key, double otherwise,
     return member->number;
 }
 
-// The switch called `key`, or `otherwise` when it is missing or null.
-static bool json_is_true(const Json *object, const char *key, bool otherwise) {
+// The switch called `key`, or `otherwise` when it is missing or null. `where` names the file in errors.
+static bool json_is_true(const Json *object, const char *key, bool otherwise, const char *where) {
     const Json *member = json_get(object, key);
-    return json_is_null(member) ? otherwise : member->kind == JSON_TRUE;
+    if (json_is_null(member)) return otherwise;
+    if (member->kind != JSON_TRUE && member->kind != JSON_FALSE)
+        die("%s: \"%s\" must be true or false", where, key);
+    return member->kind == JSON_TRUE;
 }
 
 // Writes a string with its quotes; bytes that are not ASCII pass through.
@@ -3044,11 +3049,11 @@ static void refuse_other_rules(const Json *json, const char *path) {
         {"model: dropout", "null", json_number(model, "dropout", 0, path) != 0},
         {"model: continuing_subword_prefix", "\"\"", !json_is_null(prefix) && !json_is_text(prefix, "")},
         {"model: end_of_word_suffix", "\"\"", !json_is_null(suffix) && !json_is_text(suffix, "")},
-        {"model: ignore_merges", "false", json_is_true(model, "ignore_merges", false)},
+        {"model: ignore_merges", "false", json_is_true(model, "ignore_merges", false, path)},
         {"normalizer", "null", !json_is_null(json_get(json, "normalizer"))},
         {"pre_tokenizer: type", "\"ByteLevel\"", !json_is_text(json_get(rules, "type"), "ByteLevel")},
-        {"pre_tokenizer: add_prefix_space", "false", json_is_true(rules, "add_prefix_space", true)},
-        {"pre_tokenizer: use_regex", "true", !json_is_true(rules, "use_regex", true)},
+        {"pre_tokenizer: add_prefix_space", "false", json_is_true(rules, "add_prefix_space", true, path)},
+        {"pre_tokenizer: use_regex", "true", !json_is_true(rules, "use_regex", true, path)},
         {"post_processor", "null, or one that adds no token",
          !adds_no_token(json_get(json, "post_processor"))},
         {"decoder: type", "\"ByteLevel\"",
@@ -3060,32 +3065,42 @@ static void refuse_other_rules(const Json *json, const char *path) {
 }
 
 // The merges of tokenizer.json, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
-static Text merge_lines(const Json *merges) {
+static Text merge_lines(const Json *merges, const char *path) {
     Text lines = {0};
     text_append(&lines, "", 0);
-    for (const Json *merge = json_child(merges); merge; merge = merge->next) {
-        const Json *part = merge->kind == JSON_ARRAY ? merge->child : merge;
-        for (; json_text(part); part = part == merge ? NULL : part->next) {
-            text_append(&lines, " ", part != merge && part != merge->child);
-            text_append(&lines, part->string, part->length);
-        }
+    if (!merges || merges->kind != JSON_ARRAY) die("%s: merges: expected an array", path);
+    for (const Json *merge = merges->child; merge; merge = merge->next) {
+        const Json *left = merge->kind == JSON_ARRAY ? merge->child : merge;
+        const Json *right = left && left != merge ? left->next : NULL;
+        if (!json_text(left) || (left != merge && (!json_text(right) || right->next)))
+            die("%s: merges: expected two strings in each, or one with a space", path);
+        text_append(&lines, left->string, left->length);
+        if (right) text_append(&lines, " ", 1);
+        if (right) text_append(&lines, right->string, right->length);
         text_append(&lines, "\n", 1);
     }
     return lines;
 }
 
 // ---- added tokens and the end of text ----
-// A folder names them in several places, by the age of what wrote it: tokenizer.json (added_tokens),
-// tokenizer_config.json (added_tokens_decoder), or added_tokens.json; and tokens with a task, eos_token and
-// others, in tokenizer_config.json or special_tokens_map.json, where they may be named only. What is read in
-// which order and what counts is as in AutoTokenizer.
+// A folder tells of its added tokens in several files, depending on which program wrote it, and when:
+//   with ids: tokenizer_config.json (added_tokens_decoder), tokenizer.json (added_tokens), added_tokens.json
+//   by name:  tokenizer_config.json and special_tokens_map.json say which token has which task ("eos_token":
+//             "</s>") and list extra ones. A named token that has no id yet gets the next one.
+// Which file counts, and in which order, is what AutoTokenizer does.
 
 typedef struct {
     Json *tokenizer, *config, *map, *added; // tokenizer.json, tokenizer_config.json, special_tokens_map.json,
                                             // added_tokens.json; NULL: there is none, or it does not count
 } TokenizerFiles;
 
-static Json *json_read_if_there(const char *path) { return file_exists(path) ? json_read_file(path) : NULL; }
+// Reads a file that must hold an object {...}; NULL when there is no such file.
+static Json *json_read_if_there(const char *path) {
+    if (!file_exists(path)) return NULL;
+    Json *json = json_read_file(path);
+    if (json->kind != JSON_OBJECT) die("%s: expected an object {...}", path);
+    return json;
+}
 
 // The content of an added token: a string, or an object that has it beside flags.
 static const char *added_content(const Json *token, const char *path) {
@@ -3096,15 +3111,15 @@ static const char *added_content(const Json *token, const char *path) {
 }
 
 // Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be its
-// id; without one (-1) it keeps the one that it has or gets the next.
+// id; without one (-1) it keeps the one that it has or gets the next. It is special if `special` or the flags say it.
 static void read_added(Tokenizer *t, const char *content, double id, const Json *flags, bool special,
                        const char *path) {
     int *slot = name_slot(t, content);
-    special = json_is_true(flags, "special", special);
-    AddedToken token = {.single_word = json_is_true(flags, "single_word", false),
-                        .lstrip = json_is_true(flags, "lstrip", false),
-                        .rstrip = json_is_true(flags, "rstrip", false),
-                        .normalized = json_is_true(flags, "normalized", !special)};
+    special = special || json_is_true(flags, "special", false, path);
+    AddedToken token = {.single_word = json_is_true(flags, "single_word", false, path),
+                        .lstrip = json_is_true(flags, "lstrip", false, path),
+                        .rstrip = json_is_true(flags, "rstrip", false, path),
+                        .normalized = json_is_true(flags, "normalized", !special, path)};
     if (!*content) return;
     if (*slot >= 0 && id != -1 && id != *slot)
         die("%s: added token \"%s\" has the id %g, but %d in the vocabulary", path, content, id, *slot);
@@ -3119,6 +3134,10 @@ static void read_added(Tokenizer *t, const char *content, double id, const Json 
     token_add(t, token);
 }
 
+static const char *const token_tasks[] = {"bos_token", "eos_token", "unk_token", "sep_token",
+                                          "pad_token", "cls_token", "mask_token"};
+enum { TASKS = sizeof token_tasks / sizeof *token_tasks };
+
 // The token with this task, such as "eos_token", in special_tokens_map.json or else tokenizer_config.json; NULL
 // when neither names it.
 static const Json *named_token(const TokenizerFiles *files, const char *name) {
@@ -3126,67 +3145,110 @@ static const Json *named_token(const TokenizerFiles *files, const char *name) {
     return token ? token : json_get(files->config, name);
 }
 
-// Makes a token that only has a name or a task an added one, unless it is among the first `listed` ones.
-static void read_named(Tokenizer *t, const Json *token, size_t listed, const char *path) {
+// A token that is named. In added_tokens.json, which has no flags, it is a special one if it is `known` so.
+typedef struct {
+    const Json *token;
+    bool special, known;
+} NamedToken;
+
+typedef struct {
+    NamedToken *items;
+    size_t size, capacity;
+} NamedTokens;
+
+static void name_token(NamedTokens *named, const Json *token, bool special, bool known) {
     if (json_is_null(token)) return;
-    const char *content = added_content(token, path);
-    for (int pass = 0; pass < PASSES; pass++) {
-        int known = *added_slot(t, content, pass);
-        if (known >= 0 && (size_t)known < listed) return;
-    }
-    read_added(t, content, -1, token, true, path);
+    named->items = grow(named->items, named->size + 1, &named->capacity, sizeof *named->items);
+    named->items[named->size++] = (NamedToken){token, special, known};
 }
 
-static const char *const token_tasks[] = {"bos_token", "eos_token", "unk_token", "sep_token",
-                                          "pad_token", "cls_token", "mask_token"};
-
-static const char *const token_lists[] = {"extra_special_tokens", "additional_special_tokens"};
-
-// Whether a token has a task or is in one of the lists: then it is special though added_tokens.json, which has ids
-// only, does not say so.
-static bool is_named(const TokenizerFiles *files, const char *content, const char *path) {
-    for (size_t i = 0; i < sizeof token_tasks / sizeof *token_tasks; i++) {
-        const Json *token = named_token(files, token_tasks[i]);
-        if (!json_is_null(token) && strcmp(added_content(token, path), content) == 0) return true;
+// Names the tokens of a file with a task of their own, such as "image_token".
+static void name_other_tasks(NamedTokens *named, const Json *file, bool strings, bool objects) {
+    for (const Json *member = json_child(file); member; member = member->next) {
+        int task = 0;
+        while (task < TASKS && strcmp(member->key, token_tasks[task]) != 0) task++;
+        if (task == TASKS && ends_with(member->key, "_token") &&
+            ((strings && member->kind == JSON_STRING) || (objects && member->kind == JSON_OBJECT)))
+            name_token(named, member, true, false);
     }
-    for (int i = 0; i < 2; i++)
-        for (const Json *token = json_child(named_token(files, token_lists[i])); token; token = token->next)
-            if (strcmp(added_content(token, path), content) == 0) return true;
+}
+
+// Names the tokens of a list, or an object {"task": token, ...}.
+static void name_extra(NamedTokens *named, const Json *list, bool special, bool known, const char *path) {
+    if (!json_is_null(list) && list->kind != JSON_ARRAY && list->kind != JSON_OBJECT)
+        die("%s: extra_special_tokens, additional_special_tokens: expected a list", path);
+    for (const Json *token = json_child(list); token; token = token->next)
+        name_token(named, token, special || list->kind == JSON_OBJECT || token->kind == JSON_STRING,
+                   known && list->kind == JSON_ARRAY && (special || token->kind == JSON_STRING));
+}
+
+// The named tokens in AutoTokenizer's order: those with the usual tasks, with others, the extra ones.
+static NamedTokens named_tokens(const TokenizerFiles *files, const char *path) {
+    static const Json end = {.kind = JSON_STRING, .string = END_OF_TEXT, .length = END_OF_TEXT_SIZE};
+    NamedTokens named = {0};
+    const Json *class = json_get(files->config, "tokenizer_class");
+    const bool defaults = !json_text(class) || strncmp(class->string, "GPT2", 4) == 0; // the class has them
+    for (int i = 0; i < TASKS; i++) {
+        const Json *token = named_token(files, token_tasks[i]);
+        bool known = token && (token->kind == JSON_STRING || token == json_get(files->map, token_tasks[i]));
+        name_token(&named, !token && i < 3 && defaults ? &end : token, true, known);
+    }
+    name_other_tasks(&named, files->config, false, true);
+    name_other_tasks(&named, files->map, true, true);
+    name_other_tasks(&named, files->config, true, false);
+
+    const Json *extra = json_get(files->config, "extra_special_tokens");
+    const Json *older = json_get(files->config, "additional_special_tokens"); // the same by its older name
+    if (older && !json_child(extra)) extra = older;
+    name_extra(&named, extra, false, true, path);
+    name_extra(&named, json_get(files->map, "extra_special_tokens"), true, true, path);
+    if (!extra && !json_get(files->map, "extra_special_tokens"))
+        name_extra(&named, json_get(files->map, "additional_special_tokens"), true, false, path);
+    return named;
+}
+
+static bool is_known_special(const NamedTokens *named, const char *content, const char *path) {
+    for (size_t i = 0; i < named->size; i++)
+        if (named->items[i].known && strcmp(added_content(named->items[i].token, path), content) == 0)
+            return true;
     return false;
 }
 
+// Makes the named token number `n` an added one, unless it is among the first `listed` ones, which came with
+// their ids, or equals a token that was named before it, as AutoTokenizer compares them: a string is never
+// equal to an object.
+static void read_named(Tokenizer *t, const NamedTokens *named, size_t n, int listed, const char *path) {
+    const Json *token = named->items[n].token;
+    const char *content = added_content(token, path);
+    int known = -1;
+    for (int pass = 0; pass < PASSES && known < 0; pass++) known = *added_slot(t, content, pass);
+    if (known >= 0 && known < listed) return;
+    for (size_t i = 0; i < n && known >= 0; i++) {
+        const Json *other = named->items[i].token;
+        if (other->kind == token->kind && strcmp(added_content(other, path), content) == 0) return;
+    }
+    read_added(t, content, -1, token, named->items[n].special, path);
+}
+
 // Reads all added tokens of a folder.
-static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const char *folder) {
-    const int before = t->vocab_size;
+static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const NamedTokens *named,
+                              const char *folder) {
     const Json *decoder = json_get(files->config, "added_tokens_decoder");
-    if ((files->added && files->added->kind != JSON_OBJECT) || (decoder && decoder->kind != JSON_OBJECT))
-        die("%s: added_tokens.json and added_tokens_decoder: expected an object {...}", folder);
+    const Json *list = json_get(files->tokenizer, "added_tokens");
+    if (decoder && decoder->kind != JSON_OBJECT) die("%s: added_tokens_decoder: expected an object", folder);
+    if (!json_is_null(list) && list->kind != JSON_ARRAY) die("%s: added_tokens: expected an array", folder);
     for (const Json *token = json_child(files->added); token; token = token->next)
         read_added(t, token->key, token->kind == JSON_NUMBER ? token->number : -2, NULL,
-                   is_named(files, token->key, folder), folder);
-    for (const Json *token = json_child(json_get(files->tokenizer, "added_tokens")); token;
-         token = token->next)
+                   is_known_special(named, token->key, folder), folder);
+    for (const Json *token = json_child(list); token; token = token->next)
         read_added(t, added_content(token, folder), json_number(token, "id", -2, folder), token, false,
                    folder);
     for (const Json *token = json_child(decoder); token; token = token->next)
         read_added(t, added_content(token, folder), atof(token->key), token, false, folder);
-    for (int id = before; id < t->vocab_size; id++) // tokenizers would give them other ids
+    for (int id = t->base_size; id < t->vocab_size; id++) // tokenizers would give them other ids
         if (!t->names[id]) die("%s: added tokens: expected ids without a gap, and none has %d", folder, id);
-
-    const Json *class = json_get(files->config, "tokenizer_class");
-    const size_t listed = t->added_count;
-    bool defaults = !json_text(class) || strncmp(class->string, "GPT2", 4) == 0; // the class has them
-    for (size_t i = 0; i < sizeof token_tasks / sizeof *token_tasks; i++) {
-        const Json *token = named_token(files, token_tasks[i]);
-        if (token)
-            read_named(t, token, listed, folder);
-        else if (i < 3 && defaults && *name_slot(t, END_OF_TEXT) >= 0)
-            read_named(t, &(Json){.kind = JSON_STRING, .string = END_OF_TEXT, .length = END_OF_TEXT_SIZE},
-                       listed, folder);
-    }
-    for (int i = 0; i < 2; i++)
-        for (const Json *token = json_child(named_token(files, token_lists[i])); token; token = token->next)
-            read_named(t, token, listed, folder);
+    const int listed = (int)t->added_count;
+    for (size_t i = 0; i < named->size; i++) read_named(t, named, i, listed, folder);
 }
 
 // Appends the ids that a config.json or generation_config.json has under `key`: a number, a list, or null.
@@ -3234,7 +3296,7 @@ static TokenizerFiles read_tokenizer_files(const char *folder, Json *tokenizer) 
         "add_prefix_space", "split_special_tokens", "add_bos_token",
         "add_eos_token"}; // tokenizer.json, if there is one, is above the last two
     for (int i = 0; i < (tokenizer ? 2 : 4); i++)
-        if (json_is_true(files.config, switches[i], false))
+        if (json_is_true(files.config, switches[i], false, folder))
             die("%s/tokenizer_config.json: %s true is not supported", folder, switches[i]);
     if (tokenizer) refuse_other_rules(tokenizer, path_of("%s/tokenizer.json", folder));
     if (json_get(files.config, "added_tokens_decoder")) return files; // says it all
@@ -3251,16 +3313,17 @@ static Tokenizer *load_tokenizer_folder(const char *folder) {
     Json *json = json_read_file(paths[0]), *config = json_read_if_there(path_of("%s/config.json", folder));
     TokenizerFiles files = read_tokenizer_files(folder, one_file ? json : NULL);
     const Json *vocabulary = one_file ? json_get(json_get(json, "model"), "vocab") : json;
-    Text lines = one_file ? merge_lines(json_get(json_get(json, "model"), "merges")) : read_file(paths[1]);
+    Text lines =
+        one_file ? merge_lines(json_get(json_get(json, "model"), "merges"), paths[0]) : read_file(paths[1]);
+    NamedTokens named = named_tokens(&files, folder);
     size_t added = json_count(json_get(files.tokenizer, "added_tokens")) + json_count(files.added) +
-                   json_count(json_get(files.config, "added_tokens_decoder")) +
-                   json_count(named_token(&files, "extra_special_tokens")) +
-                   json_count(named_token(&files, "additional_special_tokens"));
-    Tokenizer *t = tokenizer_new(json_count(vocabulary) + added + 7, most_merges(&lines));
+                   json_count(json_get(files.config, "added_tokens_decoder")) + named.size;
+    Tokenizer *t = tokenizer_new(json_count(vocabulary) + added, most_merges(&lines));
     load_vocabulary(t, vocabulary, paths[0]);
     load_merges(t, &lines, true, paths[1]);
     find_byte_ids(t, false, folder);
-    read_added_tokens(t, &files, folder);
+    t->base_size = t->vocab_size;
+    read_added_tokens(t, &files, &named, folder);
     t->end_of_text = id_of_task(t, &files, config, "eos_token");
     t->pad = id_of_task(t, &files, config, "pad_token");
     if (t->end_of_text < 0 && !named_token(&files, "eos_token")) t->end_of_text = *name_slot(t, END_OF_TEXT);
@@ -3270,6 +3333,7 @@ static Tokenizer *load_tokenizer_folder(const char *folder) {
     json_free(files.config);
     json_free(files.map);
     json_free(files.added);
+    free(named.items);
     free(lines.data);
     return t;
 }
@@ -3283,6 +3347,7 @@ static Tokenizer *load_merges_file(const char *path) {
     Tokenizer *t = tokenizer_new(256 + most_merges(&lines) + 1, most_merges(&lines));
     find_byte_ids(t, true, path);
     load_merges(t, &lines, false, path);
+    t->base_size = t->vocab_size;
     read_added(t, END_OF_TEXT, -1, NULL, true, path);
     t->end_of_text = t->pad = *name_slot(t, END_OF_TEXT);
     free(lines.data);
@@ -3587,10 +3652,10 @@ static Config config_read(const char *path) {
                     {"scale_attn_by_inverse_layer_idx", false},
                     {"add_cross_attention", false}};
     for (int i = 0; i < 3; i++)
-        if (json_is_true(json, switches[i].name, switches[i].value) != switches[i].value)
+        if (json_is_true(json, switches[i].name, switches[i].value, path) != switches[i].value)
             die("%s: %s %s is not supported", path, switches[i].name, switches[i].value ? "false" : "true");
     Config config = {.layer_norm_epsilon = (float)json_number(json, "layer_norm_epsilon", 1e-5, path),
-                     .tie_word_embeddings = json_is_true(json, "tie_word_embeddings", true)};
+                     .tie_word_embeddings = json_is_true(json, "tie_word_embeddings", true, path)};
     for (int i = 0; i < CONFIG_SIZES; i++) {
         double value = json_number(json, config_sizes[i].name, config_sizes[i].otherwise, path);
         if (!(value >= 0 && value < 0x1p30) || value != floor(value))
@@ -3636,6 +3701,11 @@ static Model *model_load(const char *folder) {
     Config read = config_read(config);
     if (!file_exists(weights)) die("%s: is missing", weights);
     SafeTensors file = safetensors_open(weights);
+    for (size_t i = 0; i < file.count; i++)
+        if (strstr(file.tensors[i].name, "module.") || strstr(file.tensors[i].name, "_orig_mod."))
+            die("%s: tensor %s: named by a wrapper of PyTorch's; this gives the names of GPT-2: python3 "
+                "data/convert.py %s FOLDER",
+                weights, file.tensors[i].name, folder);
     if (read.tie_word_embeddings && head_differs(&file)) {
         warn("%s: holds an lm_head.weight that is not wte.weight: it is used, as transformers does, though "
              "config.json says that they are tied",
@@ -4011,6 +4081,19 @@ static Text read_utf8_file(const char *path, const char **start) {
     return text;
 }
 
+// Ends the program when the model has no row in wte for one of these tokens. A tokenizer may know more tokens than
+// its model: added ones that the model was not resized for. They do no harm as long as no text has them.
+static void check_tokens(const Tokenizer *tokenizer, const Ids *ids, int vocab_size, const char *where) {
+    for (size_t i = 0; i < ids->size; i++) {
+        int token = ids->data[i] < 0 ? ~ids->data[i] : ids->data[i];
+        if (token >= vocab_size)
+            die("%s: holds the token \"%s\"%s, id %d, and the model's vocabulary ends at %d: resize the model, or "
+                "name another token in tokenizer_config.json",
+                where, tokenizer->names[token], token == tokenizer->end_of_text ? " (or a text ends with it)" : "",
+                token, vocab_size - 1);
+    }
+}
+
 static void load_text(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
     const char *start;
     Text text = read_utf8_file(path, &start);
@@ -4201,6 +4284,7 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
             load_jsonl(data, source, path, tokenizer, seq_len);
         else
             load_text(data, source, path, tokenizer, seq_len);
+        if (!is_shard) check_tokens(tokenizer, &source->ids, vocab_size, path);
     }
     globfree(&found);
     report_losses(data, seq_len);
@@ -4615,13 +4699,20 @@ static void save_result(const Run *run) {
 
 // ---- what the loop does ----
 
+// The token from which a text begins when there is no prompt: the end of the text before it, or 0 where the model
+// has no such token.
+static int first_token(const Run *run) {
+    int end = run->tokenizer->end_of_text;
+    return end >= 0 && end < run->model->config.vocab_size ? end : 0;
+}
+
 // Shows what the model writes at the start of a text.
 static void print_sample(const Run *run) {
     Ids prompt = {0};
     Sample output = {0};
     Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
     if (!run->tokenizer) return;
-    ids_push(&prompt, run->tokenizer->end_of_text >= 0 ? run->tokenizer->end_of_text : 0);
+    ids_push(&prompt, first_token(run));
     end_progress();
     printf("--- sample at step %ld ---\n", run->step);
     generate(run->model, run->tokenizer, &prompt, (int)run->options->sample_tokens, 1, &run->ends, &sampling,
@@ -5186,9 +5277,9 @@ static const int *find_size(const char *name) {
 // Ends the program when a folder has weights in other formats only, and says how to convert them.
 static void refuse_other_formats(const char *folder) {
     static const char *const others[] = {"pytorch_model.bin", "pytorch_model.bin.index.json",
-                                         "model.safetensors.index.json"};
-    bool found = ends_with(folder, ".bin");
-    for (int i = 0; i < 3; i++) found = found || file_exists(path_of("%s/%s", folder, others[i]));
+                                         "model.safetensors.index.json", "ckpt.pt"};
+    bool found = ends_with(folder, ".bin") || ends_with(folder, ".pt");
+    for (int i = 0; i < 4; i++) found = found || file_exists(path_of("%s/%s", folder, others[i]));
     if (found && !file_exists(path_of("%s/model.safetensors", folder)))
         die("%s: weights in another format; this converts them: python3 data/convert.py %s FOLDER", folder,
             folder);
@@ -5205,9 +5296,9 @@ static Model *start_model(const Options *options, const int *size, const char *f
                           const Tokenizer *tokenizer) {
     if (!size) {
         Model *model = model_load(folder);
-        if (tokenizer && tokenizer->vocab_size > model->config.vocab_size)
+        if (tokenizer && tokenizer->base_size > model->config.vocab_size)
             die("the tokenizer has %d entries, the model only %d: it is not this model's own",
-                tokenizer->vocab_size, model->config.vocab_size);
+                tokenizer->base_size, model->config.vocab_size);
         return model;
     }
     Config config = {.vocab_size = tokenizer ? tokenizer->vocab_size : 50257,
@@ -5556,7 +5647,8 @@ static int run_generation(Options *options) {
     Ids prompt = {0};
     Sample *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
     tokenizer_encode(run.tokenizer, &prompt, text.data, text.size);
-    if (prompt.size == 0) ids_push(&prompt, tokenizer->end_of_text >= 0 ? tokenizer->end_of_text : 0);
+    check_tokens(tokenizer, &prompt, run.model->config.vocab_size, "--prompt");
+    if (prompt.size == 0) ids_push(&prompt, first_token(&run));
     Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed,
                          options->stop[0] ? options->stop : NULL};
     bool stream = options->samples == 1;
