@@ -3110,16 +3110,21 @@ static const char *added_content(const Json *token, const char *path) {
     return content->string;
 }
 
-// Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be its
-// id; without one (-1) it keeps the one that it has or gets the next. It is special if `special` or the flags say it.
-static void read_added(Tokenizer *t, const char *content, double id, const Json *flags, bool special,
-                       const char *path) {
-    int *slot = name_slot(t, content);
+// The flags in an object; special where `special` or the object says so.
+static AddedToken added_flags(const Json *flags, bool special, const char *path) {
     special = special || json_is_true(flags, "special", false, path);
-    AddedToken token = {.single_word = json_is_true(flags, "single_word", false, path),
+    return (AddedToken){.single_word = json_is_true(flags, "single_word", false, path),
                         .lstrip = json_is_true(flags, "lstrip", false, path),
                         .rstrip = json_is_true(flags, "rstrip", false, path),
                         .normalized = json_is_true(flags, "normalized", !special, path)};
+}
+
+// Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be its
+// id; without one (-1) it keeps the one that it has or gets the next.
+static void read_added(Tokenizer *t, const char *content, double id, const Json *flags, bool special,
+                       const char *path) {
+    int *slot = name_slot(t, content);
+    AddedToken token = added_flags(flags, special, path);
     if (!*content) return;
     if (*slot >= 0 && id != -1 && id != *slot)
         die("%s: added token \"%s\" has the id %g, but %d in the vocabulary", path, content, id, *slot);
@@ -3214,20 +3219,26 @@ static bool is_known_special(const NamedTokens *named, const char *content, cons
     return false;
 }
 
+// Whether two named tokens are the same to AutoTokenizer: a string is never the same as an object.
+static bool same_named(const NamedToken *a, const NamedToken *b, const char *path) {
+    AddedToken x = added_flags(a->token, a->special, path), y = added_flags(b->token, b->special, path);
+    return a->token->kind == b->token->kind &&
+           strcmp(added_content(a->token, path), added_content(b->token, path)) == 0 &&
+           x.single_word == y.single_word && x.lstrip == y.lstrip && x.rstrip == y.rstrip &&
+           x.normalized == y.normalized;
+}
+
 // Makes the named token number `n` an added one, unless it is among the first `listed` ones, which came with
-// their ids, or equals a token that was named before it, as AutoTokenizer compares them: a string is never
-// equal to an object.
+// their ids, or is the same as one that was named before it.
 static void read_named(Tokenizer *t, const NamedTokens *named, size_t n, int listed, const char *path) {
-    const Json *token = named->items[n].token;
-    const char *content = added_content(token, path);
+    const NamedToken *token = &named->items[n];
+    const char *content = added_content(token->token, path);
     int known = -1;
     for (int pass = 0; pass < PASSES && known < 0; pass++) known = *added_slot(t, content, pass);
     if (known >= 0 && known < listed) return;
-    for (size_t i = 0; i < n && known >= 0; i++) {
-        const Json *other = named->items[i].token;
-        if (other->kind == token->kind && strcmp(added_content(other, path), content) == 0) return;
-    }
-    read_added(t, content, -1, token, named->items[n].special, path);
+    for (size_t i = 0; i < n && known >= 0; i++)
+        if (same_named(&named->items[i], token, path)) return;
+    read_added(t, content, -1, token->token, token->special, path);
 }
 
 // Reads all added tokens of a folder.
@@ -3251,12 +3262,16 @@ static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const N
     for (size_t i = 0; i < named->size; i++) read_named(t, named, i, listed, folder);
 }
 
-// Appends the ids that a config.json or generation_config.json has under `key`: a number, a list, or null.
+// Appends the ids that a config.json or generation_config.json has under `key`: a number, a list, or null. Numbers
+// that cannot be ids, such as -1, mean that there is none.
 static void read_ids(const Json *config, const char *key, Ids *ids) {
     const Json *node = json_get(config, key), *item = node && node->kind == JSON_ARRAY ? node->child : node;
-    for (; item; item = item == node ? NULL : item->next)
+    for (; item; item = item == node ? NULL : item->next) {
+        if (item->kind != JSON_NUMBER && item->kind != JSON_NULL)
+            die("config.json, generation_config.json: %s: expected a number, a list of numbers, or null", key);
         if (item->kind == JSON_NUMBER && item->number >= 0 && item->number < MOST_TOKENS)
             ids_push(ids, (int)item->number);
+    }
 }
 
 // The id of a task: of the token that the tokenizer's files name, else what config.json says, else -1.
