@@ -1178,6 +1178,16 @@ static const struct {
     {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
      " 3002 distinct pieces;"},
     {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
+    // text for a model must be UTF-8; a chunk of 8 MB may end inside a character
+    {"printf 'caf\\351 low\\n' > latin.txt; $T shard --tokenizer v --out s3 latin.txt", 1,
+     "latin.txt: not UTF-8 at byte 3, line 1; probably ISO-8859-1: iconv"},
+    {"$T train --vocab-size 300 --out w c.txt latin.txt", 1, "latin.txt: not UTF-8 at byte 3, line 1"},
+    {"printf '\\377\\376l\\000' | $T train --vocab-size 300 --out w", 1, "-: not UTF-8 at byte 0, line 1; probably UTF-16LE"},
+    {"$T encode --tokenizer v latin.txt | $T decode --tokenizer v | cmp - latin.txt && echo same", 0, "same\n"},
+    {"printf '\\357\\273\\277low' > mark.txt; $T shard --tokenizer v --out s3 c.txt mark.txt", 0, "s3_train.bin: 5 tokens"},
+    {"{ yes a | head -c 8388607; printf '\\303\\251 low'; } > long.txt; $T shard --tokenizer v --out s3 long.txt", 0,
+     "s3_train.bin: 8388611 tokens"},
+    {"{ cat long.txt; printf '\\n\\303 '; } | $T shard --tokenizer v --out s3", 1, "-: not UTF-8 at byte 8388614, line 4194305;"},
     {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
     {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
     {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
@@ -3483,7 +3493,12 @@ static void test_tokens_beyond_model(void) {
     expect_refusal(1, "--prompt: holds the token \"<p>\"", "--init $D/beyond --generate 3 --prompt 'a <p>' --quiet");
     write_text("beyond/tokenizer_config.json", "{\"eos_token\": \"<end>\"}");
     expect_refusal(1, "holds the token \"<end>\" (or a text ends with it)", "--init $D/beyond --eval --val $D/beyond.jsonl --quiet");
-    expect_run(0, NULL, "--init $D/beyond --generate 3 --quiet"); // begins with token 0
+    expect_run(0, NULL, "--init $D/beyond --generate 3 --quiet");
+    Model model = {.config.vocab_size = 262};
+    for (int end = -1; end < 264; end += 132)
+        check(first_token(&(Run){.model = &model, .tokenizer = &(Tokenizer){.end_of_text = end}}) ==
+                  (end == 131 ? 131 : 0),
+              "a text begins with %d only if the model has it", end);
     make_own_folder("beyond", 261, 7, "{}"); // of the vocabulary itself each token must be there
     expect_refusal(1, "has 262 entries, the model only 261", "--init $D/beyond --generate 3 --quiet");
 }

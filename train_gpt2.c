@@ -4064,35 +4064,49 @@ static size_t find_separator(const char *text, size_t size, size_t from, bool fr
     return *end = size;
 }
 
-// Ends the program when a text is not UTF-8: a file in another encoding would be trained on as garbage. Says
-// where, what it probably is, and the command that converts it.
-static void check_utf8(const Text *text, const char *path) {
-    const unsigned char *bytes = (const unsigned char *)text->data;
-    size_t at = 0, line = 1, nuls = 0, sampled = smaller(text->size, 1 << 12), windows = 0;
-    for (size_t i = 0; i < sampled; i++) nuls += bytes[i] == 0;
+// How far a file has been checked, which may be read in parts.
+typedef struct {
+    const char *path;
+    size_t byte, line;
+} Utf8Check;
+
+// Ends the program when the next part of a file is not UTF-8: text in another encoding would be trained on as
+// garbage. Says where, which encoding it probably is, and the command that converts it. Returns how many bytes
+// are checked: where the part ends inside a character, that one must be given again, unless this is the `last`.
+static size_t check_utf8(Utf8Check *check, const char *text, size_t size, bool last) {
+    const unsigned char *bytes = (const unsigned char *)text;
+    size_t at = 0, nuls = 0, windows = 0, end = last ? size : utf8_whole(text, size);
     const char *probably = NULL;
-    if (text->size >= 2 && bytes[0] == 0xff && bytes[1] == 0xfe) probably = "UTF-16LE";
-    if (text->size >= 2 && bytes[0] == 0xfe && bytes[1] == 0xff) probably = "UTF-16BE";
-    if (!probably && nuls * 4 > sampled) probably = bytes[0] == 0 ? "UTF-16BE" : "UTF-16LE"; // no mark
-    for (unsigned code; at < text->size && !probably; line += bytes[at++] == '\n') {
-        while (at < text->size && bytes[at] < 0x80 && bytes[at] != '\n') at++;
-        size_t length = at < text->size ? (size_t)utf8_read(text->data + at, text->size - at, &code) : 1;
-        if (length == 0) break;
-        at += length - 1;
+    if (check->byte == 0) { // UTF-16 begins with a mark, or has many NULs
+        const size_t sampled = smaller(size, 1 << 12);
+        for (size_t i = 0; i < sampled; i++) nuls += bytes[i] == 0;
+        if (nuls * 4 > sampled) probably = bytes[0] == 0 ? "UTF-16BE" : "UTF-16LE";
+        if (size >= 2 && bytes[0] == 0xff && bytes[1] == 0xfe) probably = "UTF-16LE";
+        if (size >= 2 && bytes[0] == 0xfe && bytes[1] == 0xff) probably = "UTF-16BE";
     }
-    if (at >= text->size && !probably) return;
-    for (size_t i = at; i < text->size; i++) windows += bytes[i] >= 0x80 && bytes[i] < 0xa0;
+    for (unsigned code, length = 1; at < end && length > 0 && !probably; at += length) {
+        length = bytes[at] < 0x80 ? 1 : (unsigned)utf8_read(text + at, end - at, &code);
+        check->line += bytes[at] == '\n';
+    }
+    check->byte += at;
+    if (at == end && !probably) return end;
+    for (size_t i = at; i < size; i++) windows += bytes[i] >= 0x80 && bytes[i] < 0xa0;
     if (!probably) probably = windows > 0 ? "WINDOWS-1252" : "ISO-8859-1";
     die("%s: not UTF-8 at byte %zu, line %zu; probably %s: iconv -f %s -t UTF-8 '%s' > utf8.txt converts it",
-        path, at, line, probably, probably, path);
+        check->path, check->byte, check->line, probably, probably, check->path);
+}
+
+// The bytes of the mark with which a UTF-8 file may begin: 3 or 0.
+static size_t utf8_mark(const char *text, size_t size) {
+    return size >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
 }
 
 // Reads a text file that must be UTF-8; *start is behind a byte order mark, if there is one.
 static Text read_utf8_file(const char *path, const char **start) {
     Text text = read_file(path);
     text_append(&text, "", 0); // an empty file has data, too
-    check_utf8(&text, path);
-    *start = text.data + (strncmp(text.data, "\xef\xbb\xbf", 3) == 0 ? 3 : 0);
+    check_utf8(&(Utf8Check){path, 0, 1}, text.data, text.size, true);
+    *start = text.data + utf8_mark(text.data, text.size);
     return text;
 }
 
