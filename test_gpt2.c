@@ -1182,12 +1182,17 @@ static const struct {
     {"printf 'caf\\351 low\\n' > latin.txt; $T shard --tokenizer v --out s3 latin.txt", 1,
      "latin.txt: not UTF-8 at byte 3, line 1; probably ISO-8859-1: iconv"},
     {"$T train --vocab-size 300 --out w c.txt latin.txt", 1, "latin.txt: not UTF-8 at byte 3, line 1"},
-    {"printf '\\377\\376l\\000' | $T train --vocab-size 300 --out w", 1, "-: not UTF-8 at byte 0, line 1; probably UTF-16LE"},
-    {"$T encode --tokenizer v latin.txt | $T decode --tokenizer v | cmp - latin.txt && echo same", 0, "same\n"},
-    {"printf '\\357\\273\\277low' > mark.txt; $T shard --tokenizer v --out s3 c.txt mark.txt", 0, "s3_train.bin: 5 tokens"},
-    {"{ yes a | head -c 8388607; printf '\\303\\251 low'; } > long.txt; $T shard --tokenizer v --out s3 long.txt", 0,
-     "s3_train.bin: 8388611 tokens"},
-    {"{ cat long.txt; printf '\\n\\303 '; } | $T shard --tokenizer v --out s3", 1, "-: not UTF-8 at byte 8388614, line 4194305;"},
+    {"printf '\\377\\376l\\000' | $T train --vocab-size 300 --out w", 1,
+     "-: not UTF-8 at byte 0, line 1; probably UTF-16LE"},
+    {"$T encode --tokenizer v latin.txt | $T decode --tokenizer v | cmp - latin.txt && echo same", 0,
+     "same\n"},
+    {"printf '\\357\\273\\277low' > mark.txt; $T shard --tokenizer v --out s3 c.txt mark.txt", 0,
+     "s3_train.bin: 5 tokens"},
+    {"{ yes a | head -c 8388607; printf '\\303\\251 low'; } > long.txt; $T shard --tokenizer v --out s3 "
+     "long.txt",
+     0, "s3_train.bin: 8388611 tokens"},
+    {"{ cat long.txt; printf '\\n\\303 '; } | $T shard --tokenizer v --out s3", 1,
+     "-: not UTF-8 at byte 8388614, line 4194305;"},
     {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
     {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
     {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
@@ -3277,35 +3282,70 @@ static void make_small_files(const char *name, const char *config, const char *m
 
 // Tokens that a folder only names, or that the class of its tokenizer has by default. The ids are those of
 // transformers 5.23 with tokenizers 0.23.3, run on the same folders.
+static const struct {
+    const char *config, *map, *added, *text;
+    int ids[5], end, pad;
+} named[] = {
+    {"{\"pad_token\": \"Ⅳ\"}", NULL, NULL, "Ⅳ<|endoftext|>", {260, 259}, 259, 260},
+    {"{\"bos_token\": null, \"eos_token\": null, \"unk_token\": null}", NULL, NULL, "<|", {27, 91}, -1, -1},
+    {"{\"unk_token\": \"<|pad|>\"}",
+     NULL,
+     "{\"<|pad|>\": 259, \"<|pad|><|pad|>\": 260}",
+     "<|pad|><|pad|>",
+     {259, 259},
+     261,
+     261}, // a token with a task is special, so it is looked for first
+    {NULL,
+     "{\"additional_special_tokens\": [\"<r>\"]}",
+     "{\"<r>\": 259, \"<r><r>\": 260}",
+     "<r><r>",
+     {260},
+     261,
+     261}, // but not one of this list
+    {"{\"image_token\": \"<p>\", \"pad_token\": \"<q>\", \"z_token\": {\"content\": \"<z>\", \"lstrip\": "
+     "true}, "
+     "\"extra_special_tokens\": [\"<x>\"]}",
+     NULL,
+     NULL,
+     "<p><q> <z><x>",
+     {262, 260, 261, 263},
+     259,
+     260},
+    {"{\"bos_token\": \"<a>\", \"eos_token\": {\"content\": \"<a>\", \"lstrip\": true}, \"unk_token\": "
+     "\"<a>\"}",
+     NULL,
+     NULL,
+     " <a> low",
+     {259, 258},
+     259,
+     259}, // the third is the first, so the second's flags stay
+    {"{\"bos_token\": {\"content\": \"<a>\", \"lstrip\": true}, \"eos_token\": {\"content\": \"<a>\", "
+     "\"rstrip\": "
+     "true}, \"unk_token\": \"<u>\"}",
+     NULL,
+     NULL,
+     " <a> <u>",
+     {220, 259, 260},
+     259,
+     259},
+    {"{\"extra_special_tokens\": [\"<q>\"], \"additional_special_tokens\": [\"<no>\"]}",
+     "{\"extra_special_tokens\": [\"<r>\", \"<q>\"]}",
+     NULL,
+     "<q><r>",
+     {260, 261},
+     259,
+     259},
+};
+
 static void test_named_tokens(void) {
-    static const struct {
-        const char *config, *map, *added, *text;
-        int ids[5], end, pad;
-    } cases[] = {
-        {"{\"pad_token\": \"Ⅳ\"}", NULL, NULL, "Ⅳ<|endoftext|>", {260, 259}, 259, 260},
-        {"{\"bos_token\": null, \"eos_token\": null, \"unk_token\": null}", NULL, NULL, "<|", {27, 91}, -1, -1},
-        {"{\"unk_token\": \"<|pad|>\"}", NULL, "{\"<|pad|>\": 259, \"<|pad|><|pad|>\": 260}", "<|pad|><|pad|>",
-         {259, 259}, 261, 261}, // a token with a task is special, so it is looked for first
-        {NULL, "{\"additional_special_tokens\": [\"<r>\"]}", "{\"<r>\": 259, \"<r><r>\": 260}", "<r><r>", {260}, 261,
-         261}, // but not one of this list
-        {"{\"image_token\": \"<p>\", \"pad_token\": \"<q>\", \"z_token\": {\"content\": \"<z>\", \"lstrip\": true}, "
-         "\"extra_special_tokens\": [\"<x>\"]}",
-         NULL, NULL, "<p><q> <z><x>", {262, 260, 261, 263}, 259, 260},
-        {"{\"bos_token\": \"<a>\", \"eos_token\": {\"content\": \"<a>\", \"lstrip\": true}, \"unk_token\": \"<a>\"}",
-         NULL, NULL, " <a> low", {259, 258}, 259, 259}, // the third is the first, so the second's flags stay
-        {"{\"bos_token\": {\"content\": \"<a>\", \"lstrip\": true}, \"eos_token\": {\"content\": \"<a>\", \"rstrip\": "
-         "true}, \"unk_token\": \"<u>\"}", NULL, NULL, " <a> <u>", {220, 259, 260}, 259, 259},
-        {"{\"extra_special_tokens\": [\"<q>\"], \"additional_special_tokens\": [\"<no>\"]}",
-         "{\"extra_special_tokens\": [\"<r>\", \"<q>\"]}", NULL, "<q><r>", {260, 261}, 259, 259},
-    };
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        make_small_files("named", cases[i].config, cases[i].map, cases[i].added);
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++) {
+        make_small_files("named", named[i].config, named[i].map, named[i].added);
         Tokenizer *t = tokenizer_load(in_tests("named"));
         Ids ids = {0}, wanted = {0};
-        for (int k = 0; k < 5 && cases[i].ids[k]; k++) ids_push(&wanted, cases[i].ids[k]);
-        tokenizer_encode(t, &ids, cases[i].text, strlen(cases[i].text));
-        check(same_ids(&ids, &wanted), "%s: %zu ids, the first is %d", cases[i].text, ids.size, ids.data[0]);
-        check(t->end_of_text == cases[i].end && t->pad == cases[i].pad, "%s: end %d, pad %d", cases[i].text,
+        for (int k = 0; k < 5 && named[i].ids[k]; k++) ids_push(&wanted, named[i].ids[k]);
+        tokenizer_encode(t, &ids, named[i].text, strlen(named[i].text));
+        check(same_ids(&ids, &wanted), "%s: %zu ids, the first is %d", named[i].text, ids.size, ids.data[0]);
+        check(t->end_of_text == named[i].end && t->pad == named[i].pad, "%s: end %d, pad %d", named[i].text,
               t->end_of_text, t->pad);
         free(ids.data);
         free(wanted.data);
@@ -3380,7 +3420,8 @@ static void test_wrong_shapes(void) {
         {"1", "{\"eos_token\": [\"<a>\"]}", "expected a string, without NUL"},
         {"0", "{\"extra_special_tokens\": \"<a>\"}", "expected a list"},
         {"0", "{\"extra_special_tokens\": [[\"<a>\"]]}", "expected a string, without NUL"},
-        {"0", "{\"pad_token\": {\"content\": \"<a>\", \"lstrip\": \"yes\"}}", "\"lstrip\" must be true or false"},
+        {"0", "{\"pad_token\": {\"content\": \"<a>\", \"lstrip\": \"yes\"}}",
+         "\"lstrip\" must be true or false"},
         {"0", "{\"add_prefix_space\": 1}", "\"add_prefix_space\" must be true or false"},
     };
     char *folder = xstrdup(in_tests("shapes"));
@@ -3388,7 +3429,8 @@ static void test_wrong_shapes(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const char *text = cases[i][1];
         char file = cases[i][0][0];
-        make_small_files("shapes", file == '0' ? text : NULL, file == '1' ? text : NULL, file == '2' ? text : NULL);
+        make_small_files("shapes", file == '0' ? text : NULL, file == '1' ? text : NULL,
+                         file == '2' ? text : NULL);
         expect_death(child_tokenizer, cases[i][2], text);
     }
     make_small_files("shapes", NULL, NULL, NULL);
@@ -3484,16 +3526,21 @@ static void test_own_words(void) {
 static void test_tokens_beyond_model(void) {
     make_inputs();
     make_own_folder("beyond", 262, 7, "{}");
-    write_text("beyond/tokenizer_config.json", "{\"image_token\": \"<p>\", \"eos_token\": \"</s>\"}"); // 262, 263
+    write_text("beyond/tokenizer_config.json",
+               "{\"image_token\": \"<p>\", \"eos_token\": \"</s>\"}"); // 262, 263
     write_text("beyond.jsonl", "{\"text\": \"abc\"}\n");
     write_text("beyond_p.jsonl", "{\"text\": \"abc\"}\n{\"prompt\": \"a<p>\", \"completion\": \"b\"}\n");
     expect_run(0, NULL, "--init $D/beyond --eval --val $D/beyond.jsonl --quiet");
     expect_run(0, NULL, "--init $D/beyond --generate 3 --prompt hi --quiet");
     expect_run(0, NULL, "--init $D/beyond --eval --val $D/beyond_p.jsonl --plain --quiet");
-    expect_refusal(1, "beyond_p.jsonl: holds the token \"<p>\", id 263, and the model's vocabulary ends at 261", "--init $D/beyond --eval --val $D/beyond_p.jsonl --quiet");
-    expect_refusal(1, "--prompt: holds the token \"<p>\"", "--init $D/beyond --generate 3 --prompt 'a <p>' --quiet");
+    expect_refusal(1,
+                   "beyond_p.jsonl: holds the token \"<p>\", id 263, and the model's vocabulary ends at 261",
+                   "--init $D/beyond --eval --val $D/beyond_p.jsonl --quiet");
+    expect_refusal(1, "--prompt: holds the token \"<p>\"",
+                   "--init $D/beyond --generate 3 --prompt 'a <p>' --quiet");
     write_text("beyond/tokenizer_config.json", "{\"eos_token\": \"<end>\"}");
-    expect_refusal(1, "holds the token \"<end>\" (or a text ends with it)", "--init $D/beyond --eval --val $D/beyond.jsonl --quiet");
+    expect_refusal(1, "holds the token \"<end>\" (or a text ends with it)",
+                   "--init $D/beyond --eval --val $D/beyond.jsonl --quiet");
     expect_run(0, NULL, "--init $D/beyond --generate 3 --quiet");
     Model model = {.config.vocab_size = 262};
     for (int end = -1; end < 264; end += 132)
@@ -3878,7 +3925,10 @@ static void test_jsonl_data(void) {
               "%s: warned '%s', expected '%s'", cases[i].text, warnings.data, cases[i].warning);
         free(warnings.data);
     }
-    // Rows: the prompt is read but not scored, positions start at 0 for each example.
+}
+
+// The prompt is read but not scored; positions start at 0 for each example.
+static void test_jsonl_rows(void) {
     write_text("d.jsonl", "{\"prompt\": \"ab\", \"completion\": \"c\"}\n{\"text\": \"d\"}\n");
     Dataset *data = load_quietly("d.jsonl", 16);
     Batch batch = {0};
@@ -5882,6 +5932,7 @@ static const struct {
     {"text: documents, windows", test_text_data},
     {"text: globs, a split", test_globs_and_splits},
     {"JSONL: prompts, lengths, rows", test_jsonl_data},
+    {"data: rows of prompts and completions", test_jsonl_rows},
     {"data: what is refused", test_refused_data},
     {"order of examples: each once an epoch, whatever its length", test_dataset_order},
     {"token shards: llm.c's, and wrong ones", test_shards},

@@ -41,7 +41,7 @@ typedef struct {
 
 typedef struct {
     const Tokenizer *t;
-    bool documents; // for a model: UTF-8; a line that is only <|endoftext|> separates documents, and is no text
+    bool documents; // for a model: it must be UTF-8, and lines that are only <|endoftext|> separate documents
     char **paths;   // files still to read; NULL at the end
     FILE *file;     // the one at work
     bool starts_document;
@@ -843,12 +843,16 @@ static const struct Command {
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
-static const struct option options[] = {
-    {"tokenizer", required_argument, NULL, 't'},    {"plain", no_argument, NULL, 'p'},
-    {"pad", required_argument, NULL, 's'},          {"length", required_argument, NULL, 'l'},
-    {"vocab-size", required_argument, NULL, 'v'},   {"out", required_argument, NULL, 'o'},
-    {"val-fraction", required_argument, NULL, 'f'}, {"threads", required_argument, NULL, 'j'},
-    {"help", no_argument, NULL, 'h'},               {0}};
+static const struct option options[] = {{"tokenizer", required_argument, NULL, 't'},
+                                        {"plain", no_argument, NULL, 'p'},
+                                        {"pad", required_argument, NULL, 's'},
+                                        {"length", required_argument, NULL, 'l'},
+                                        {"vocab-size", required_argument, NULL, 'v'},
+                                        {"out", required_argument, NULL, 'o'},
+                                        {"val-fraction", required_argument, NULL, 'f'},
+                                        {"threads", required_argument, NULL, 'j'},
+                                        {"help", no_argument, NULL, 'h'},
+                                        {0}};
 
 static void __attribute__((noreturn)) show_help(void) {
     fputs(HELP, stdout);
@@ -858,7 +862,8 @@ static void __attribute__((noreturn)) show_help(void) {
 
 // The command of this name; ends the program when there is none.
 static const struct Command *find_command(const char *name) {
-    if (!*name) die_usage("expected a command: encode, decode, count, shard, train or info; --help tells more");
+    if (!*name)
+        die_usage("expected a command: encode, decode, count, shard, train or info; --help tells more");
     if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) show_help();
     for (int i = 0; i < COMMANDS; i++)
         if (strcmp(commands[i].name, name) == 0) return &commands[i];
@@ -871,14 +876,15 @@ static Settings read_options(const struct Command *command, int count, char **ar
     char given[16] = "";
     opterr = 0;
     optind = 2;
-    for (int letter, at = optind, which; (letter = getopt_long(count, arguments, ":h", options, &which)) != -1;
-         at = optind) {
+    for (int letter, at = optind, which;
+         (letter = getopt_long(count, arguments, ":h", options, &which)) != -1; at = optind) {
         const char *written = arguments[at < count ? at : count - 1];
         if (letter == 'h') show_help();
         if (letter == ':') die_usage("%s: expected a value after it", written);
         if (letter == '?') die_usage("%s: there is no such option; --help lists them", written);
         if (letter != 'j' && !strchr(command->takes, letter))
-            die_usage("--%s does not apply to %s; --help tells where it does", options[which].name, command->name);
+            die_usage("--%s does not apply to %s; --help tells where it does", options[which].name,
+                      command->name);
         if (!strchr(given, letter)) given[strlen(given)] = (char)letter;
         if (letter == 't') settings.tokenizer = optarg;
         if (letter == 'p') settings.plain = true;
@@ -894,7 +900,8 @@ static Settings read_options(const struct Command *command, int count, char **ar
             die_usage("%s: expected --%s; --help tells what it takes", command->name, option->name);
     if (settings.pad && strcmp(settings.pad, "left") != 0 && strcmp(settings.pad, "right") != 0)
         die_usage("--pad %s: expected left or right", settings.pad);
-    if (!settings.pad != !settings.length) die_usage("%s: expected --pad and --length together", command->name);
+    if (!settings.pad != !settings.length)
+        die_usage("%s: expected --pad and --length together", command->name);
     return settings;
 }
 

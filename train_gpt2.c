@@ -1544,7 +1544,21 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 // =====================================================================================================
 // 9. Tokenizer
 // =====================================================================================================
-// Growing arrays: token ids, and bytes (always followed by a NUL that is not counted).
+// A model reads and writes token ids, numbers below V; people read and write text. The tokenizer turns one
+// into the other. GPT-2's is a byte-level BPE (Radford et al. 2019; byte pair encoding: Sennrich et al. 2016)
+// and works in two steps:
+//
+//   "Hello world's end"  ->  "Hello" " world" "'s" " end"         pieces, cut by fixed rules (find_piece)
+//   " world"  ->  Ġ w o r l d  ->  Ġw or ld  ->  Ġwor ld  ->  Ġworld  ->  995         merges (merge_piece)
+//
+// The vocabulary starts with the 256 bytes. So every file can be encoded, valid UTF-8 or not, and decoding
+// gives back the same bytes. Each merge joins two neighbouring tokens into a new one; merges that were
+// learned earlier are done first. tokenizer.c learns them from text. Besides these there are added tokens,
+// such as <|endoftext|>: they are cut out of the text before the first step.
+
+// ---- growing arrays ----
+// Token ids; and bytes, always followed by a NUL that is not counted.
+
 typedef struct {
     int *data;
     size_t size, capacity;
@@ -1573,19 +1587,9 @@ static void text_append(Text *text, const char *bytes, size_t size) {
     text->data[text->size] = 0;
 }
 
-// The model reads and writes numbers below V, people read and write text. GPT-2's byte-level BPE (Radford et
-// al. 2019; byte pair encoding: Sennrich et al. 2016) stands between, in two steps:
-//
-//   "Hello world's end"  ->  "Hello" " world" "'s" " end"         pieces, cut by fixed rules (find_piece)
-//   " world"  ->  Ġ w o r l d  ->  Ġw or ld  ->  Ġwor ld  ->  Ġworld  ->  995         merges (merge_piece)
-//
-// The vocabulary starts with the 256 bytes, so every file can be encoded, valid UTF-8 or not, and decoding
-// gives back the same bytes. Each of its merges joins two neighbours into a new token; the merge that was
-// learned first goes first. tokenizer.c learns such merges from text.
-
 // ---- character classes ----
-// The rules ask of a character only: letter (\p{L}), number (\p{N}), white space (\s), or something else.
-// Combining marks are something else, and so is each byte that is not part of valid UTF-8.
+// The rules for pieces know four classes of characters: letters (\p{L}), numbers (\p{N}), white space (\s),
+// and all others. Combining marks are among the others, and so is each byte that is not part of valid UTF-8.
 
 enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CODE_POINTS = 0x110000 };
 
@@ -1638,8 +1642,9 @@ static const int letter_and_number_runs[] = {
 };
 // clang-format on
 
-// Where a character is part of a word (\w) though it is neither letter nor number (a mark, an underscore), or
-// is none though it is one (U+00B2). Read in pairs: skip so many code points, then so many differ.
+// Most characters of words (\w) are letters or numbers. These are the exceptions: marks and the underscore
+// are part of a word although they are neither, and a few numbers, such as ² (U+00B2), are not. Read in
+// pairs: skip so many code points, then so many are exceptions.
 // clang-format off
 static const int word_exception_runs[] = {
     95,1,82,2,5,1,2,3,577,112,275,7,263,45,1,1,1,2,1,2,1,1,72,11,48,21,16,1,101,7,2,6,2,2,1,4,35,1,30,27,
@@ -1707,7 +1712,7 @@ static int utf8_read(const char *bytes, size_t size, unsigned *code) {
     return *code < smallest[length] || *code >= CODE_POINTS || surrogate ? 0 : length;
 }
 
-// The length of the longest prefix that does not end inside a character: what a stream may show already.
+// The length of the longest prefix that does not end inside a character: so much of it can be shown already.
 // "caf\xc3" -> 3, since \xa9 may follow and make it é; "caf\xff" -> 4, since \xff never begins a character.
 static size_t utf8_whole(const char *bytes, size_t size) {
     for (size_t back = 1; back <= 3 && back <= size; back++) {
@@ -1740,19 +1745,21 @@ typedef struct {
 
 typedef struct Encoder Encoder;
 
-// A token that no merges make: wherever its name stands in a text, it is cut out whole before the rules for
-// pieces see the text. Models get such tokens for turns of a talk, say, or for words of their trade.
+// An added token is not made by merges: wherever its name stands in a text, it is cut out as a whole before
+// the text is cut into pieces. Fine-tuned models have such tokens for the turns of a conversation, for
+// instance.
 typedef struct {
     int id;
     size_t size;         // bytes of its name
-    bool single_word;    // only where no character of a word touches it
-    bool lstrip, rstrip; // white space on this side of it is dropped
-    bool normalized;     // looked for in the second pass, in what the first pass has left
+    bool single_word;    // it only counts where no character of a word touches it
+    bool lstrip, rstrip; // white space on its left or right is dropped
+    bool normalized;     // it is looked for in the second pass, in what the first pass has left
 } AddedToken;
 
 enum { PASSES = 2, MAX_THREADS = 1024 };
 
-// The names of added tokens as a tree: a node stands for the bytes on the way to it from its pass's root.
+// The names of the added tokens form a tree (a trie) for each pass. A node stands for the bytes on the path
+// from the root to it.
 typedef struct {
     int parent, byte; // which node it comes from, and by which byte
     int token;        // the added token whose name ends here, or -1
@@ -1778,7 +1785,7 @@ typedef struct {
     int *node_slots; // hash table: parent and byte -> node; -1 in empty slots
     size_t node_mask;
     Ids firsts[PASSES];             // with which bytes the names that a pass looks for begin
-    bool begins[PASSES][1 << 16];   // whether one begins with these two bytes, first byte lowest
+    bool begins[PASSES][1 << 16];   // whether one begins with two bytes: [first + 256 * second]
     Encoder *encoders[MAX_THREADS]; // scratch memory of each thread
 } Tokenizer;
 
@@ -1792,7 +1799,7 @@ static inline int class_at(const Tokenizer *t, const char *text, size_t at, size
     return found ? t->classes[code] : CLASS_OTHER;
 }
 
-// Where the run of characters of one class that goes on at text[at] ends.
+// The first place at or behind text[at] whose character is not of this class.
 static size_t run_end(const Tokenizer *t, const char *text, size_t at, size_t size, int class) {
     for (;;) {
         while (at < size && (unsigned char)text[at] < 0x80 && t->classes[(unsigned char)text[at]] == class)
@@ -1826,8 +1833,9 @@ static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t
 }
 
 // ---- added tokens ----
-// The rules are those of Hugging Face's tokenizers: at each place the longest name wins; after it the search
-// goes on behind it, even where it was refused for a neighbour (single_word).
+// The rules are those of Hugging Face's tokenizers library. A text is searched in two passes, see
+// `normalized`. In each the leftmost name wins, and of those that begin at the same place the longest. The
+// search goes on behind it, even when it does not count because it touches a word (single_word).
 //   "[user]hi resto_bombay" -> [user], "hi " as ordinary text, resto_bombay
 
 // The slot that holds the node to which `byte` leads from `node`, or -1 when it leads nowhere.
@@ -1849,9 +1857,10 @@ static const AddedToken *added_token_at(const Tokenizer *t, int pass, const char
     return found;
 }
 
-// Whether a text may be cut at text[at] as far as added tokens go: none may begin before and reach up to here,
-// since it would be torn or lose the white space behind it (rstrip); and none that begins here may ask for the
-// character before. Where the text ends inside a name, that name may still come.
+// Whether a cut at text[at] leaves all added tokens as they are. It does not if
+//   a name begins before the cut and reaches it: the cut would split it, or the white space that rstrip drops;
+//   a name that begins here depends on the character before it (single_word);
+//   the text ends inside a name, which more text may complete.
 static bool cut_spares_added(const Tokenizer *t, const char *text, size_t at, size_t size) {
     for (size_t start = at > t->longest_added ? at - t->longest_added : 0; start <= at; start++)
         for (int pass = 0; pass < PASSES && t->added_count > 0; pass++) {
@@ -1865,9 +1874,9 @@ static bool cut_spares_added(const Tokenizer *t, const char *text, size_t at, si
     return true;
 }
 
-// The last place in the text where it may be cut, so that the parts' ids put together are the ids of the
-// whole; 0 if there is none. That is before white space which follows something else: every piece ends there,
-// whatever comes before or after, and so does every strip of white space that an added token drops.
+// The last place where a text can be cut without changing its ids: those of the two parts, put together, are
+// those of the whole. 0 if there is no such place. It is before white space that follows something else: a
+// piece always ends there, whatever comes before or after, and so does white space that an added token drops.
 // "one two  th" -> 7: "one two" can be encoded now, "  th" must wait for more text.
 static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size) {
     for (size_t length, at = size; at-- > 1;) {
@@ -1882,7 +1891,7 @@ static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size) {
 // Whether a character is part of a word.
 static bool is_word_character(const Tokenizer *t, unsigned code) {
     bool usual = t->classes[code] == CLASS_LETTER || t->classes[code] == CLASS_NUMBER;
-    unsigned at = 0; // where the run at work ends
+    unsigned at = 0; // the end of the runs that were looked at
     for (size_t i = 0; i < sizeof word_exception_runs / sizeof(int); i += 2) {
         at += (unsigned)word_exception_runs[i];
         if (code < at) return usual;
@@ -1892,7 +1901,7 @@ static bool is_word_character(const Tokenizer *t, unsigned code) {
     return usual;
 }
 
-// Whether a character of a word touches text[start .. end - 1].
+// Whether the character before or behind text[start .. end - 1] is part of a word.
 static bool touches_word(const Tokenizer *t, const char *text, size_t start, size_t end, size_t size) {
     unsigned code;
     if (start > 0 && (previous_character(text, start, &code), is_word_character(t, code))) return true;
@@ -1903,32 +1912,33 @@ static bool touches_word(const Tokenizer *t, const char *text, size_t start, siz
 
 enum { CACHED_BYTES = 16, CACHED_IDS = 3, CACHE_SLOTS = 1 << 17 };
 
-// Text repeats its words: the ids of short pieces are kept, each in the one slot that its hash names.
+// Text repeats its words, so the ids of short pieces are kept. A piece's hash says in which slot; a new piece
+// takes the place of an old one.
 typedef struct {
     uint64_t piece[2];         // its bytes, filled up with zeros
     unsigned char size, count; // size 0: an empty slot
     int ids[CACHED_IDS];
 } CacheSlot; // half a cache line; 4 MB of them for each thread
 
-// A token of the piece at work, chained to its neighbours; -1: none.
+// A token of the piece that is being merged, with its neighbours; -1: it has none.
 typedef struct {
     int id, previous, next;
 } Symbol;
 
-// What one thread needs to encode; it never holds anything but scratch and cache.
+// What a thread needs to encode: the cache, and memory for one piece.
 struct Encoder {
     CacheSlot cache[CACHE_SLOTS];
     Symbol *symbols;
-    uint64_t *queue; // a binary heap of merges that may be done, each rank << 32 | position of its left token
+    uint64_t *queue; // a binary heap of possible merges, each as rank << 32 | position of its left token
     size_t symbol_capacity, queue_capacity, queued;
 };
 
-// The calling thread's own.
+// The encoder of the calling thread, made when the thread first asks for it.
 static Encoder *encoder_of_thread(Tokenizer *t) {
     int thread = omp_get_thread_num();
     if (thread >= MAX_THREADS) die("at most %d threads can encode text", MAX_THREADS);
     Encoder **encoder = &t->encoders[thread];
-    if (!*encoder) // where a cache line starts, so that no slot lies in two
+    if (!*encoder) // aligned to a cache line, so that no slot lies in two
         *encoder = memset(xfloats(sizeof **encoder / sizeof(float)), 0, sizeof **encoder);
     return *encoder;
 }
@@ -1974,8 +1984,9 @@ static void queue_merge(const Tokenizer *t, Encoder *encoder, int position) {
 }
 
 // Joins the tokens of one piece: lowest rank first, leftmost first among equals, until no merge is left. An
-// entry of the queue is out of date when its symbol was swallowed or has another next one; since a rank
-// belongs to one pair only, it is enough to look whether the pair there still has it. At most n log n steps.
+// entry of the queue is out of date when another merge has taken one of its two tokens. A rank belongs to one
+// pair of tokens only, so it is enough to check that the pair at this place still has it. Takes at most
+// n log n steps.
 // " low" with merges "o w", "l ow", "Ġ low": Ġ l o w -> Ġ l ow -> Ġ low -> Ġlow
 static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *piece, size_t size) {
     if (size > INT_MAX)
@@ -1994,7 +2005,7 @@ static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
         Symbol *right = &symbols[left->next];
         left->id = t->merges[rank].id;
         left->next = right->next;
-        right->id = -1; // swallowed
+        right->id = -1; // it is part of `left` now
         queue_merge(t, encoder, at);
         if (left->next >= 0) symbols[left->next].previous = at;
         if (left->previous >= 0) queue_merge(t, encoder, left->previous);
@@ -2014,7 +2025,7 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
         uint64_t key[2] = {0};
         if (size - at < CACHED_BYTES)
             memcpy(key, text + at, n);
-        else { // faster: all 16 bytes, and those behind the piece taken off
+        else { // faster: copy 16 bytes, then clear those behind the piece
             memcpy(key, text + at, CACHED_BYTES);
             key[0] &= n < 8 ? ~0ull >> (64 - 8 * n) : ~0ull;
             key[1] &= n > 8 ? ~0ull >> (128 - 8 * n) : 0;
@@ -2046,7 +2057,7 @@ static void encode_pass(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
     }
     const Ids *firsts = &t->firsts[pass];
     const unsigned char *bytes = (const unsigned char *)text;
-    size_t done = 0; // up to here it is encoded
+    size_t done = 0; // text[0 .. done - 1] is encoded
     for (size_t at = 0, end; at < size; at = end) {
         if (firsts->size == 1) { // the usual case: GPT-2 has one added token
             const char *found = memchr(text + at, firsts->data[0], size - at);
@@ -2063,7 +2074,7 @@ static void encode_pass(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
         }
         if (token->lstrip && start < done) start = done;
         if (token->rstrip) stop = run_end(t, text, end, size, CLASS_SPACE);
-        if (start >= stop) continue; // it is white space that went with the token before
+        if (start >= stop) continue; // white space that the token before it has taken
         if (start > done) encode_pass(t, encoder, ids, text + done, start - done, pass + 1);
         ids_push(ids, token->id);
         done = stop;
@@ -2071,13 +2082,14 @@ static void encode_pass(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
     if (done < size) encode_pass(t, encoder, ids, text + done, size - done, pass + 1);
 }
 
+// Appends the ids of a text, as one thread.
 static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size) {
     encode_pass(t, encoder_of_thread(t), ids, text, size, t->plain || t->added_count == 0 ? PASSES : 0);
 }
 
-// Appends the ids of a text to `ids`: those that AutoTokenizer gives, or with t->plain tiktoken's
-// encode_ordinary. Several threads of a parallel region may call this at once with the same tokenizer; outside
-// of one a large text is cut into parts that the threads share, and the ids are the same.
+// Appends the ids of a text to `ids`: those that AutoTokenizer gives, or with t->plain those of tiktoken's
+// encode_ordinary. The threads of a parallel region may call this with the same tokenizer at the same time.
+// Outside of a parallel region a large text is cut into parts that the threads share; the ids are the same.
 //   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>" -> 31373 220 50256
 static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size) {
     enum { PART_BYTES = 1 << 17 };
@@ -2104,9 +2116,9 @@ static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t si
     free(starts);
 }
 
-// ---- its parts ----
+// ---- names, merges and added tokens ----
 
-// Slots for `count` entries, at most half of them in use; -1: empty.
+// Makes a hash table for `count` entries, at most half full; -1: an empty slot.
 static int *slots_make(size_t count, size_t *mask) {
     if (count > INT_MAX / 4)
         die("a vocabulary of %zu tokens or merges is too large: expected at most %d", count, INT_MAX / 4);
@@ -2114,7 +2126,7 @@ static int *slots_make(size_t count, size_t *mask) {
     return memset(xmalloc((*mask + 1) * sizeof(int)), -1, (*mask + 1) * sizeof(int));
 }
 
-// A tokenizer that knows characters and spelling, with room for so many tokens and merges, and none yet.
+// Makes a tokenizer that has no tokens or merges yet, but room for so many. Free it with tokenizer_free.
 static Tokenizer *tokenizer_new(size_t tokens, size_t merges) {
     Tokenizer *t = xcalloc(1, sizeof *t);
     t->end_of_text = t->pad = -1;
@@ -2164,7 +2176,7 @@ static int *name_slot(const Tokenizer *t, const char *name) {
     }
 }
 
-// Gives a name that has no id yet this one, which no other name may have.
+// Gives this id to a name that has none. No other name may have the id; *slot is the name's.
 static void name_set(Tokenizer *t, int *slot, const char *name, int id) {
     size_t known = (size_t)t->vocab_size;
     if ((size_t)id >= known) {
@@ -2187,7 +2199,7 @@ static bool token_exists(const Tokenizer *t, int id) {
     return id >= 0 && id < t->vocab_size && t->names[id] != NULL;
 }
 
-// The node to which a byte leads, made if there is none yet. Of the slots at most half are in use.
+// The node to which a byte leads from `node`; makes it if there is none yet.
 static int node_add(Tokenizer *t, int node, int byte) {
     int *slot = node_slot(t, node, byte);
     if (*slot >= 0) return *slot;
@@ -2196,19 +2208,19 @@ static int node_add(Tokenizer *t, int node, int byte) {
     *slot = (int)t->node_count++;
     if (2 * t->node_count <= t->node_mask) return (int)t->node_count - 1;
     free(t->node_slots);
-    t->node_slots = slots_make(t->node_count, &t->node_mask); // twice as many
+    t->node_slots = slots_make(t->node_count, &t->node_mask); // more than half full: twice as large
     for (int i = PASSES; i < (int)t->node_count; i++) *node_slot(t, t->nodes[i].parent, t->nodes[i].byte) = i;
     return (int)t->node_count - 1;
 }
 
-// The last node of a name in a pass: *token is the added token of that name, or -1.
+// Where the tree of a pass keeps the number of the added token with this name, or -1 if there is none.
 static int *added_slot(Tokenizer *t, const char *name, int pass) {
     int node = pass;
     for (const char *c = name; *c; c++) node = node_add(t, node, (unsigned char)*c);
     return &t->nodes[node].token;
 }
 
-// Makes token.id, which has a name, an added token; what was said of it before is replaced.
+// Makes the token with the id token.id an added one. If it is one already, its flags are replaced.
 static void token_add(Tokenizer *t, AddedToken token) {
     const char *name = t->names[token.id];
     int *other = added_slot(t, name, !token.normalized), known = *other;
@@ -2231,8 +2243,9 @@ static void token_add(Tokenizer *t, AddedToken token) {
 // ---- decoding ----
 
 // Appends the bytes of one id; ends the program if there is no such id. A token may end inside a UTF-8
-// character: the bytes of several ids put together are the text. 995 -> " world" in GPT-2's vocabulary.
-// A token that no bytes can spell (a special token with a space, say) stands for its name.
+// character: only the bytes of all ids together are the text. 995 -> " world" in GPT-2's vocabulary. The name
+// of an added token need not be a spelling of bytes (it may have a space, say); then the name itself is the
+// text.
 static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
     if (id < 0 || id >= t->vocab_size)
         die("token id %d is not in the vocabulary: expected 0 to %d", id, t->vocab_size - 1);
@@ -2275,9 +2288,9 @@ typedef struct {
     Text text;
 } Sample;
 
-// Keys and values of the tokens so far: (L, sequences, key and value, NH, positions, HS), so that a head
-// reads its own in one stream. A batch need not have all the sequences: first_key says where those it has
-// begin.
+// Keys and values of the tokens so far: (L, sequences, key and value, NH, positions, HS), so that what a head
+// reads lies in one stretch of memory. Some sequences end earlier, and the batch has only the others:
+// first_key says where the keys of each begin.
 struct Cache {
     int sequences, positions, past; // `past` positions are filled
     int NH, HS;
@@ -2285,13 +2298,14 @@ struct Cache {
     int *first_key; // (sequences of the batch) in rows of HS, within a layer's part
 };
 
-// With --precision bfloat16 the arrays that each token reads again have copies in half the size. Part V.
-static void keep_copy(const float *from, size_t size);    // from now on, of what refresh_copy tells it
-static void refresh_copy(const float *from, size_t size); // these have changed
-static void keep_packed_copy(const float *B, bool transpose_b, size_t K,
-                             size_t N); // of op(B) (K, N), all of it
+// With --precision bfloat16, arrays that are read again for each token are copied in half the size: Part V.
+static void keep_copy(const float *from, size_t size);    // keeps a copy of this array; it is filled by
+static void refresh_copy(const float *from, size_t size); // this, wherever the array has changed
+static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N); // copies op(B) (K, N)
 static void drop_copies(void);
 
+// Writes the keys and values of a batch behind those of the earlier tokens; returns where attention finds
+// them all.
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
     const size_t NH = (size_t)cache->NH, HS = (size_t)cache->HS, C = NH * HS;
     const size_t head_stride = cache->positions * HS,
@@ -2310,6 +2324,7 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
 }
 
+// An empty cache for so many samples of up to n_positions tokens.
 static Cache cache_new(const Config *config, int samples) {
     const size_t size = (size_t)config->n_layer * samples * config->n_positions * 2 * config->n_embd;
     Cache cache = {.sequences = samples, .positions = config->n_positions, .NH = config->n_head};
@@ -2342,7 +2357,7 @@ static int compare_candidates(const void *a, const void *b) {
     return (x->token > y->token) - (x->token < y->token);
 }
 
-// The k-th largest of x (n), 1 <= k <= n: the k largest so far are kept sorted, and few of the rest get in.
+// The k-th largest of x (n), 1 <= k <= n. The k largest so far are kept sorted; few of the rest get in.
 static float kth_largest(const float *x, int n, int k) {
     float *kept = xmalloc((size_t)k * sizeof *kept), result;
     for (int i = 0, count = 0; i < n; i++) {
@@ -2379,7 +2394,8 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
             sum += candidates[count++].probability;
         }
     if (sampling->top_p < 1) {
-        // Tokens below `least` do not reach 1 - p all together: they are out, and need no sorting.
+        // All tokens below `least` together have less than 1 - p, so none of them is kept: they need no
+        // sorting.
         double least = sum * (1 - sampling->top_p) / count, wanted = sum * sampling->top_p;
         for (int i = 0; i < count; i++)
             if (candidates[i].probability >= least) candidates[kept++] = candidates[i];
@@ -2405,8 +2421,8 @@ static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer,
     return !found;
 }
 
-// Prints what is new in text, except for an end that only later tokens decide: a part of a character, or what
-// may be the beginning of `stop`. All of it when `last`.
+// Prints what is new in a text. Unless it is the `last` time, an end that depends on later tokens is held
+// back: a part of a character, or what may be the beginning of `stop`.
 static void stream_text(const Text *text, size_t *printed, const char *stop, bool last) {
     size_t size = text->size, part = stop && !last ? strlen(stop) : 0;
     while (part > 0 && (part > size || memcmp(text->data + size - part, stop, part) != 0)) part--;
@@ -2425,10 +2441,10 @@ static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sa
     return sample_token(logits, V, sampling, draw, candidates);
 }
 
-// Continues the prompt by up to `count` tokens, `samples` times at once, in outputs[0 .. samples - 1],
-// which are empty. A sample ends at one of the ids in `ends` or at sampling->stop. Text longer than the
-// context goes on from its last half. Without a tokenizer there is no text, only ids; with one, a single
-// sample is printed as it comes.
+// Continues the prompt by up to `count` tokens, in `samples` different ways at once, in outputs[0] to
+// outputs[samples - 1], which are empty before. A sample ends at one of the ids in `ends` or at sampling->stop. When the
+// context is full, the model goes on with its last half. Without a tokenizer there is no text, only ids; with
+// one, a single sample is printed as it comes.
 static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
                      int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
     const Config *config = &model->config;
@@ -2502,10 +2518,15 @@ static void sample_free(Sample *sample) {
 // =====================================================================================================
 // 11. Files
 // =====================================================================================================
-// ---- files ----
+// A run lasts for hours, and a disk may be full, a cable may be pulled, another program may change a file.
+// Then the program must say so in one line and leave the last good files whole. That is what the first
+// functions here see to. Then come the two formats that everything small is written in: JSON, and the files
+// of a tokenizer.
 
-// printf for names of files. The result lies in one of 16 places that are used in turn: it need not be freed,
-// and is good until 16 more are asked for.
+// ---- names, lines, whole files ----
+
+// printf for names of files. The result need not be freed: it lies in one of 16 places that are used in turn,
+// so it is overwritten when 16 more names have been made.
 static const char *__attribute__((format(printf, 1, 2))) path_of(const char *format, ...) {
     static char places[16][PATH_MAX];
     static unsigned used;
@@ -2541,7 +2562,7 @@ static bool next_line(const char **at, const char *end, const char **line, size_
     return true;
 }
 
-// Appends what is left in `file` to `text`; `path` only names it in errors.
+// Appends the rest of `file` to `text`; `path` only names it in errors.
 static void read_stream(Text *text, FILE *file, const char *path) {
     char buffer[1 << 16];
     for (size_t got = 1; got > 0; text_append(text, buffer, got)) got = fread(buffer, 1, sizeof buffer, file);
@@ -2558,8 +2579,12 @@ static Text read_file(const char *path) {
     return text;
 }
 
-// Other programs can change a file while it is mapped here. So each mapping is remembered: when a page of it can
-// no longer be read (SIGBUS) the file is named, and check_mapped_files() sees what was written over in place.
+// ---- mapped files ----
+// Weights and token shards are not read but mapped (mmap): a page comes into memory when it is first used.
+// But while a file is mapped, other programs can change it. So each mapping is remembered: when a page can no
+// longer be read (SIGBUS), the error names the file, and check_mapped_files() finds out whether one was
+// written to.
+
 static struct MappedFile {
     char *path, *data;
     size_t size;
@@ -2571,7 +2596,7 @@ static size_t mapped_count, mapped_capacity;
 #define st_mtim st_mtimespec
 #endif
 
-// The handler of SIGBUS. It only calls what a signal handler may.
+// The handler of SIGBUS. It only calls functions that are allowed in a signal handler.
 static void lost_page(int signal_number, siginfo_t *info, void *context) {
     const char *address = info->si_addr;
     (void)context;
@@ -2589,8 +2614,8 @@ static void lost_page(int signal_number, siginfo_t *info, void *context) {
     signal(signal_number, SIG_DFL); // no file of ours: this ends the program as if there were no handler
 }
 
-// Ends the program when a mapped file has been written to since. One that was deleted or replaced by another of
-// its name is no harm: the mapping keeps the old one.
+// Ends the program when a mapped file has been written to. It is no harm if one was deleted or replaced by
+// another of its name: the mapping keeps the old one.
 static void check_mapped_files(void) {
     struct stat now;
     for (struct MappedFile *file = mapped_files; file < mapped_files + mapped_count; file++) {
@@ -2605,7 +2630,7 @@ static void check_mapped_files(void) {
     }
 }
 
-// A mapping that is given up, or whose bytes have been copied, need no longer stay as it is.
+// The file of a mapping that is given up, or whose bytes have been copied, may change.
 static void forget_mapping(const Mapping *mapping) {
     for (size_t i = 0; i < mapped_count; i++)
         if (mapped_files[i].data == mapping->data) mapped_files[i].data = NULL;
@@ -2616,6 +2641,7 @@ static void unmap_file(Mapping *mapping) {
     if (mapping->data) munmap(mapping->data, mapping->size);
 }
 
+// Maps a file privately: what is written to the memory never reaches the file.
 static Mapping map_file(const char *path) {
     int descriptor = open(path, O_RDONLY);
     struct stat status;
@@ -2633,8 +2659,10 @@ static Mapping map_file(const char *path) {
     return mapping;
 }
 
-// Brings what was written to the disk itself, where a power cut cannot reach it. A folder of a file system that
-// has no such thing for folders (EINVAL) is as good as it gets.
+// ---- writing files that last ----
+
+// Waits until what was written is on the disk itself, safe from a power cut. Some file systems cannot do this
+// for folders (EINVAL); that is no error.
 static bool sync_to_disk(int descriptor) {
 #ifdef F_FULLFSYNC // macOS: its fsync() stops at the disk's own memory
     if (fcntl(descriptor, F_FULLFSYNC) == 0) return true;
@@ -2642,7 +2670,7 @@ static bool sync_to_disk(int descriptor) {
     return fsync(descriptor) == 0 || errno == EINVAL;
 }
 
-// Makes the names in a folder last: what was created, renamed or deleted there.
+// Brings the names in a folder to the disk: what was created, renamed or deleted there.
 static void sync_folder(const char *path) {
     int descriptor = open(path, O_RDONLY);
     if (descriptor < 0 || !sync_to_disk(descriptor))
@@ -2656,7 +2684,7 @@ static char *folder_of(const char *path) {
     return !slash ? xstrdup(".") : xprintf("%.*s", slash > path ? (int)(slash - path) : 1, path);
 }
 
-// Gives a file or folder another name, for good.
+// Renames a file or folder, and brings the new name to the disk.
 static void rename_for_good(const char *from, const char *to) {
     char *folder = folder_of(to);
     if (rename(from, to) != 0) die("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
@@ -2695,8 +2723,8 @@ static void make_folder(const char *path) {
     free(above);
 }
 
-// Deletes a folder with what is in it, but of a symbolic link only the link; what is not there is no error. What
-// cannot be deleted ends the program: the disk fails, or the folder belongs to somebody else.
+// Deletes a file, or a folder with all that is in it; of a symbolic link only the link. It is no error if
+// there is none. If it cannot be deleted (the disk fails, or it belongs to somebody else), the program ends.
 static void remove_folder(const char *path) {
     if (unlink(path) == 0 || errno == ENOENT) return;
     int reason = errno; // Linux says EISDIR of a folder, POSIX EPERM
@@ -2712,8 +2740,9 @@ static void remove_folder(const char *path) {
 }
 
 // ---- JSON (RFC 8259) ----
-// A text becomes a tree of nodes in one block of memory: a node for each value, then a copy of the text, in which
-// each string is written over its spelling, since it is never longer. Members and elements are chained by `next`.
+// A text becomes a tree of nodes in one block of memory: a node for each value, then a copy of the text, in
+// which each string is decoded in place (it is never longer than its spelling). `next` leads from a member of
+// an object, or an element of an array, to the next one.
 
 typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonKind;
 
@@ -2744,7 +2773,7 @@ static void __attribute__((noreturn)) json_die(const JsonReader *reader, const c
         expected);
 }
 
-// The character that comes next, white space passed over; 0 at the end.
+// The next character that is not white space; 0 at the end.
 static char json_peek(JsonReader *reader) {
     reader->at += strspn(reader->at, " \t\r\n");
     return *reader->at;
@@ -2864,7 +2893,7 @@ static Json *json_value(JsonReader *reader, int depth) {
     return node;
 }
 
-// As many values as a text can have at most: each is the only one, or follows one of these characters.
+// How many values a text can have at most: each is the first one or follows one of these characters.
 static size_t json_most_values(const char *text, size_t size) {
     size_t values = 1;
     for (size_t i = 0; i < size; i++) values += text[i] == ',' || text[i] == '[' || text[i] == '{';
@@ -2893,7 +2922,7 @@ static Json *json_read_file(const char *path) {
     return node;
 }
 
-// Where a string begins, behind its quote, in the text that json_parse made the tree `root` of.
+// Where a string of the tree `root` begins in the text that the tree was made from.
 static size_t json_place(const Json *root, const Text *text, const char *string) {
     return (size_t)(string - (const char *)(root + json_most_values(text->data, text->size)));
 }
@@ -2906,8 +2935,8 @@ static const Json *json_child(const Json *node) {
     return node && (node->kind == JSON_OBJECT || node->kind == JSON_ARRAY) ? node->child : NULL;
 }
 
-// The member called `key`, or NULL (also when `object` is NULL or no object). Of two the last one counts, as in
-// Python.
+// The member called `key`, or NULL (also when `object` is NULL or no object). Of two the last one counts, as
+// in Python.
 static const Json *json_get(const Json *object, const char *key) {
     const Json *found = NULL;
     if (!object || object->kind != JSON_OBJECT) return NULL;
@@ -2959,7 +2988,7 @@ static void json_write_string(FILE *file, const char *string, size_t length) {
 // Both spell a byte as a printable character: 33-126, 161-172 and 174-255 stand for themselves, the other 68,
 // in rising order, are U+0100, U+0101, ...: a space (32) is Ġ (U+0120), a newline Ċ (U+010A).
 
-// Notes the token of each byte; adds it if `add`, in the order of the characters that spell bytes.
+// Finds the token of each byte, or adds it if `add`, in the order of the characters that spell bytes.
 static void find_byte_ids(Tokenizer *t, bool add, const char *path) {
     for (unsigned code = 0; code < SPELLING_CODES; code++) {
         char name[5] = {0};
@@ -2974,7 +3003,7 @@ static void find_byte_ids(Tokenizer *t, bool add, const char *path) {
 
 enum { MOST_TOKENS = 1 << 22 };
 
-// Takes {"token": id, ...}, in any order.
+// Reads {"token": id, ...}, in any order.
 static void load_vocabulary(Tokenizer *t, const Json *json, const char *path) {
     if (!json || json->kind != JSON_OBJECT) die("%s: expected an object {\"token\": id, ...}", path);
     for (const Json *token = json->child; token; token = token->next) {
@@ -2989,7 +3018,7 @@ static void load_vocabulary(Tokenizer *t, const Json *json, const char *path) {
 
 static size_t most_merges(const Text *lines) { return lines->size / 4 + 1; } // "a b\n" is the shortest line
 
-// Takes a line of merges.txt, which is ours to write into. Without a vocabulary the merge makes a token, which
+// Reads a line of merges.txt, and writes NULs into it. Without a vocabulary the merge makes a token, which
 // gets the next id. `where` is file and line.
 static void load_merge(Tokenizer *t, char *line, size_t length, bool has_vocabulary, const char *where) {
     line[length] = 0; // in place of the line's end
@@ -3119,8 +3148,8 @@ static AddedToken added_flags(const Json *flags, bool special, const char *path)
                         .normalized = json_is_true(flags, "normalized", !special, path)};
 }
 
-// Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be its
-// id; without one (-1) it keeps the one that it has or gets the next.
+// Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be
+// its id; without one (-1) it keeps the one that it has or gets the next.
 static void read_added(Tokenizer *t, const char *content, double id, const Json *flags, bool special,
                        const char *path) {
     int *slot = name_slot(t, content);
@@ -3143,8 +3172,8 @@ static const char *const token_tasks[] = {"bos_token", "eos_token", "unk_token",
                                           "pad_token", "cls_token", "mask_token"};
 enum { TASKS = sizeof token_tasks / sizeof *token_tasks };
 
-// The token with this task, such as "eos_token", in special_tokens_map.json or else tokenizer_config.json; NULL
-// when neither names it.
+// The token with this task, such as "eos_token", in special_tokens_map.json or else tokenizer_config.json;
+// NULL when neither names it.
 static const Json *named_token(const TokenizerFiles *files, const char *name) {
     const Json *token = json_get(files->map, name);
     return token ? token : json_get(files->config, name);
@@ -3262,13 +3291,14 @@ static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const N
     for (size_t i = 0; i < named->size; i++) read_named(t, named, i, listed, folder);
 }
 
-// Appends the ids that a config.json or generation_config.json has under `key`: a number, a list, or null. Numbers
-// that cannot be ids, such as -1, mean that there is none.
+// Appends the ids that a config.json or generation_config.json has under `key`: a number, a list, or null.
+// Numbers that cannot be ids, such as -1, mean that there is none.
 static void read_ids(const Json *config, const char *key, Ids *ids) {
     const Json *node = json_get(config, key), *item = node && node->kind == JSON_ARRAY ? node->child : node;
     for (; item; item = item == node ? NULL : item->next) {
         if (item->kind != JSON_NUMBER && item->kind != JSON_NULL)
-            die("config.json, generation_config.json: %s: expected a number, a list of numbers, or null", key);
+            die("config.json, generation_config.json: %s: expected a number, a list of numbers, or null",
+                key);
         if (item->kind == JSON_NUMBER && item->number >= 0 && item->number < MOST_TOKENS)
             ids_push(ids, (int)item->number);
     }
@@ -3320,6 +3350,7 @@ static TokenizerFiles read_tokenizer_files(const char *folder, Json *tokenizer) 
     return files;
 }
 
+// Loads the tokenizer of a folder, from whichever of its files are there.
 static Tokenizer *load_tokenizer_folder(const char *folder) {
     const char *paths[2];
     if (!tokenizer_files(folder, paths))
@@ -3353,8 +3384,8 @@ static Tokenizer *load_tokenizer_folder(const char *folder) {
     return t;
 }
 
-// The ids are the 256 bytes in the order of the characters that spell them ("!" is 0), the merges, and
-// <|endoftext|>, as in GPT-2.
+// Loads a merges file alone. Its tokens have GPT-2's order: the 256 bytes by the characters that spell them
+// ("!" is 0), the merges, <|endoftext|>.
 static Tokenizer *load_merges_file(const char *path) {
     if (ends_with(path, ".bin") || ends_with(path, ".tiktoken"))
         die("%s: is not a merges file; python3 data/convert.py %s FOLDER makes a folder of it", path, path);
@@ -3369,8 +3400,8 @@ static Tokenizer *load_merges_file(const char *path) {
     return t;
 }
 
-// Loads a tokenizer from a folder with tokenizer.json, or vocab.json and merges.txt, or OpenAI's encoder.json and
-// vocab.bpe; or from a merges file alone. Whatever is wrong with a file ends the program with one line.
+// Loads a tokenizer from a folder with tokenizer.json, or vocab.json and merges.txt, or OpenAI's encoder.json
+// and vocab.bpe; or from a merges file alone. Whatever is wrong with a file ends the program with one line.
 static Tokenizer *tokenizer_load(const char *path) {
     return is_folder(path) ? load_tokenizer_folder(path) : load_merges_file(path);
 }
@@ -3398,10 +3429,11 @@ static void tokenizer_save(const Tokenizer *t, const char *folder) {
 // 12. Model folders
 // =====================================================================================================
 // A model is a folder as Hugging Face writes it: config.json, model.safetensors, vocab.json, merges.txt
-// and some small files for the tokenizer and generation. A checkpoint is such a folder and beside it
-// what training needs to go on. All but the weights is written back as it was read.
+// and some small files for the tokenizer and generation. A checkpoint is such a folder together with what
+// training needs to go on. Everything but the weights is written back as it was read.
 
 // ---- safetensors ----
+// The format of model.safetensors: named arrays, and a header that says where each one lies.
 //
 //     0        8                   8 + N
 //     +--------+-------------------+---------------------------------------------+
@@ -3425,7 +3457,7 @@ typedef struct {
     size_t count;
 } SafeTensors;
 
-// The bytes of one element, or 0 for a type that nobody knows.
+// The bytes of one element, or 0 for an unknown type.
 static size_t dtype_size(const char *dtype) {
     static const char *const names[] = {"F64",  "I64", "U64", "F32", "I32", "U32", "F16",
                                         "BF16", "I16", "U16", "I8",  "U8",  "BOOL"};
@@ -3434,7 +3466,7 @@ static size_t dtype_size(const char *dtype) {
     return 0;
 }
 
-// A non-negative whole number out of a header, or the end of the program.
+// A whole number of a header, not negative; ends the program when it is something else.
 static size_t json_size(const Json *node, const char *path, const char *name) {
     if (!node || node->kind != JSON_NUMBER || node->number < 0 || node->number > 0x1p53 ||
         node->number != floor(node->number))
@@ -3484,8 +3516,9 @@ static SafeTensors safetensors_open(const char *path) {
     file.header = json_parse(file.mapping.data + 8, (size_t)length, path);
     char *data = file.mapping.data + 8 + length;
     size_t data_size = file.mapping.size - 8 - (size_t)length, capacity = 0;
-    // The tensors fill the data without holes or overlaps exactly when each place but 0 where one begins is
-    // one where another ends, and each but the last the other way round: then begins and ends cancel out.
+    // Tensors without holes or overlaps: the first begins at 0, each other one where another ends, the last
+    // one ends at data_size. So a sum of hashes, of each end minus each beginning, must leave those of
+    // data_size and 0 only.
     uint64_t left = mix_bits(0) - mix_bits(data_size);
     if (file.header->kind != JSON_OBJECT) die("%s: the header must be a JSON object", path);
     for (const Json *entry = file.header->child; entry; entry = entry->next) {
@@ -3499,7 +3532,7 @@ static SafeTensors safetensors_open(const char *path) {
     return file;
 }
 
-// Frees the lists; the mapping stays when the caller has taken it over.
+// Frees a file's lists, and its mapping unless the caller keeps that.
 static void safetensors_close(SafeTensors *file, bool keep_mapping) {
     json_free(file->header);
     free(file->path);
@@ -3547,7 +3580,7 @@ static void safetensors_write(const char *path, const StoredTensor *tensors, siz
 
 // ---- model folders ----
 
-// The stored tensor of this name, which must have the shape of `tensor`, or the end of the program.
+// The stored tensor of this name. Ends the program when there is none, or its shape is not that of `tensor`.
 static StoredTensor *safetensors_need(const SafeTensors *file, const char *name, const Tensor *tensor) {
     StoredTensor *stored = safetensors_find(file, name);
     if (!stored) die("%s: tensor %s is missing", file->path, name);
@@ -3578,9 +3611,9 @@ static float widen(uint16_t bits, bool is_bf16) {
     return bits & 0x8000 ? -result.f : result.f;
 }
 
-// Gives every tensor of the model its value and closes the file. F32 tensors stay in its private mapping; F16
-// and BF16 are widened. A tensor that is missing, misshaped or unknown ends the program; stored
-// causal masks are passed over.
+// Gives every tensor of the model its value and closes the file. If all are F32, the values stay in the
+// mapping; F16 and BF16 become float32. A tensor that is missing, misshaped or unknown ends the program;
+// causal masks, which old files have, are ignored.
 static void model_load_values(Model *model, SafeTensors *file) {
     const char *path = file->path;
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
@@ -3693,7 +3726,7 @@ static float stored_float(const StoredTensor *tensor, size_t i) {
     return widen(bits, tensor->dtype[0] == 'B');
 }
 
-// Whether a file has both ends of the tie, with different values.
+// Whether a file has both wte.weight and lm_head.weight, and they differ.
 static bool head_differs(const SafeTensors *file) {
     const StoredTensor *wte = safetensors_find(file, "wte.weight"),
                        *head = safetensors_find(file, "lm_head.weight");
@@ -3705,7 +3738,7 @@ static bool head_differs(const SafeTensors *file) {
     return i < wte->count;
 }
 
-// Loads a model folder; its tokenizer is loaded apart, by tokenizer_load.
+// Loads the weights of a model folder. (tokenizer_load loads its tokenizer.)
 static Model *model_load(const char *folder) {
     const char *config = path_of("%s/config.json", folder),
                *weights = path_of("%s/model.safetensors", folder);
@@ -3805,7 +3838,8 @@ static void keep_tokenizer(KeptFiles *files, const char *folder) {
     keep_file(files, folder, "vocab.bpe", "merges.txt");
 }
 
-// Keeps config.json, but for the type that it gives for the weights, which are written as float32.
+// Keeps config.json and generation_config.json. One word is changed: the type of the weights, which will be
+// float32.
 static void keep_config(KeptFiles *files, const char *folder) {
     static const char *const names[] = {"dtype", "torch_dtype"}; // of today and of before
     keep_file(files, folder, "config.json", "config.json");
@@ -3868,9 +3902,9 @@ static void save_tokenizer_config(const Tokenizer *tokenizer, int n_positions, c
     finish_file(file, path);
 }
 
-// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights, the files that are
-// kept, and what is missing besides when the model began at random or the tokenizer was a merges file alone.
-// tokenizer may be NULL.
+// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights and the files
+// that are kept. Those that are missing are made: there are none if the model began at random, or the
+// tokenizer came from a merges file alone. tokenizer may be NULL.
 static void model_save(const Model *model, const Tokenizer *tokenizer, const KeptFiles *kept,
                        const char *folder) {
     const int end_of_text = tokenizer ? tokenizer->end_of_text : -1;
@@ -3888,8 +3922,8 @@ static void model_save(const Model *model, const Tokenizer *tokenizer, const Kep
 }
 
 // ---- checkpoints ----
-// OUT/checkpoint-000300 is a model folder with optimizer.safetensors and trainer_state.json. It is written
-// beside as OUT/checkpoint-000300.tmp and renamed when it is whole: whatever happens, the older one stays.
+// OUT/checkpoint-000300 is a model folder with optimizer.safetensors and trainer_state.json. It is written as
+// OUT/checkpoint-000300.tmp and renamed when it is whole: whatever happens, the one before it stays.
 
 // AdamW's moments, mapped privately from a checkpoint's optimizer.safetensors, which must have them all.
 static void model_load_moments(Model *model, const char *path) {
@@ -3916,8 +3950,8 @@ static const char *checkpoint_path(const char *out, long step) {
     return path_of("%s/checkpoint-%06ld", out, step);
 }
 
-// The steps of all whole checkpoints in a folder, ascending; *count tells how many. A folder that is not there has
-// none; one that cannot be read ends the program.
+// The steps of all whole checkpoints in a folder, ascending; *count tells how many. A folder that is not
+// there has none; one that cannot be read ends the program.
 static long *list_checkpoints(const char *out, size_t *count) {
     long *steps = NULL;
     size_t capacity = *count = 0;
@@ -3962,8 +3996,8 @@ static void remove_checkpoint(const char *out, long step) {
     free(temporary);
 }
 
-// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is
-// no model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
+// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is no
+// model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
 static void publish_model(const char *folder) {
     char *from = xprintf("%s/model.tmp", folder);
     if (unlink(path_of("%s/config.json", folder)) != 0 && errno != ENOENT)
@@ -3988,8 +4022,8 @@ static void publish_model(const char *folder) {
 // =====================================================================================================
 // 13. Data
 // =====================================================================================================
-// Whatever the file, training sees examples: n tokens make n - 1 rows, row i reading token i and being scored
-// on token i + 1, unless that still belongs to the prompt.
+// Text comes in three kinds of files, and training wants one thing: examples. An example of n tokens makes
+// n - 1 rows: row i reads token i and is scored on token i + 1, unless that is part of the prompt.
 //   .txt    documents, separated by lines that are only <|endoftext|>. Each becomes the tokenizer's end of text
 //           and its tokens; the stream of them all is cut into windows of seq_len rows
 //   .bin    llm.c's token shards, such a stream already: 256 int32 of header [20240520, 1, count], then
@@ -4008,10 +4042,11 @@ typedef struct {
     int targets;  // how many of them are scored; never the first, which nothing predicts
 } Example;
 
-typedef struct { // the tokens of a file: in memory, or those of a shard where they lie on the disk
-    Ids ids;     // a token that is not scored is stored as ~id, a negative number
+// The tokens of a file: in memory, or, when it is a shard, mapped.
+typedef struct {
+    Ids ids; // a token that is not scored is stored as ~id, a negative number
     Mapping shard;
-    const uint16_t *shorts;
+    const uint16_t *shorts; // the tokens of the shard; NULL: there is none
 } Source;
 
 typedef struct {
@@ -4047,9 +4082,9 @@ static void add_windows(Dataset *data, size_t tokens, size_t seq_len) {
         dataset_add(data, start, tokens - start > seq_len ? seq_len + 1 : tokens - start);
 }
 
-// Finds the next line of text[from ...] that is only <|endoftext|>: returns where it starts, and in *end what
-// follows it. Without one both are `size`. `fresh`: text[from] begins a line. Unless the text is `whole`, more
-// may follow; when that must be read to tell, *end is 0.
+// Finds the next line of text[from ...] that is only <|endoftext|>: returns where the line starts, and in
+// *end where the next one does. If there is none, both are `size`. `fresh`: text[from] begins a line. Unless
+// the text is `whole`, more of it may follow; if the answer depends on that, *end is 0.
 static size_t find_separator(const char *text, size_t size, size_t from, bool fresh, bool whole,
                              size_t *end) {
     size_t at = from;
@@ -4071,8 +4106,9 @@ typedef struct {
 } Utf8Check;
 
 // Ends the program when the next part of a file is not UTF-8: text in another encoding would be trained on as
-// garbage. Says where, which encoding it probably is, and the command that converts it. Returns how many bytes
-// are checked: where the part ends inside a character, that one must be given again, unless this is the `last`.
+// garbage. Says where, which encoding it probably is, and the command that converts it. Returns how many
+// bytes are checked: where the part ends inside a character, that one must be given again, unless this is the
+// `last`.
 static size_t check_utf8(Utf8Check *check, const char *text, size_t size, bool last) {
     const unsigned char *bytes = (const unsigned char *)text;
     size_t at = 0, nuls = 0, windows = 0, end = last ? size : utf8_whole(text, size);
@@ -4110,19 +4146,21 @@ static Text read_utf8_file(const char *path, const char **start) {
     return text;
 }
 
-// Ends the program when the model has no row in wte for one of these tokens. A tokenizer may know more tokens than
-// its model: added ones that the model was not resized for. They do no harm as long as no text has them.
+// Ends the program when the model has no row in wte for one of these tokens. A tokenizer may know more tokens
+// than its model: added ones that the model was not resized for. They do no harm as long as no text has them.
 static void check_tokens(const Tokenizer *tokenizer, const Ids *ids, int vocab_size, const char *where) {
     for (size_t i = 0; i < ids->size; i++) {
         int token = ids->data[i] < 0 ? ~ids->data[i] : ids->data[i];
         if (token >= vocab_size)
-            die("%s: holds the token \"%s\"%s, id %d, and the model's vocabulary ends at %d: resize the model, or "
-                "name another token in tokenizer_config.json",
-                where, tokenizer->names[token], token == tokenizer->end_of_text ? " (or a text ends with it)" : "",
-                token, vocab_size - 1);
+            die("%s: holds the token \"%s\"%s, id %d, and the model's vocabulary ends at %d: resize the "
+                "model, "
+                "or name another token in tokenizer_config.json",
+                where, tokenizer->names[token],
+                token == tokenizer->end_of_text ? " (or a text ends with it)" : "", token, vocab_size - 1);
     }
 }
 
+// Encodes a .txt file: each document begins with the end of text.
 static void load_text(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
     const char *start;
     Text text = read_utf8_file(path, &start);
@@ -4136,6 +4174,7 @@ static void load_text(Dataset *data, Source *source, const char *path, Tokenizer
     add_windows(data, source->ids.size, (size_t)seq_len);
 }
 
+// Maps a .bin file and checks that its tokens are below vocab_size.
 static void load_shard(Dataset *data, Source *source, const char *path, int seq_len, int vocab_size) {
     source->shard = map_file(path);
     const int32_t *header = (const int32_t *)source->shard.data;
@@ -4155,7 +4194,7 @@ static void load_shard(Dataset *data, Source *source, const char *path, int seq_
 static const char JSONL_SHAPES[] = "{\"prompt\": \"...\", \"completion\": \"...\"}, {\"text\": \"...\"} or "
                                    "{\"messages\": [...]} expected";
 
-// Ends the program with what to write in place of a line that is no example; says so for known mistakes.
+// Ends the program because a line is no example, and says what to write instead.
 static void __attribute__((noreturn)) refuse_line(const Json *line, const char *where) {
     static const char *const others[][2] = {{"instruction", "output"}, {"question", "answer"},
                                             {"input", "output"},       {"prompt", "response"},
@@ -4168,7 +4207,8 @@ static void __attribute__((noreturn)) refuse_line(const Json *line, const char *
     die("%s: %s", where, JSONL_SHAPES);
 }
 
-// Ends the program when a line begins what is no line of JSONL, but often taken for it.
+// Ends the program when a line shows that the file is not JSONL but one JSON array, or objects over several
+// lines.
 static void check_line(const char *line, size_t length, const char *path, const char *where) {
     size_t begin = strspn(line, " \t"), size = length;
     while (size > begin && strchr(" \t\r", line[size - 1])) size--;
@@ -4212,7 +4252,7 @@ static size_t encode_talk(Tokenizer *tokenizer, Ids *ids, const Json *messages, 
     return last;
 }
 
-// Appends the tokens of a line. Returns where the last text begins that is scored.
+// Appends the tokens of a line. Returns where its last scored text begins.
 static size_t encode_line(Tokenizer *tokenizer, Ids *ids, const Json *line, const char *where) {
     const Json *messages = json_get(line, "messages");
     const bool talk = !json_is_null(messages), text = !json_is_null(json_get(line, "text"));
@@ -4230,8 +4270,8 @@ static size_t encode_line(Tokenizer *tokenizer, Ids *ids, const Json *line, cons
     return scored;
 }
 
-// Adds the example ids[start ...], of which ids[scored ...] is the last text to learn. One that is too long
-// loses the beginning of what stands before that, far from the answer; then the end of the answer.
+// Adds the example ids[start ...], of which ids[scored ...] is the last text to learn. If it is too long, its
+// beginning is cut off, far from the answer; if that does not do, the end of the answer too.
 static void add_example(Dataset *data, size_t start, size_t scored, int seq_len, const char *where) {
     const Ids *ids = &data->sources[data->source_count - 1].ids;
     const size_t size = ids->size - start, room = (size_t)seq_len + 1, prompt = scored - start;
@@ -4250,6 +4290,7 @@ static void add_example(Dataset *data, size_t start, size_t scored, int seq_len,
     dataset_add(data, start + cut, smaller(size - cut, room));
 }
 
+// Encodes a .jsonl file, line by line.
 static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
     const char *at, *line;
     Text text = read_utf8_file(path, &at);
@@ -4267,8 +4308,8 @@ static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenize
     free(text.data);
 }
 
-// The files that a pattern names: the one of that name, if there is one (a name may have a [), else all that it
-// matches. Ends the program when there is none.
+// The files that a pattern names: the one of that name, if there is one (a name may have a [), else all that
+// it matches. Ends the program when there is none.
 static glob_t find_files(const char *pattern) {
     glob_t found = {0};
     if (file_exists(pattern) || strcmp(pattern, "-") == 0) {
@@ -4283,12 +4324,11 @@ static glob_t find_files(const char *pattern) {
     return found;
 }
 
-// Says how many examples do not go into training as they stand.
+// Says how many examples were cut or left out.
 static void report_losses(const Dataset *data, int seq_len) {
     if (data->lost_end + data->lost_beginning + data->skipped == 0) return;
     warn("%s: %zu examples; cut to --seq-len %d: %zu lost the end of what is scored and the end of text, %zu "
-         "the "
-         "beginning of the prompt; %zu more skipped",
+         "the beginning of the prompt; %zu more skipped",
          data->path, data->count, seq_len, data->lost_end, data->lost_beginning, data->skipped);
 }
 
