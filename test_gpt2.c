@@ -1178,6 +1178,21 @@ static const struct {
     {"{ seq 1 3000; seq 1 3000; } | tr '\\n' ' ' > n.txt; $T train --vocab-size 300 --out w n.txt", 0,
      " 3002 distinct pieces;"},
     {"printf '7\\n8 x' | $T decode --tokenizer v", 1, "line 2: expected ids"},
+    // text for a model must be UTF-8; a chunk of 8 MB may end inside a character
+    {"printf 'caf\\351 low\\n' > latin.txt; $T shard --tokenizer v --out s3 latin.txt", 1,
+     "latin.txt: not UTF-8 at byte 3, line 1; probably ISO-8859-1: iconv"},
+    {"$T train --vocab-size 300 --out w c.txt latin.txt", 1, "latin.txt: not UTF-8 at byte 3, line 1"},
+    {"printf '\\377\\376l\\000' | $T train --vocab-size 300 --out w", 1,
+     "-: not UTF-8 at byte 0, line 1; probably UTF-16LE"},
+    {"$T encode --tokenizer v latin.txt | $T decode --tokenizer v | cmp - latin.txt && echo same", 0,
+     "same\n"},
+    {"printf '\\357\\273\\277low' > mark.txt; $T shard --tokenizer v --out s3 c.txt mark.txt", 0,
+     "s3_train.bin: 5 tokens"},
+    {"{ yes a | head -c 8388607; printf '\\303\\251 low'; } > long.txt; $T shard --tokenizer v --out s3 "
+     "long.txt",
+     0, "s3_train.bin: 8388611 tokens"},
+    {"{ cat long.txt; printf '\\n\\303 '; } | $T shard --tokenizer v --out s3", 1,
+     "-: not UTF-8 at byte 8388614, line 4194305;"},
     {"echo 7 261 | $T decode --tokenizer v", 1, "ids from 0 to 260"},
     {"$T count --tokenizer v nothing-*", 1, "nothing-*: no such file"},
     {"$T encode --tokenizer v --pad up --length 3", 2, "--pad up: expected left or right"},
@@ -3245,6 +3260,99 @@ static void test_added_tokens(void) {
     }
 }
 
+// Writes a folder with 259 tokens, 256 bytes, "ow", "low" and "Ġlow", and those of the small files that are not
+// NULL.
+static void make_small_files(const char *name, const char *config, const char *map, const char *added) {
+    const char *const names[] = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"};
+    const char *const texts[] = {config, map, added};
+    write_text("tiny.bpe", "o w\nl ow\nĠ low");
+    Tokenizer *t = tokenizer_load(in_tests("tiny.bpe"));
+    tokenizer_save(t, in_tests(name));
+    tokenizer_free(t);
+    const char *folder = in_tests(name);
+    Text vocabulary = read_file(path_of("%s/vocab.json", folder));
+    char *end = strstr(vocabulary.data, ",\"<|endoftext|>\"");
+    save_text(folder, "vocab.json", xprintf("%.*s}", (int)(end - vocabulary.data), vocabulary.data));
+    for (int i = 0; i < 3; i++) {
+        unlink(path_of("%s/%s", folder, names[i]));
+        if (texts[i]) write_file(path_of("%s/%s", folder, names[i]), texts[i], strlen(texts[i]));
+    }
+    free(vocabulary.data);
+}
+
+// Tokens that a folder only names, or that the class of its tokenizer has by default. The ids are those of
+// transformers 5.23 with tokenizers 0.23.3, run on the same folders.
+static const struct {
+    const char *config, *map, *added, *text;
+    int ids[5], end, pad;
+} named[] = {
+    {"{\"pad_token\": \"Ⅳ\"}", NULL, NULL, "Ⅳ<|endoftext|>", {260, 259}, 259, 260},
+    {"{\"bos_token\": null, \"eos_token\": null, \"unk_token\": null}", NULL, NULL, "<|", {27, 91}, -1, -1},
+    {"{\"unk_token\": \"<|pad|>\"}",
+     NULL,
+     "{\"<|pad|>\": 259, \"<|pad|><|pad|>\": 260}",
+     "<|pad|><|pad|>",
+     {259, 259},
+     261,
+     261}, // a token with a task is special, so it is looked for first
+    {NULL,
+     "{\"additional_special_tokens\": [\"<r>\"]}",
+     "{\"<r>\": 259, \"<r><r>\": 260}",
+     "<r><r>",
+     {260},
+     261,
+     261}, // but not one of this list
+    {"{\"image_token\": \"<p>\", \"pad_token\": \"<q>\", \"z_token\": {\"content\": \"<z>\", \"lstrip\": "
+     "true}, "
+     "\"extra_special_tokens\": [\"<x>\"]}",
+     NULL,
+     NULL,
+     "<p><q> <z><x>",
+     {262, 260, 261, 263},
+     259,
+     260},
+    {"{\"bos_token\": \"<a>\", \"eos_token\": {\"content\": \"<a>\", \"lstrip\": true}, \"unk_token\": "
+     "\"<a>\"}",
+     NULL,
+     NULL,
+     " <a> low",
+     {259, 258},
+     259,
+     259}, // the third is the first, so the second's flags stay
+    {"{\"bos_token\": {\"content\": \"<a>\", \"lstrip\": true}, \"eos_token\": {\"content\": \"<a>\", "
+     "\"rstrip\": "
+     "true}, \"unk_token\": \"<u>\"}",
+     NULL,
+     NULL,
+     " <a> <u>",
+     {220, 259, 260},
+     259,
+     259},
+    {"{\"extra_special_tokens\": [\"<q>\"], \"additional_special_tokens\": [\"<no>\"]}",
+     "{\"extra_special_tokens\": [\"<r>\", \"<q>\"]}",
+     NULL,
+     "<q><r>",
+     {260, 261},
+     259,
+     259},
+};
+
+static void test_named_tokens(void) {
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++) {
+        make_small_files("named", named[i].config, named[i].map, named[i].added);
+        Tokenizer *t = tokenizer_load(in_tests("named"));
+        Ids ids = {0}, wanted = {0};
+        for (int k = 0; k < 5 && named[i].ids[k]; k++) ids_push(&wanted, named[i].ids[k]);
+        tokenizer_encode(t, &ids, named[i].text, strlen(named[i].text));
+        check(same_ids(&ids, &wanted), "%s: %zu ids, the first is %d", named[i].text, ids.size, ids.data[0]);
+        check(t->end_of_text == named[i].end && t->pad == named[i].pad, "%s: end %d, pad %d", named[i].text,
+              t->end_of_text, t->pad);
+        free(ids.data);
+        free(wanted.data);
+        tokenizer_free(t);
+    }
+}
+
 // Many added tokens take no longer than their number.
 static void test_many_added_tokens(void) {
     make_added_folder(1);
@@ -3294,6 +3402,42 @@ static void test_other_rules(void) {
     write_text("added0/tokenizer_config.json", "{\"add_prefix_space\": true}");
     expect_death(child_tokenizer, "add_prefix_space true is not supported", "a prefix space");
     free(good.data);
+}
+
+// Files of a tokenizer's folder that are JSON but not what they should be.
+static void test_wrong_shapes(void) {
+    static const char *const cases[][3] = {
+        // the file: 0 tokenizer_config.json, 1 special_tokens_map.json, 2 added_tokens.json; what it holds
+        {"0", "[1]", "tokenizer_config.json: expected an object"},
+        {"1", "null", "special_tokens_map.json: expected an object"},
+        {"2", "[1]", "added_tokens.json: expected an object"},
+        {"2", "{\"<a>\": \"259\"}", "added token \"<a>\": expected an id"},
+        {"2", "{\"<a>\": {\"id\": 259}}", "added token \"<a>\": expected an id"},
+        {"2", "{\"a\\u0000b\": 259}", "a name without NUL"},
+        {"0", "{\"added_tokens_decoder\": [1]}", "added_tokens_decoder: expected an object"},
+        {"0", "{\"added_tokens_decoder\": {\"259\": \"<a>\", \"260\": 5}}", "expected a string, without NUL"},
+        {"0", "{\"eos_token\": 5}", "expected a string, without NUL"},
+        {"1", "{\"eos_token\": [\"<a>\"]}", "expected a string, without NUL"},
+        {"0", "{\"extra_special_tokens\": \"<a>\"}", "expected a list"},
+        {"0", "{\"extra_special_tokens\": [[\"<a>\"]]}", "expected a string, without NUL"},
+        {"0", "{\"pad_token\": {\"content\": \"<a>\", \"lstrip\": \"yes\"}}",
+         "\"lstrip\" must be true or false"},
+        {"0", "{\"add_prefix_space\": 1}", "\"add_prefix_space\" must be true or false"},
+    };
+    char *folder = xstrdup(in_tests("shapes"));
+    child_path = folder;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *text = cases[i][1];
+        char file = cases[i][0][0];
+        make_small_files("shapes", file == '0' ? text : NULL, file == '1' ? text : NULL,
+                         file == '2' ? text : NULL);
+        expect_death(child_tokenizer, cases[i][2], text);
+    }
+    make_small_files("shapes", NULL, NULL, NULL);
+    write_text("shapes/config.json", "{\"eos_token_id\": \"2\"}");
+    expect_death(child_tokenizer, "eos_token_id: expected a number", "an id that is a string");
+    unlink(in_tests("shapes/config.json"));
+    free(folder);
 }
 
 // Makes a folder for a model with `rows` in wte that always says `token`; 262 tokens: 256 bytes, three
@@ -3376,6 +3520,55 @@ static void test_own_words(void) {
     free(before.data);
     free(after.data);
     free(printed.data);
+}
+
+// A tokenizer may have added tokens for which the model has no row: that is an error where a text has one.
+static void test_tokens_beyond_model(void) {
+    make_inputs();
+    make_own_folder("beyond", 262, 7, "{}");
+    write_text("beyond/tokenizer_config.json",
+               "{\"image_token\": \"<p>\", \"eos_token\": \"</s>\"}"); // 262, 263
+    write_text("beyond.jsonl", "{\"text\": \"abc\"}\n");
+    write_text("beyond_p.jsonl", "{\"text\": \"abc\"}\n{\"prompt\": \"a<p>\", \"completion\": \"b\"}\n");
+    expect_run(0, NULL, "--init $D/beyond --eval --val $D/beyond.jsonl --quiet");
+    expect_run(0, NULL, "--init $D/beyond --generate 3 --prompt hi --quiet");
+    expect_run(0, NULL, "--init $D/beyond --eval --val $D/beyond_p.jsonl --plain --quiet");
+    expect_refusal(1,
+                   "beyond_p.jsonl: holds the token \"<p>\", id 263, and the model's vocabulary ends at 261",
+                   "--init $D/beyond --eval --val $D/beyond_p.jsonl --quiet");
+    expect_refusal(1, "--prompt: holds the token \"<p>\"",
+                   "--init $D/beyond --generate 3 --prompt 'a <p>' --quiet");
+    write_text("beyond/tokenizer_config.json", "{\"eos_token\": \"<end>\"}");
+    expect_refusal(1, "holds the token \"<end>\" (or a text ends with it)",
+                   "--init $D/beyond --eval --val $D/beyond.jsonl --quiet");
+    expect_run(0, NULL, "--init $D/beyond --generate 3 --quiet");
+    Model model = {.config.vocab_size = 262};
+    for (int end = -1; end < 264; end += 132)
+        check(first_token(&(Run){.model = &model, .tokenizer = &(Tokenizer){.end_of_text = end}}) ==
+                  (end == 131 ? 131 : 0),
+              "a text begins with %d only if the model has it", end);
+    make_own_folder("beyond", 261, 7, "{}"); // of the vocabulary itself each token must be there
+    expect_refusal(1, "has 262 entries, the model only 261", "--init $D/beyond --generate 3 --quiet");
+}
+
+// Weights of others that data/convert.py reads.
+static void test_for_convert(void) {
+    make_inputs();
+    make_folder(in_tests("nano"));
+    write_text("nano/ckpt.pt", "x");
+    expect_refusal(1, "python3 data/convert.py", "--init $D/nano --generate 1");
+    expect_refusal(1, "python3 data/convert.py", "--init $D/nano/ckpt.pt --generate 1");
+    for (int i = 0; i < 2; i++) {
+        const char *prefix = i ? "module." : "_orig_mod.";
+        make_own_folder("wrapped", 262, 7, "{}");
+        Text file = read_file(in_tests("wrapped/model.safetensors"));
+        char *found = memmem(file.data, file.size, "transformer.", 12); // of the same or a greater length
+        memset(found, 'x', 12);
+        memcpy(found, prefix, strlen(prefix));
+        write_file(in_tests("wrapped/model.safetensors"), file.data, file.size);
+        expect_refusal(1, "named by a wrapper of PyTorch's", "--init $D/wrapped --generate 1");
+        free(file.data);
+    }
 }
 
 // A head beside wte that differs from it is used although config.json says that they are tied, as
@@ -3732,7 +3925,10 @@ static void test_jsonl_data(void) {
               "%s: warned '%s', expected '%s'", cases[i].text, warnings.data, cases[i].warning);
         free(warnings.data);
     }
-    // Rows: the prompt is read but not scored, positions start at 0 for each example.
+}
+
+// The prompt is read but not scored; positions start at 0 for each example.
+static void test_jsonl_rows(void) {
     write_text("d.jsonl", "{\"prompt\": \"ab\", \"completion\": \"c\"}\n{\"text\": \"d\"}\n");
     Dataset *data = load_quietly("d.jsonl", 16);
     Batch batch = {0};
@@ -5721,6 +5917,10 @@ static const struct {
     {"model folder: round trip to the bit", test_model_folder},
     {"model folder: 16 bits, other names, tensors that are not read", test_other_clothes},
     {"model folder: added tokens, cut anywhere", test_added_tokens},
+    {"model folder: tokens that are only named", test_named_tokens},
+    {"model folder: a tokenizer's files in other shapes", test_wrong_shapes},
+    {"model folder: tokens that the model does not have", test_tokens_beyond_model},
+    {"model folder: weights for data/convert.py", test_for_convert},
     {"model folder: 20,000 added tokens", test_many_added_tokens},
     {"model folder: rules that are not GPT-2's", test_other_rules},
     {"model folder: its own end of text; written back as it came", test_own_words},
@@ -5731,7 +5931,8 @@ static const struct {
     {"config.json: defaults, refused variants, sizes", test_config},
     {"text: documents, windows", test_text_data},
     {"text: globs, a split", test_globs_and_splits},
-    {"JSONL: prompts, lengths, rows", test_jsonl_data},
+    {"JSONL: prompts and lengths", test_jsonl_data},
+    {"JSONL: rows", test_jsonl_rows},
     {"data: what is refused", test_refused_data},
     {"order of examples: each once an epoch, whatever its length", test_dataset_order},
     {"token shards: llm.c's, and wrong ones", test_shards},

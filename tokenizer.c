@@ -3,7 +3,7 @@
 //   cc -O3 -march=native -fopenmp tokenizer.c -o tokenizer -lm
 //   ./tokenizer --help
 //
-// Encoding, decoding and the vocabulary's files are in section 2 of train_gpt2.c. Here are
+// Encoding and decoding are in section 9 of train_gpt2.c, the vocabulary's files in section 11. Here are
 //   1. Input      any number of files, of any size, in bounded memory
 //   2. Output     encode, count, decode, padded examples, token shards
 //   3. Learning   byte pair encoding: from text to merges
@@ -14,11 +14,14 @@
 #include "train_gpt2.c"
 #include <getopt.h>
 
+// What the command line asks for.
 typedef struct {
     const char *command, *tokenizer, *pad, *out;
     bool plain;
     long length, vocab_size, threads;
     double val_fraction;
+    Tokenizer *t; // NULL for a command that takes none
+    char **files; // the last is NULL
 } Settings;
 
 // =====================================================================================================
@@ -26,7 +29,8 @@ typedef struct {
 // =====================================================================================================
 // Files are read in chunks of some megabytes. Each chunk is cut into spans at places where the tokenizer may
 // cut (tokenizer_cut), so that threads can work on spans, and their ids put together are the ids of the whole
-// text. What follows a chunk's last cut waits for the next chunk.
+// text. What follows a chunk's last cut waits for the next chunk. Where a model is to learn from the text, it must
+// be UTF-8, as for train_gpt2.
 
 enum { CHUNK_BYTES = 8 << 20, SPAN_BYTES = 1 << 16, GROUPS = 64 };
 
@@ -37,12 +41,13 @@ typedef struct {
 
 typedef struct {
     const Tokenizer *t;
-    bool documents; // a line that is only <|endoftext|> separates documents, and is no text
+    bool documents; // for a model: it must be UTF-8, and lines that are only <|endoftext|> separate documents
     char **paths;   // files still to read; NULL at the end
     FILE *file;     // the one at work
-    bool starts_document, seen_any;
-    Text buffer; // the chunk, then what waits for the next one
-    size_t done; // bytes of the buffer that spans cover
+    bool starts_document;
+    Utf8Check check;
+    Text buffer;          // the chunk, then what waits for the next one
+    size_t done, checked; // bytes of the buffer that spans cover, and that are known to be UTF-8
     Span *spans;
     size_t span_count, span_capacity;
     size_t groups[GROUPS + 1]; // spans groups[g] to groups[g+1] are one thread's work
@@ -81,35 +86,58 @@ static void reader_split(Reader *reader, bool file_ended) {
     }
 }
 
+// Opens the file of a path, or standard input for "-".
+static FILE *open_input(const char *path) {
+    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    if (!file) die("%s: cannot be opened: %s", path, strerror(errno));
+    return file;
+}
+
+static void close_input(FILE *file) {
+    if (file != stdin) fclose(file);
+}
+
+// Reads from the file at work until the buffer has `wanted` bytes; true when the file has ended.
+static bool reader_fill(Reader *reader, size_t wanted) {
+    Text *buffer = &reader->buffer;
+    const bool begins = !reader->file;
+    const char *path = *reader->paths;
+    if (begins) {
+        reader->file = open_input(path);
+        reader->starts_document = true;
+        reader->check = (Utf8Check){path, 0, 1};
+        reader->checked = buffer->size;
+    }
+    buffer->data = grow(buffer->data, wanted, &buffer->capacity, 1);
+    size_t room = wanted - buffer->size, got = fread(buffer->data + buffer->size, 1, room, reader->file);
+    if (ferror(reader->file)) die("%s: cannot be read: %s", path, strerror(errno));
+    if (begins && reader->documents) reader->done += utf8_mark(buffer->data + buffer->size, got);
+    buffer->size += got;
+    if (reader->documents)
+        reader->checked += check_utf8(&reader->check, buffer->data + reader->checked,
+                                      buffer->size - reader->checked, got < room);
+    return got < room;
+}
+
 // Reads the next chunk; false when nothing is left.
 static bool reader_next(Reader *reader) {
     Text *buffer = &reader->buffer;
     buffer->size -= reader->done;
+    reader->checked -= smaller(reader->checked, reader->done);
     if (buffer->size) memmove(buffer->data, buffer->data + reader->done, buffer->size);
     reader->done = reader->span_count = 0;
-    size_t wanted = CHUNK_BYTES;
-    for (;;) {
-        if (!reader->file) {
-            const char *path = *reader->paths;
-            if (!path) break;
-            reader->file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-            if (!reader->file) die("%s: cannot be opened: %s", path, strerror(errno));
-            reader->starts_document = true;
-        }
-        buffer->data = grow(buffer->data, wanted, &buffer->capacity, 1);
-        size_t room = wanted - buffer->size, got = fread(buffer->data + buffer->size, 1, room, reader->file);
-        buffer->size += got;
-        if (ferror(reader->file)) die("%s: cannot be read: %s", *reader->paths, strerror(errno));
-        if (got < room) {
-            reader_split(reader, true);
-            if (reader->file != stdin) fclose(reader->file);
+    for (size_t wanted = CHUNK_BYTES; *reader->paths;) {
+        bool ended = reader_fill(reader, wanted);
+        reader_split(reader, ended);
+        if (ended) {
+            close_input(reader->file);
             reader->file = NULL;
             reader->paths++;
-            continue;
+        } else if (reader->done > 0) {
+            break;
+        } else {
+            wanted *= 2; // one piece longer than the buffer: it must be seen as a whole
         }
-        reader_split(reader, false);
-        if (reader->done > 0) break;
-        wanted *= 2; // one piece longer than the buffer: it must be seen as a whole
     }
     for (size_t group = 0, i = 0; group <= GROUPS; group++) {
         while (i < reader->span_count &&
@@ -190,8 +218,9 @@ static void format_ids(const Ids *ids, Text *result) {
 }
 
 // encode: one id per line. The threads also write the digits, which takes as long as finding the ids.
-static void command_encode(Tokenizer *t, char **files) {
-    Reader reader = {.t = t, .paths = files};
+static void command_encode(const Settings *settings) {
+    Tokenizer *t = settings->t;
+    Reader reader = {.t = t, .paths = settings->files};
     Ids ids[GROUPS] = {{0}};
     Text lines[GROUPS] = {{0}};
     while (reader_next(&reader)) {
@@ -202,7 +231,6 @@ static void command_encode(Tokenizer *t, char **files) {
         }
         for (int g = 0; g < GROUPS; g++) write_text(&lines[g]);
     }
-    finish_output();
     for (int g = 0; g < GROUPS; g++) {
         free(ids[g].data);
         free(lines[g].data);
@@ -211,7 +239,9 @@ static void command_encode(Tokenizer *t, char **files) {
 }
 
 // count: how many ids and bytes each file has, like wc.
-static void command_count(Tokenizer *t, char **files) {
+static void command_count(const Settings *settings) {
+    Tokenizer *t = settings->t;
+    char **files = settings->files;
     size_t all_tokens = 0, all_bytes = 0;
     printf("%12s %14s %11s  file\n", "tokens", "bytes", "bytes/token");
     for (char **path = files; *path; path++) {
@@ -236,16 +266,15 @@ static void command_count(Tokenizer *t, char **files) {
     if (files[0] && files[1])
         printf("%12zu %14zu %11.3f  total\n", all_tokens, all_bytes,
                all_tokens ? (double)all_bytes / (double)all_tokens : 0);
-    finish_output();
 }
 
 // decode: ids separated by white space become exactly their bytes, as soon as they are read.
-static void command_decode(Tokenizer *t, char **files) {
+static void command_decode(const Settings *settings) {
+    Tokenizer *t = settings->t;
     Text text = {0};
     char *chunk = xmalloc(SPAN_BYTES);
-    for (char **path = files; *path; path++) {
-        FILE *file = strcmp(*path, "-") == 0 ? stdin : fopen(*path, "rb");
-        if (!file) die("%s: cannot be opened: %s", *path, strerror(errno));
+    for (char **path = settings->files; *path; path++) {
+        FILE *file = open_input(*path);
         size_t line = 1;
         long id = -1; // -1: between numbers
         for (ssize_t got = 1; got > 0;) {
@@ -270,12 +299,11 @@ static void command_decode(Tokenizer *t, char **files) {
                 line += c == '\n';
             }
             write_text(&text);
-            finish_output();
+            finish_output(); // at once, for who reads a pipe
             text.size = 0;
         }
-        if (file != stdin) fclose(file);
+        close_input(file);
     }
-    finish_output();
     free(chunk);
     free(text.data);
 }
@@ -290,16 +318,17 @@ static void print_ids(const char *name, const int *ids, long count) {
 // (GPT-2 has none: then the end of text) on one side; the mask has 1 for ids and 0 for filling, as transformers gives with
 // padding="max_length".
 //   "Hello world", --pad left --length 3 -> {"input_ids": [50256, 15496, 995], "attention_mask": [0, 1, 1]}
-static void command_pad(Tokenizer *t, const Settings *settings, char **files) {
+static void command_pad(const Settings *settings) {
+    Tokenizer *t = settings->t;
     long length = settings->length;
     bool left = strcmp(settings->pad, "left") == 0;
     int *row = xcalloc((size_t)length, sizeof(int)), *mask = xcalloc((size_t)length, sizeof(int));
     Ids ids = {0};
     char *line = NULL;
     size_t capacity = 0;
-    for (char **path = files; *path && !ferror(stdout); path++) {
-        FILE *file = strcmp(*path, "-") == 0 ? stdin : fopen(*path, "rb");
-        if (!file) die("%s: cannot be opened: %s", *path, strerror(errno));
+    if (t->pad < 0) die("%s: expected a tokenizer with a pad token", settings->tokenizer);
+    for (char **path = settings->files; *path && !ferror(stdout); path++) {
+        FILE *file = open_input(*path);
         for (ssize_t size; (size = getline(&line, &capacity, file)) >= 0 && !ferror(stdout);) {
             size -= size > 0 && line[size - 1] == '\n';
             ids.size = 0;
@@ -316,9 +345,8 @@ static void command_pad(Tokenizer *t, const Settings *settings, char **files) {
             puts("}");
         }
         if (ferror(file)) die("%s: cannot be read: %s", *path, strerror(errno));
-        if (file != stdin) fclose(file);
+        close_input(file);
     }
-    finish_output();
     free(row);
     free(mask);
     free(line);
@@ -350,7 +378,9 @@ static size_t find_split(FILE *file, size_t wanted, size_t total, int end_of_tex
 
 // shard: writes PREFIX_train.bin, and PREFIX_val.bin with the last part of the tokens. How many there will be
 // is not known before the end, so all go into the first file, and the last part is moved then.
-static void command_shard(Tokenizer *t, const Settings *settings, char **files) {
+static void command_shard(const Settings *settings) {
+    Tokenizer *t = settings->t;
+    if (t->end_of_text < 0) die("%s: expected a tokenizer with an end of text", settings->tokenizer);
     if (t->vocab_size > UINT16_MAX + 1)
         die("%s: %d tokens do not fit the 16 bits that a shard has for each", settings->tokenizer,
             t->vocab_size);
@@ -358,7 +388,7 @@ static void command_shard(Tokenizer *t, const Settings *settings, char **files) 
          *val_path = xprintf("%s_val.bin", settings->out);
     FILE *train = create_file(train_path);
     write_shard_header(train, train_path, 0);
-    Reader reader = {.t = t, .paths = files, .documents = true};
+    Reader reader = {.t = t, .paths = settings->files, .documents = true};
     Ids ids[GROUPS] = {{0}};
     size_t total = 0, documents = 0;
     while (reader_next(&reader)) {
@@ -399,14 +429,14 @@ static void command_shard(Tokenizer *t, const Settings *settings, char **files) 
     printf("%s: %zu tokens\n", train_path, split);
     if (split < total) printf("%s: %zu tokens\n", val_path, total - split);
     printf("%zu documents\n", documents);
-    finish_output();
     for (int g = 0; g < GROUPS; g++) free(ids[g].data);
     reader_free(&reader);
     free(train_path);
     free(val_path);
 }
 
-static void command_info(const Tokenizer *t) {
+static void command_info(const Settings *settings) {
+    const Tokenizer *t = settings->t;
     int longest = t->byte_ids[0], tokens = 0;
     for (int id = 0; id < t->vocab_size; id++) {
         tokens += t->names[id] != NULL;
@@ -415,7 +445,6 @@ static void command_info(const Tokenizer *t) {
     printf("vocab_size %d\nmerges %d\nadded_tokens %zu\n", tokens, t->merge_count, t->added_count);
     printf("end_of_text %d\npad %d\n", t->end_of_text, t->pad);
     printf("longest_token %d %s\n", longest, t->names[longest]);
-    finish_output();
 }
 
 // =====================================================================================================
@@ -672,42 +701,40 @@ static void trainer_free(Trainer *trainer) {
     free(trainer->touched);
 }
 
-// train: learns a vocabulary of 256 bytes, merges, and <|endoftext|>, and writes it into a folder.
-static void command_train(const Settings *settings, char **files) {
-    double start = now();
-    Tokenizer *t = tokenizer_new((size_t)settings->vocab_size, (size_t)settings->vocab_size);
-    find_byte_ids(t, true, "");
-    size_t bytes;
-    WordTable words = count_words(t, files, &bytes);
-    double counted = now();
-    if (words.used == 0) die("there is no text: expected at least one document");
+// Begins with the bytes of all words and counts the pairs in them.
+static Trainer trainer_new(const WordTable *words, const Tokenizer *t) {
     Trainer trainer = {0};
-    trainer.symbols = xmalloc(words.arena.size * sizeof(int));
-    trainer.starts = xcalloc(words.used, sizeof(size_t));
-    trainer.lengths = xcalloc(words.used, sizeof(size_t));
-    trainer.counts = xcalloc(words.used, sizeof(int64_t));
-    for (size_t i = 0; i < words.arena.size; i++)
-        trainer.symbols[i] = t->byte_ids[(unsigned char)words.arena.data[i]];
-    for (size_t i = 0; i <= words.mask; i++) {
-        if (words.slots[i].count == 0) continue;
+    trainer.symbols = xmalloc(words->arena.size * sizeof(int));
+    trainer.starts = xcalloc(words->used, sizeof(size_t));
+    trainer.lengths = xcalloc(words->used, sizeof(size_t));
+    trainer.counts = xcalloc(words->used, sizeof(int64_t));
+    for (size_t i = 0; i < words->arena.size; i++)
+        trainer.symbols[i] = t->byte_ids[(unsigned char)words->arena.data[i]];
+    for (size_t i = 0; i <= words->mask; i++) {
+        if (words->slots[i].count == 0) continue;
         size_t w = trainer.word_count++;
-        trainer.starts[w] = words.slots[i].start;
-        trainer.lengths[w] = words.slots[i].size;
-        trainer.counts[w] = (int64_t)words.slots[i].count;
+        trainer.starts[w] = words->slots[i].start;
+        trainer.lengths[w] = words->slots[i].size;
+        trainer.counts[w] = (int64_t)words->slots[i].count;
         for (size_t k = 1; k < trainer.lengths[w]; k++) {
             const int *symbol = &trainer.symbols[trainer.starts[w] + k];
             pair_change(&trainer, symbol[-1], symbol[0], trainer.counts[w], (int)w);
         }
     }
     push_touched(&trainer);
+    return trainer;
+}
 
+// Joins the most frequent pair into a token, again and again, until the tokenizer has `wanted` tokens or no pair
+// is left; then gives the tokenizer its merges.
+static void learn_merges(Trainer *trainer, Tokenizer *t, long wanted) {
     int *merge_pairs = NULL, merge_count = 0; // the pair that each merge joins
     size_t merge_capacity = 0;
-    while (t->vocab_size + 1 < settings->vocab_size && trainer.heap_size > 0) {
-        PairEntry best = entry_pop(&trainer);
-        if (best.count != trainer.pairs[best.pair].count) { // out of date: back with its present count
-            best.count = trainer.pairs[best.pair].count;
-            entry_push(&trainer, best);
+    while (t->vocab_size < wanted && trainer->heap_size > 0) {
+        PairEntry best = entry_pop(trainer);
+        if (best.count != trainer->pairs[best.pair].count) { // out of date: back with its present count
+            best.count = trainer->pairs[best.pair].count;
+            entry_push(trainer, best);
             continue;
         }
         if (best.count < 1) {
@@ -715,22 +742,35 @@ static void command_train(const Settings *settings, char **files) {
             break;
         }
         char *name = xprintf("%s%s", t->names[best.left], t->names[best.right]);
-        int id = name_add(t, name); // or it exists: made from other parts before
+        int id = name_add(t, name); // there may be one already, which other parts made
         free(name);
         merge_pairs = grow(merge_pairs, (size_t)merge_count + 1, &merge_capacity, sizeof(int));
         merge_pairs[merge_count] = best.pair;
-        trainer.pairs[best.pair].rank = merge_count++;
+        trainer->pairs[best.pair].rank = merge_count++;
         for (size_t i = 0; i < best.words.size; i++)
-            merge_word(&trainer, best.words.data[i], best.left, best.right, id);
+            merge_word(trainer, best.words.data[i], best.left, best.right, id);
         free(best.words.data);
-        push_touched(&trainer);
+        push_touched(trainer);
     }
-
     for (int i = 0; i < merge_count; i++) {
-        const Pair *pair = &trainer.pairs[merge_pairs[i]];
+        const Pair *pair = &trainer->pairs[merge_pairs[i]];
         if (pair->rank == i) // of a pair that was joined twice, the last merge counts
             t->merges[t->merge_count++] = (Merge){pair->left, pair->right, -1};
     }
+    free(merge_pairs);
+}
+
+// train: learns a vocabulary of 256 bytes, merges, and <|endoftext|>, and writes it into a folder.
+static void command_train(const Settings *settings) {
+    double start = now();
+    Tokenizer *t = tokenizer_new((size_t)settings->vocab_size, (size_t)settings->vocab_size);
+    find_byte_ids(t, true, "");
+    size_t bytes;
+    WordTable words = count_words(t, settings->files, &bytes);
+    double counted = now();
+    if (words.used == 0) die("there is no text: expected at least one document");
+    Trainer trainer = trainer_new(&words, t);
+    learn_merges(&trainer, t, settings->vocab_size - 1);
     name_add(t, END_OF_TEXT);
     tokenizer_save(t, settings->out);
     if (t->vocab_size < settings->vocab_size)
@@ -738,9 +778,7 @@ static void command_train(const Settings *settings, char **files) {
              settings->vocab_size);
     printf("%s: %d tokens from %.1f MB of text, %zu distinct pieces; counting %.1f s, joining %.1f s\n",
            settings->out, t->vocab_size, (double)bytes / 1e6, words.used, counted - start, now() - counted);
-    finish_output();
     trainer_free(&trainer);
-    free(merge_pairs);
     free(words.arena.data);
     free(words.slots);
     tokenizer_free(t);
@@ -793,121 +831,94 @@ static double parse_number(const char *option, const char *text, double least, d
     return value;
 }
 
-int main(int count, char **arguments) {
-    enum { TOKENIZER = 1, PLAIN, PAD, LENGTH, VOCAB_SIZE, OUT, VAL_FRACTION, THREADS, HELP_WANTED };
-    static const struct option options[] = {{"tokenizer", required_argument, NULL, TOKENIZER},
-                                            {"plain", no_argument, NULL, PLAIN},
-                                            {"pad", required_argument, NULL, PAD},
-                                            {"length", required_argument, NULL, LENGTH},
-                                            {"vocab-size", required_argument, NULL, VOCAB_SIZE},
-                                            {"out", required_argument, NULL, OUT},
-                                            {"val-fraction", required_argument, NULL, VAL_FRACTION},
-                                            {"threads", required_argument, NULL, THREADS},
-                                            {"help", no_argument, NULL, HELP_WANTED},
-                                            {"help", no_argument, NULL, 'h'},
-                                            {0}};
-    // Which options each command takes, as letters in the order of the enum; threads and help suit all.
-    static const struct {
-        const char *name;
-        unsigned takes;
-    } commands[] = {
-        {"encode", 1 << TOKENIZER | 1 << PLAIN | 1 << PAD | 1 << LENGTH},
-        {"decode", 1 << TOKENIZER},
-        {"count", 1 << TOKENIZER | 1 << PLAIN},
-        {"shard", 1 << TOKENIZER | 1 << PLAIN | 1 << OUT | 1 << VAL_FRACTION},
-        {"train", 1 << VOCAB_SIZE | 1 << OUT},
-        {"info", 1 << TOKENIZER},
-    };
-    enum { COMMANDS = sizeof commands / sizeof *commands };
+// What main() can do. An option is known by a letter: takes and needs list those of each command; all take --threads
+// and --help.
+static const struct Command {
+    const char *name, *takes, *needs;
+    void (*run)(const Settings *settings);
+} commands[] = {
+    {"encode", "tpsl", "t", command_encode}, {"decode", "t", "t", command_decode},
+    {"count", "tp", "t", command_count},     {"shard", "tpof", "to", command_shard},
+    {"train", "ov", "ov", command_train},    {"info", "t", "t", command_info},
+};
+enum { COMMANDS = sizeof commands / sizeof *commands };
 
-    program_name = "tokenizer";
-    keep_standard_streams();
-    if (count < 2)
+static const struct option options[] = {{"tokenizer", required_argument, NULL, 't'},
+                                        {"plain", no_argument, NULL, 'p'},
+                                        {"pad", required_argument, NULL, 's'},
+                                        {"length", required_argument, NULL, 'l'},
+                                        {"vocab-size", required_argument, NULL, 'v'},
+                                        {"out", required_argument, NULL, 'o'},
+                                        {"val-fraction", required_argument, NULL, 'f'},
+                                        {"threads", required_argument, NULL, 'j'},
+                                        {"help", no_argument, NULL, 'h'},
+                                        {0}};
+
+static void __attribute__((noreturn)) show_help(void) {
+    fputs(HELP, stdout);
+    finish_output();
+    exit(0);
+}
+
+// The command of this name; ends the program when there is none.
+static const struct Command *find_command(const char *name) {
+    if (!*name)
         die_usage("expected a command: encode, decode, count, shard, train or info; --help tells more");
-    Settings settings = {.command = arguments[1]};
-    if (strcmp(settings.command, "--help") == 0 || strcmp(settings.command, "-h") == 0 ||
-        strcmp(settings.command, "help") == 0) {
-        fputs(HELP, stdout);
-        finish_output();
-        return 0;
-    }
-    int command = 0;
-    while (command < COMMANDS && strcmp(commands[command].name, settings.command) != 0) command++;
-    if (command == COMMANDS)
-        die_usage("%s: expected a command: encode, decode, count, shard, train or info", settings.command);
+    if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) show_help();
+    for (int i = 0; i < COMMANDS; i++)
+        if (strcmp(commands[i].name, name) == 0) return &commands[i];
+    die_usage("%s: expected a command: encode, decode, count, shard, train or info", name);
+}
 
+// Reads the options behind a command. Leaves `optind` at the first file.
+static Settings read_options(const struct Command *command, int count, char **arguments) {
+    Settings settings = {.command = command->name};
+    char given[16] = "";
     opterr = 0;
     optind = 2;
-    for (int option, at = optind; (option = getopt_long(count, arguments, ":h", options, NULL)) != -1;
-         at = optind) {
+    for (int letter, at = optind, which;
+         (letter = getopt_long(count, arguments, ":h", options, &which)) != -1; at = optind) {
         const char *written = arguments[at < count ? at : count - 1];
-        if (option == ':') die_usage("%s: expected a value after it", written);
-        if (option == '?') die_usage("%s: there is no such option; --help lists them", written);
-        if (option < HELP_WANTED && option != THREADS && !(commands[command].takes >> option & 1))
-            die_usage("--%s does not apply to %s; --help tells where it does", options[option - 1].name,
-                      settings.command);
-        if (option == TOKENIZER)
-            settings.tokenizer = optarg;
-        else if (option == PLAIN)
-            settings.plain = true;
-        else if (option == PAD)
-            settings.pad = optarg;
-        else if (option == LENGTH)
-            settings.length = (long)parse_number("length", optarg, 1, 1 << 24, true);
-        else if (option == VOCAB_SIZE)
-            settings.vocab_size = (long)parse_number("vocab-size", optarg, 257, 1 << 24, true);
-        else if (option == OUT)
-            settings.out = optarg;
-        else if (option == VAL_FRACTION)
-            settings.val_fraction = parse_number("val-fraction", optarg, 0, 0.99, false);
-        else if (option == THREADS)
-            settings.threads = (long)parse_number("threads", optarg, 1, 1024, true);
-        else {
-            fputs(HELP, stdout);
-            finish_output();
-            return 0;
-        }
+        if (letter == 'h') show_help();
+        if (letter == ':') die_usage("%s: expected a value after it", written);
+        if (letter == '?') die_usage("%s: there is no such option; --help lists them", written);
+        if (letter != 'j' && !strchr(command->takes, letter))
+            die_usage("--%s does not apply to %s; --help tells where it does", options[which].name,
+                      command->name);
+        if (!strchr(given, letter)) given[strlen(given)] = (char)letter;
+        if (letter == 't') settings.tokenizer = optarg;
+        if (letter == 'p') settings.plain = true;
+        if (letter == 's') settings.pad = optarg;
+        if (letter == 'o') settings.out = optarg;
+        if (letter == 'l') settings.length = (long)parse_number("length", optarg, 1, 1 << 24, true);
+        if (letter == 'v') settings.vocab_size = (long)parse_number("vocab-size", optarg, 257, 1 << 24, true);
+        if (letter == 'f') settings.val_fraction = parse_number("val-fraction", optarg, 0, 0.99, false);
+        if (letter == 'j') settings.threads = (long)parse_number("threads", optarg, 1, 1024, true);
     }
-    unsigned takes = commands[command].takes;
-    if ((takes >> TOKENIZER & 1) && !settings.tokenizer)
-        die_usage("%s: expected --tokenizer with a folder or a merges file", settings.command);
-    if ((takes >> OUT & 1) && !settings.out)
-        die_usage("%s: expected --out with %s", settings.command,
-                  takes >> VOCAB_SIZE & 1 ? "a folder" : "how the files' names start");
-    if ((takes >> VOCAB_SIZE & 1) && !settings.vocab_size)
-        die_usage("%s: expected --vocab-size with a number, 50257 for one", settings.command);
+    for (const struct option *option = options; option->name; option++)
+        if (strchr(command->needs, option->val) && !strchr(given, option->val))
+            die_usage("%s: expected --%s; --help tells what it takes", command->name, option->name);
     if (settings.pad && strcmp(settings.pad, "left") != 0 && strcmp(settings.pad, "right") != 0)
         die_usage("--pad %s: expected left or right", settings.pad);
     if (!settings.pad != !settings.length)
-        die_usage("%s: expected --pad and --length together", settings.command);
-    if (takes == 1 << TOKENIZER && strcmp(settings.command, "info") == 0 && optind < count)
+        die_usage("%s: expected --pad and --length together", command->name);
+    return settings;
+}
+
+int main(int count, char **arguments) {
+    program_name = "tokenizer";
+    keep_standard_streams();
+    const struct Command *command = find_command(count > 1 ? arguments[1] : "");
+    Settings settings = read_options(command, count, arguments);
+    if (strcmp(command->name, "info") == 0 && optind < count)
         die_usage("%s: info takes no file", arguments[optind]);
     if (settings.threads) omp_set_num_threads((int)settings.threads);
-
-    char **files = list_files(arguments + optind, count - optind);
-    if (strcmp(settings.command, "train") == 0) {
-        command_train(&settings, files);
-        free_files(files);
-        return 0;
-    }
-    Tokenizer *t = tokenizer_load(settings.tokenizer);
-    t->plain = settings.plain;
-    if ((settings.pad ? t->pad : strcmp(settings.command, "shard") == 0 ? t->end_of_text : 0) < 0)
-        die("%s: expected a tokenizer with %s", settings.tokenizer,
-            settings.pad ? "a pad token" : "an end of text");
-    if (settings.pad)
-        command_pad(t, &settings, files);
-    else if (strcmp(settings.command, "encode") == 0)
-        command_encode(t, files);
-    else if (strcmp(settings.command, "decode") == 0)
-        command_decode(t, files);
-    else if (strcmp(settings.command, "count") == 0)
-        command_count(t, files);
-    else if (strcmp(settings.command, "shard") == 0)
-        command_shard(t, &settings, files);
-    else
-        command_info(t);
-    free_files(files);
-    tokenizer_free(t);
+    settings.files = list_files(arguments + optind, count - optind);
+    if (settings.tokenizer) settings.t = tokenizer_load(settings.tokenizer);
+    if (settings.t) settings.t->plain = settings.plain;
+    (settings.pad ? command_pad : command->run)(&settings);
+    finish_output();
+    free_files(settings.files);
+    tokenizer_free(settings.t);
     return 0;
 }

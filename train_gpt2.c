@@ -1321,8 +1321,8 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
                     C);
     linear_backward(a->d_hidden, NULL, t[FC_PROJ_BIAS].gradient, d_projected, NULL, t[FC_PROJ_WEIGHT].value,
                     accumulate, R, F, C);
-    gelu_backward(a->d_hidden, b.hidden,
-                  (size_t)R * F); // hidden becomes gelu(hidden), for the weight's gradient:
+    // then d_hidden becomes the gradient of hidden, and b.hidden becomes gelu(hidden), the input of c_proj
+    gelu_backward(a->d_hidden, b.hidden, (size_t)R * F);
     linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_projected, b.hidden, NULL, accumulate, R, F, C);
     // hidden = layernorm_2(middle) · c_fc + bias
     if (t[FC_WEIGHT].gradient)
@@ -1557,7 +1557,21 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 // =====================================================================================================
 // 9. Tokenizer
 // =====================================================================================================
-// Growing arrays: token ids, and bytes (always followed by a NUL that is not counted).
+// A model reads and writes token ids, numbers below V; people read and write text. The tokenizer turns one
+// into the other. GPT-2's is a byte-level BPE (Radford et al. 2019; byte pair encoding: Sennrich et al. 2016)
+// and works in two steps:
+//
+//   "Hello world's end"  ->  "Hello" " world" "'s" " end"         pieces, cut by fixed rules (find_piece)
+//   " world"  ->  Ġ w o r l d  ->  Ġw or ld  ->  Ġwor ld  ->  Ġworld  ->  995         merges (merge_piece)
+//
+// The vocabulary starts with the 256 bytes. So every file can be encoded, valid UTF-8 or not, and decoding
+// gives back the same bytes. Each merge joins two neighbouring tokens into a new one; merges that were
+// learned earlier are done first. tokenizer.c learns them from text. Besides these there are added tokens,
+// such as <|endoftext|>: they are cut out of the text before the first step.
+
+// ---- growing arrays ----
+// Token ids; and bytes, always followed by a NUL that is not counted.
+
 typedef struct {
     int *data;
     size_t size, capacity;
@@ -1586,19 +1600,9 @@ static void text_append(Text *text, const char *bytes, size_t size) {
     text->data[text->size] = 0;
 }
 
-// The model reads and writes numbers below V, people read and write text. GPT-2's byte-level BPE (Radford et
-// al. 2019; byte pair encoding: Sennrich et al. 2016) stands between, in two steps:
-//
-//   "Hello world's end"  ->  "Hello" " world" "'s" " end"         pieces, cut by fixed rules (find_piece)
-//   " world"  ->  Ġ w o r l d  ->  Ġw or ld  ->  Ġwor ld  ->  Ġworld  ->  995         merges (merge_piece)
-//
-// The vocabulary starts with the 256 bytes, so every file can be encoded, valid UTF-8 or not, and decoding
-// gives back the same bytes. Each of its merges joins two neighbours into a new token; the merge that was
-// learned first goes first. tokenizer.c learns such merges from text.
-
 // ---- character classes ----
-// The rules ask of a character only: letter (\p{L}), number (\p{N}), white space (\s), or something else.
-// Combining marks are something else, and so is each byte that is not part of valid UTF-8.
+// The rules for pieces know four classes of characters: letters (\p{L}), numbers (\p{N}), white space (\s),
+// and all others. Combining marks are among the others, and so is each byte that is not part of valid UTF-8.
 
 enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CODE_POINTS = 0x110000 };
 
@@ -1651,8 +1655,9 @@ static const int letter_and_number_runs[] = {
 };
 // clang-format on
 
-// Where a character is part of a word (\w) though it is neither letter nor number (a mark, an underscore), or
-// is none though it is one (U+00B2). Read in pairs: skip so many code points, then so many differ.
+// Most characters of words (\w) are letters or numbers. These are the exceptions: marks and the underscore
+// are part of a word although they are neither, and a few numbers, such as ² (U+00B2), are not. Read in
+// pairs: skip so many code points, then so many are exceptions.
 // clang-format off
 static const int word_exception_runs[] = {
     95,1,82,2,5,1,2,3,577,112,275,7,263,45,1,1,1,2,1,2,1,1,72,11,48,21,16,1,101,7,2,6,2,2,1,4,35,1,30,27,
@@ -1720,7 +1725,7 @@ static int utf8_read(const char *bytes, size_t size, unsigned *code) {
     return *code < smallest[length] || *code >= CODE_POINTS || surrogate ? 0 : length;
 }
 
-// The length of the longest prefix that does not end inside a character: what a stream may show already.
+// The length of the longest prefix that does not end inside a character: so much of it can be shown already.
 // "caf\xc3" -> 3, since \xa9 may follow and make it é; "caf\xff" -> 4, since \xff never begins a character.
 static size_t utf8_whole(const char *bytes, size_t size) {
     for (size_t back = 1; back <= 3 && back <= size; back++) {
@@ -1753,19 +1758,21 @@ typedef struct {
 
 typedef struct Encoder Encoder;
 
-// A token that no merges make: wherever its name stands in a text, it is cut out whole before the rules for
-// pieces see the text. Models get such tokens for turns of a talk, say, or for words of their trade.
+// An added token is not made by merges: wherever its name stands in a text, it is cut out as a whole before
+// the text is cut into pieces. Fine-tuned models have such tokens for the turns of a conversation, for
+// instance.
 typedef struct {
     int id;
     size_t size;         // bytes of its name
-    bool single_word;    // only where no character of a word touches it
-    bool lstrip, rstrip; // white space on this side of it is dropped
-    bool normalized;     // looked for in the second pass, in what the first pass has left
+    bool single_word;    // it only counts where no character of a word touches it
+    bool lstrip, rstrip; // white space on its left or right is dropped
+    bool normalized;     // it is looked for in the second pass, in what the first pass has left
 } AddedToken;
 
 enum { PASSES = 2, MAX_THREADS = 1024 };
 
-// The names of added tokens as a tree: a node stands for the bytes on the way to it from its pass's root.
+// The names of the added tokens form a tree (a trie) for each pass. A node stands for the bytes on the path
+// from the root to it.
 typedef struct {
     int parent, byte; // which node it comes from, and by which byte
     int token;        // the added token whose name ends here, or -1
@@ -1773,6 +1780,7 @@ typedef struct {
 
 typedef struct {
     int vocab_size, merge_count; // vocab_size: the largest id, plus 1
+    int base_size;               // the same before the folder's added tokens come to the vocabulary
     int end_of_text;             // the id that ends a text, or -1
     int pad;                     // the id that fills up short examples, or -1
     bool plain;                  // added tokens in a text are ordinary text
@@ -1790,7 +1798,7 @@ typedef struct {
     int *node_slots; // hash table: parent and byte -> node; -1 in empty slots
     size_t node_mask;
     Ids firsts[PASSES];             // with which bytes the names that a pass looks for begin
-    bool begins[PASSES][1 << 16];   // whether one begins with these two bytes, first byte lowest
+    bool begins[PASSES][1 << 16];   // whether one begins with two bytes: [first + 256 * second]
     Encoder *encoders[MAX_THREADS]; // scratch memory of each thread
 } Tokenizer;
 
@@ -1804,7 +1812,7 @@ static inline int class_at(const Tokenizer *t, const char *text, size_t at, size
     return found ? t->classes[code] : CLASS_OTHER;
 }
 
-// Where the run of characters of one class that goes on at text[at] ends.
+// The first place at or behind text[at] whose character is not of this class.
 static size_t run_end(const Tokenizer *t, const char *text, size_t at, size_t size, int class) {
     for (;;) {
         while (at < size && (unsigned char)text[at] < 0x80 && t->classes[(unsigned char)text[at]] == class)
@@ -1838,8 +1846,9 @@ static size_t find_piece(const Tokenizer *t, const char *text, size_t at, size_t
 }
 
 // ---- added tokens ----
-// The rules are those of Hugging Face's tokenizers: at each place the longest name wins; after it the search
-// goes on behind it, even where it was refused for a neighbour (single_word).
+// The rules are those of Hugging Face's tokenizers library. A text is searched in two passes, see
+// `normalized`. In each the leftmost name wins, and of those that begin at the same place the longest. The
+// search goes on behind it, even when it does not count because it touches a word (single_word).
 //   "[user]hi resto_bombay" -> [user], "hi " as ordinary text, resto_bombay
 
 // The slot that holds the node to which `byte` leads from `node`, or -1 when it leads nowhere.
@@ -1861,9 +1870,10 @@ static const AddedToken *added_token_at(const Tokenizer *t, int pass, const char
     return found;
 }
 
-// Whether a text may be cut at text[at] as far as added tokens go: none may begin before and reach up to
-// here, since it would be torn or lose the white space behind it (rstrip); and none that begins here may ask
-// for the character before. Where the text ends inside a name, that name may still come.
+// Whether a cut at text[at] leaves all added tokens as they are. It does not if
+//   a name begins before the cut and reaches it: the cut would split it, or the white space that rstrip drops;
+//   a name that begins here depends on the character before it (single_word);
+//   the text ends inside a name, which more text may complete.
 static bool cut_spares_added(const Tokenizer *t, const char *text, size_t at, size_t size) {
     for (size_t start = at > t->longest_added ? at - t->longest_added : 0; start <= at; start++)
         for (int pass = 0; pass < PASSES && t->added_count > 0; pass++) {
@@ -1877,9 +1887,9 @@ static bool cut_spares_added(const Tokenizer *t, const char *text, size_t at, si
     return true;
 }
 
-// The last place in the text where it may be cut, so that the parts' ids put together are the ids of the
-// whole; 0 if there is none. That is before white space which follows something else: every piece ends there,
-// whatever comes before or after, and so does every strip of white space that an added token drops.
+// The last place where a text can be cut without changing its ids: those of the two parts, put together, are
+// those of the whole. 0 if there is no such place. It is before white space that follows something else: a
+// piece always ends there, whatever comes before or after, and so does white space that an added token drops.
 // "one two  th" -> 7: "one two" can be encoded now, "  th" must wait for more text.
 static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size) {
     for (size_t length, at = size; at-- > 1;) {
@@ -1894,7 +1904,7 @@ static size_t tokenizer_cut(const Tokenizer *t, const char *text, size_t size) {
 // Whether a character is part of a word.
 static bool is_word_character(const Tokenizer *t, unsigned code) {
     bool usual = t->classes[code] == CLASS_LETTER || t->classes[code] == CLASS_NUMBER;
-    unsigned at = 0; // where the run at work ends
+    unsigned at = 0; // the end of the runs that were looked at
     for (size_t i = 0; i < sizeof word_exception_runs / sizeof(int); i += 2) {
         at += (unsigned)word_exception_runs[i];
         if (code < at) return usual;
@@ -1904,7 +1914,7 @@ static bool is_word_character(const Tokenizer *t, unsigned code) {
     return usual;
 }
 
-// Whether a character of a word touches text[start .. end - 1].
+// Whether the character before or behind text[start .. end - 1] is part of a word.
 static bool touches_word(const Tokenizer *t, const char *text, size_t start, size_t end, size_t size) {
     unsigned code;
     if (start > 0 && (previous_character(text, start, &code), is_word_character(t, code))) return true;
@@ -1915,32 +1925,33 @@ static bool touches_word(const Tokenizer *t, const char *text, size_t start, siz
 
 enum { CACHED_BYTES = 16, CACHED_IDS = 3, CACHE_SLOTS = 1 << 17 };
 
-// Text repeats its words: the ids of short pieces are kept, each in the one slot that its hash names.
+// Text repeats its words, so the ids of short pieces are kept. A piece's hash says in which slot; a new piece
+// takes the place of an old one.
 typedef struct {
     uint64_t piece[2];         // its bytes, filled up with zeros
     unsigned char size, count; // size 0: an empty slot
     int ids[CACHED_IDS];
 } CacheSlot; // half a cache line; 4 MB of them for each thread
 
-// A token of the piece at work, chained to its neighbours; -1: none.
+// A token of the piece that is being merged, with its neighbours; -1: it has none.
 typedef struct {
     int id, previous, next;
 } Symbol;
 
-// What one thread needs to encode; it never holds anything but scratch and cache.
+// What a thread needs to encode: the cache, and memory for one piece.
 struct Encoder {
     CacheSlot cache[CACHE_SLOTS];
     Symbol *symbols;
-    uint64_t *queue; // a binary heap of merges that may be done, each rank << 32 | position of its left token
+    uint64_t *queue; // a binary heap of possible merges, each as rank << 32 | position of its left token
     size_t symbol_capacity, queue_capacity, queued;
 };
 
-// The calling thread's own.
+// The encoder of the calling thread, made when the thread first asks for it.
 static Encoder *encoder_of_thread(Tokenizer *t) {
     int thread = omp_get_thread_num();
     if (thread >= MAX_THREADS) die("at most %d threads can encode text", MAX_THREADS);
     Encoder **encoder = &t->encoders[thread];
-    if (!*encoder) // where a cache line starts, so that no slot lies in two
+    if (!*encoder) // aligned to a cache line, so that no slot lies in two
         *encoder = memset(xfloats(sizeof **encoder / sizeof(float)), 0, sizeof **encoder);
     return *encoder;
 }
@@ -1986,8 +1997,9 @@ static void queue_merge(const Tokenizer *t, Encoder *encoder, int position) {
 }
 
 // Joins the tokens of one piece: lowest rank first, leftmost first among equals, until no merge is left. An
-// entry of the queue is out of date when its symbol was swallowed or has another next one; since a rank
-// belongs to one pair only, it is enough to look whether the pair there still has it. At most n log n steps.
+// entry of the queue is out of date when another merge has taken one of its two tokens. A rank belongs to one
+// pair of tokens only, so it is enough to check that the pair at this place still has it. Takes at most
+// n log n steps.
 // " low" with merges "o w", "l ow", "Ġ low": Ġ l o w -> Ġ l ow -> Ġ low -> Ġlow
 static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const char *piece, size_t size) {
     if (size > INT_MAX)
@@ -2006,7 +2018,7 @@ static void merge_piece(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
         Symbol *right = &symbols[left->next];
         left->id = t->merges[rank].id;
         left->next = right->next;
-        right->id = -1; // swallowed
+        right->id = -1; // it is part of `left` now
         queue_merge(t, encoder, at);
         if (left->next >= 0) symbols[left->next].previous = at;
         if (left->previous >= 0) queue_merge(t, encoder, left->previous);
@@ -2026,7 +2038,7 @@ static void encode_plain(const Tokenizer *t, Encoder *encoder, Ids *ids, const c
         uint64_t key[2] = {0};
         if (size - at < CACHED_BYTES)
             memcpy(key, text + at, n);
-        else { // faster: all 16 bytes, and those behind the piece taken off
+        else { // faster: copy 16 bytes, then clear those behind the piece
             memcpy(key, text + at, CACHED_BYTES);
             key[0] &= n < 8 ? ~0ull >> (64 - 8 * n) : ~0ull;
             key[1] &= n > 8 ? ~0ull >> (128 - 8 * n) : 0;
@@ -2058,7 +2070,7 @@ static void encode_pass(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
     }
     const Ids *firsts = &t->firsts[pass];
     const unsigned char *bytes = (const unsigned char *)text;
-    size_t done = 0; // up to here it is encoded
+    size_t done = 0; // text[0 .. done - 1] is encoded
     for (size_t at = 0, end; at < size; at = end) {
         if (firsts->size == 1) { // the usual case: GPT-2 has one added token
             const char *found = memchr(text + at, firsts->data[0], size - at);
@@ -2075,7 +2087,7 @@ static void encode_pass(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
         }
         if (token->lstrip && start < done) start = done;
         if (token->rstrip) stop = run_end(t, text, end, size, CLASS_SPACE);
-        if (start >= stop) continue; // it is white space that went with the token before
+        if (start >= stop) continue; // white space that the token before it has taken
         if (start > done) encode_pass(t, encoder, ids, text + done, start - done, pass + 1);
         ids_push(ids, token->id);
         done = stop;
@@ -2083,13 +2095,14 @@ static void encode_pass(const Tokenizer *t, Encoder *encoder, Ids *ids, const ch
     if (done < size) encode_pass(t, encoder, ids, text + done, size - done, pass + 1);
 }
 
+// Appends the ids of a text, as one thread.
 static void encode_part(Tokenizer *t, Ids *ids, const char *text, size_t size) {
     encode_pass(t, encoder_of_thread(t), ids, text, size, t->plain || t->added_count == 0 ? PASSES : 0);
 }
 
-// Appends the ids of a text to `ids`: those that AutoTokenizer gives, or with t->plain tiktoken's
-// encode_ordinary. Several threads of a parallel region may call this at once with the same tokenizer;
-// outside of one a large text is cut into parts that the threads share, and the ids are the same.
+// Appends the ids of a text to `ids`: those that AutoTokenizer gives, or with t->plain those of tiktoken's
+// encode_ordinary. The threads of a parallel region may call this with the same tokenizer at the same time.
+// Outside of a parallel region a large text is cut into parts that the threads share; the ids are the same.
 //   "Hello world" -> 15496 995 in GPT-2's vocabulary; "hello <|endoftext|>" -> 31373 220 50256
 static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t size) {
     enum { PART_BYTES = 1 << 17 };
@@ -2116,9 +2129,9 @@ static void tokenizer_encode(Tokenizer *t, Ids *ids, const char *text, size_t si
     free(starts);
 }
 
-// ---- its parts ----
+// ---- names, merges and added tokens ----
 
-// Slots for `count` entries, at most half of them in use; -1: empty.
+// Makes a hash table for `count` entries, at most half full; -1: an empty slot.
 static int *slots_make(size_t count, size_t *mask) {
     if (count > INT_MAX / 4)
         die("a vocabulary of %zu tokens or merges is too large: expected at most %d", count, INT_MAX / 4);
@@ -2126,7 +2139,7 @@ static int *slots_make(size_t count, size_t *mask) {
     return memset(xmalloc((*mask + 1) * sizeof(int)), -1, (*mask + 1) * sizeof(int));
 }
 
-// A tokenizer that knows characters and spelling, with room for so many tokens and merges, and none yet.
+// Makes a tokenizer that has no tokens or merges yet, but room for so many. Free it with tokenizer_free.
 static Tokenizer *tokenizer_new(size_t tokens, size_t merges) {
     Tokenizer *t = xcalloc(1, sizeof *t);
     t->end_of_text = t->pad = -1;
@@ -2176,7 +2189,7 @@ static int *name_slot(const Tokenizer *t, const char *name) {
     }
 }
 
-// Gives a name that has no id yet this one, which no other name may have.
+// Gives this id to a name that has none. No other name may have the id; *slot is the name's.
 static void name_set(Tokenizer *t, int *slot, const char *name, int id) {
     size_t known = (size_t)t->vocab_size;
     if ((size_t)id >= known) {
@@ -2199,7 +2212,7 @@ static bool token_exists(const Tokenizer *t, int id) {
     return id >= 0 && id < t->vocab_size && t->names[id] != NULL;
 }
 
-// The node to which a byte leads, made if there is none yet. Of the slots at most half are in use.
+// The node to which a byte leads from `node`; makes it if there is none yet.
 static int node_add(Tokenizer *t, int node, int byte) {
     int *slot = node_slot(t, node, byte);
     if (*slot >= 0) return *slot;
@@ -2208,19 +2221,19 @@ static int node_add(Tokenizer *t, int node, int byte) {
     *slot = (int)t->node_count++;
     if (2 * t->node_count <= t->node_mask) return (int)t->node_count - 1;
     free(t->node_slots);
-    t->node_slots = slots_make(t->node_count, &t->node_mask); // twice as many
+    t->node_slots = slots_make(t->node_count, &t->node_mask); // more than half full: twice as large
     for (int i = PASSES; i < (int)t->node_count; i++) *node_slot(t, t->nodes[i].parent, t->nodes[i].byte) = i;
     return (int)t->node_count - 1;
 }
 
-// The last node of a name in a pass: *token is the added token of that name, or -1.
+// Where the tree of a pass keeps the number of the added token with this name, or -1 if there is none.
 static int *added_slot(Tokenizer *t, const char *name, int pass) {
     int node = pass;
     for (const char *c = name; *c; c++) node = node_add(t, node, (unsigned char)*c);
     return &t->nodes[node].token;
 }
 
-// Makes token.id, which has a name, an added token; what was said of it before is replaced.
+// Makes the token with the id token.id an added one. If it is one already, its flags are replaced.
 static void token_add(Tokenizer *t, AddedToken token) {
     const char *name = t->names[token.id];
     int *other = added_slot(t, name, !token.normalized), known = *other;
@@ -2243,8 +2256,9 @@ static void token_add(Tokenizer *t, AddedToken token) {
 // ---- decoding ----
 
 // Appends the bytes of one id; ends the program if there is no such id. A token may end inside a UTF-8
-// character: the bytes of several ids put together are the text. 995 -> " world" in GPT-2's vocabulary.
-// A token that no bytes can spell (a special token with a space, say) stands for its name.
+// character: only the bytes of all ids together are the text. 995 -> " world" in GPT-2's vocabulary. The name
+// of an added token need not be a spelling of bytes (it may have a space, say); then the name itself is the
+// text.
 static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
     if (id < 0 || id >= t->vocab_size)
         die("token id %d is not in the vocabulary: expected 0 to %d", id, t->vocab_size - 1);
@@ -2287,9 +2301,9 @@ typedef struct {
     Text text;
 } Sample;
 
-// Keys and values of the tokens so far: (L, sequences, key and value, NH, positions, HS), so that a head
-// reads its own in one stream. A batch need not have all the sequences: first_key says where those it has
-// begin.
+// Keys and values of the tokens so far: (L, sequences, key and value, NH, positions, HS), so that what a head
+// reads lies in one stretch of memory. Some sequences end earlier, and the batch has only the others:
+// first_key says where the keys of each begin.
 struct Cache {
     int sequences, positions, past; // `past` positions are filled
     int NH, HS;
@@ -2297,13 +2311,14 @@ struct Cache {
     int *first_key; // (sequences of the batch) in rows of HS, within a layer's part
 };
 
-// With --precision bfloat16 the arrays that each token reads again have copies in half the size. Part V.
-static void keep_copy(const float *from, size_t size);    // from now on, of what refresh_copy tells it
-static void refresh_copy(const float *from, size_t size); // these have changed
-static void keep_packed_copy(const float *B, bool transpose_b, size_t K,
-                             size_t N); // of op(B) (K, N), all of it
+// With --precision bfloat16, arrays that are read again for each token are copied in half the size: Part V.
+static void keep_copy(const float *from, size_t size);    // keeps a copy of this array; it is filled by
+static void refresh_copy(const float *from, size_t size); // this, wherever the array has changed
+static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N); // copies op(B) (K, N)
 static void drop_copies(void);
 
+// Writes the keys and values of a batch behind those of the earlier tokens; returns where attention finds
+// them all.
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
     const size_t NH = (size_t)cache->NH, HS = (size_t)cache->HS, C = NH * HS;
     const size_t head_stride = cache->positions * HS,
@@ -2322,6 +2337,7 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
 }
 
+// An empty cache for so many samples of up to n_positions tokens.
 static Cache cache_new(const Config *config, int samples) {
     const size_t size = (size_t)config->n_layer * samples * config->n_positions * 2 * config->n_embd;
     Cache cache = {.sequences = samples, .positions = config->n_positions, .NH = config->n_head};
@@ -2354,7 +2370,7 @@ static int compare_candidates(const void *a, const void *b) {
     return (x->token > y->token) - (x->token < y->token);
 }
 
-// The k-th largest of x (n), 1 <= k <= n: the k largest so far are kept sorted, and few of the rest get in.
+// The k-th largest of x (n), 1 <= k <= n. The k largest so far are kept sorted; few of the rest get in.
 static float kth_largest(const float *x, int n, int k) {
     float *kept = xmalloc((size_t)k * sizeof *kept), result;
     for (int i = 0, count = 0; i < n; i++) {
@@ -2391,7 +2407,8 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
             sum += candidates[count++].probability;
         }
     if (sampling->top_p < 1) {
-        // Tokens below `least` do not reach 1 - p all together: they are out, and need no sorting.
+        // All tokens below `least` together have less than 1 - p, so none of them is kept: they need no
+        // sorting.
         double least = sum * (1 - sampling->top_p) / count, wanted = sum * sampling->top_p;
         for (int i = 0; i < count; i++)
             if (candidates[i].probability >= least) candidates[kept++] = candidates[i];
@@ -2417,8 +2434,8 @@ static bool sample_append(Sample *sample, int token, const Tokenizer *tokenizer,
     return !found;
 }
 
-// Prints what is new in text, except for an end that only later tokens decide: a part of a character, or what
-// may be the beginning of `stop`. All of it when `last`.
+// Prints what is new in a text. Unless it is the `last` time, an end that depends on later tokens is held
+// back: a part of a character, or what may be the beginning of `stop`.
 static void stream_text(const Text *text, size_t *printed, const char *stop, bool last) {
     size_t size = text->size, part = stop && !last ? strlen(stop) : 0;
     while (part > 0 && (part > size || memcmp(text->data + size - part, stop, part) != 0)) part--;
@@ -2437,10 +2454,10 @@ static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sa
     return sample_token(logits, V, sampling, draw, candidates);
 }
 
-// Continues the prompt by up to `count` tokens, `samples` times at once, in outputs[0 .. samples - 1],
-// which are empty. A sample ends at one of the ids in `ends` or at sampling->stop. Text longer than the
-// context goes on from its last half. Without a tokenizer there is no text, only ids; with one, a single
-// sample is printed as it comes.
+// Continues the prompt by up to `count` tokens, in `samples` different ways at once, in outputs[0] to
+// outputs[samples - 1], which are empty before. A sample ends at one of the ids in `ends` or at sampling->stop. When the
+// context is full, the model goes on with its last half. Without a tokenizer there is no text, only ids; with
+// one, a single sample is printed as it comes.
 static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
                      int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
     const Config *config = &model->config;
@@ -2514,10 +2531,15 @@ static void sample_free(Sample *sample) {
 // =====================================================================================================
 // 11. Files
 // =====================================================================================================
-// ---- files ----
+// A run lasts for hours, and a disk may be full, a cable may be pulled, another program may change a file.
+// Then the program must say so in one line and leave the last good files whole. That is what the first
+// functions here see to. Then come the two formats that everything small is written in: JSON, and the files
+// of a tokenizer.
 
-// printf for names of files. The result lies in one of 16 places that are used in turn: it need not be freed,
-// and is good until 16 more are asked for.
+// ---- names, lines, whole files ----
+
+// printf for names of files. The result need not be freed: it lies in one of 16 places that are used in turn,
+// so it is overwritten when 16 more names have been made.
 static const char *__attribute__((format(printf, 1, 2))) path_of(const char *format, ...) {
     static char places[16][PATH_MAX];
     static unsigned used;
@@ -2553,7 +2575,7 @@ static bool next_line(const char **at, const char *end, const char **line, size_
     return true;
 }
 
-// Appends what is left in `file` to `text`; `path` only names it in errors.
+// Appends the rest of `file` to `text`; `path` only names it in errors.
 static void read_stream(Text *text, FILE *file, const char *path) {
     char buffer[1 << 16];
     for (size_t got = 1; got > 0; text_append(text, buffer, got)) got = fread(buffer, 1, sizeof buffer, file);
@@ -2570,9 +2592,12 @@ static Text read_file(const char *path) {
     return text;
 }
 
-// Other programs can change a file while it is mapped here. So each mapping is remembered: when a page of it
-// can no longer be read (SIGBUS) the file is named, and check_mapped_files() sees what was written over in
-// place.
+// ---- mapped files ----
+// Weights and token shards are not read but mapped (mmap): a page comes into memory when it is first used.
+// But while a file is mapped, other programs can change it. So each mapping is remembered: when a page can no
+// longer be read (SIGBUS), the error names the file, and check_mapped_files() finds out whether one was
+// written to.
+
 static struct MappedFile {
     char *path, *data;
     size_t size;
@@ -2584,7 +2609,7 @@ static size_t mapped_count, mapped_capacity;
 #define st_mtim st_mtimespec
 #endif
 
-// The handler of SIGBUS. It only calls what a signal handler may.
+// The handler of SIGBUS. It only calls functions that are allowed in a signal handler.
 static void lost_page(int signal_number, siginfo_t *info, void *context) {
     const char *address = info->si_addr;
     (void)context;
@@ -2602,8 +2627,8 @@ static void lost_page(int signal_number, siginfo_t *info, void *context) {
     signal(signal_number, SIG_DFL); // no file of ours: this ends the program as if there were no handler
 }
 
-// Ends the program when a mapped file has been written to since. One that was deleted or replaced by another
-// of its name is no harm: the mapping keeps the old one.
+// Ends the program when a mapped file has been written to. It is no harm if one was deleted or replaced by
+// another of its name: the mapping keeps the old one.
 static void check_mapped_files(void) {
     struct stat now;
     for (struct MappedFile *file = mapped_files; file < mapped_files + mapped_count; file++) {
@@ -2618,7 +2643,7 @@ static void check_mapped_files(void) {
     }
 }
 
-// A mapping that is given up, or whose bytes have been copied, need no longer stay as it is.
+// The file of a mapping that is given up, or whose bytes have been copied, may change.
 static void forget_mapping(const Mapping *mapping) {
     for (size_t i = 0; i < mapped_count; i++)
         if (mapped_files[i].data == mapping->data) mapped_files[i].data = NULL;
@@ -2629,6 +2654,7 @@ static void unmap_file(Mapping *mapping) {
     if (mapping->data) munmap(mapping->data, mapping->size);
 }
 
+// Maps a file privately: what is written to the memory never reaches the file.
 static Mapping map_file(const char *path) {
     int descriptor = open(path, O_RDONLY);
     struct stat status;
@@ -2646,8 +2672,10 @@ static Mapping map_file(const char *path) {
     return mapping;
 }
 
-// Brings what was written to the disk itself, where a power cut cannot reach it. A folder of a file system
-// that has no such thing for folders (EINVAL) is as good as it gets.
+// ---- writing files that last ----
+
+// Waits until what was written is on the disk itself, safe from a power cut. Some file systems cannot do this
+// for folders (EINVAL); that is no error.
 static bool sync_to_disk(int descriptor) {
 #ifdef F_FULLFSYNC // macOS: its fsync() stops at the disk's own memory
     if (fcntl(descriptor, F_FULLFSYNC) == 0) return true;
@@ -2655,7 +2683,7 @@ static bool sync_to_disk(int descriptor) {
     return fsync(descriptor) == 0 || errno == EINVAL;
 }
 
-// Makes the names in a folder last: what was created, renamed or deleted there.
+// Brings the names in a folder to the disk: what was created, renamed or deleted there.
 static void sync_folder(const char *path) {
     int descriptor = open(path, O_RDONLY);
     if (descriptor < 0 || !sync_to_disk(descriptor))
@@ -2669,7 +2697,7 @@ static char *folder_of(const char *path) {
     return !slash ? xstrdup(".") : xprintf("%.*s", slash > path ? (int)(slash - path) : 1, path);
 }
 
-// Gives a file or folder another name, for good.
+// Renames a file or folder, and brings the new name to the disk.
 static void rename_for_good(const char *from, const char *to) {
     char *folder = folder_of(to);
     if (rename(from, to) != 0) die("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
@@ -2708,8 +2736,8 @@ static void make_folder(const char *path) {
     free(above);
 }
 
-// Deletes a folder with what is in it, but of a symbolic link only the link; what is not there is no error.
-// What cannot be deleted ends the program: the disk fails, or the folder belongs to somebody else.
+// Deletes a file, or a folder with all that is in it; of a symbolic link only the link. It is no error if
+// there is none. If it cannot be deleted (the disk fails, or it belongs to somebody else), the program ends.
 static void remove_folder(const char *path) {
     if (unlink(path) == 0 || errno == ENOENT) return;
     int reason = errno; // Linux says EISDIR of a folder, POSIX EPERM
@@ -2726,8 +2754,8 @@ static void remove_folder(const char *path) {
 
 // ---- JSON (RFC 8259) ----
 // A text becomes a tree of nodes in one block of memory: a node for each value, then a copy of the text, in
-// which each string is written over its spelling, since it is never longer. Members and elements are chained
-// by `next`.
+// which each string is decoded in place (it is never longer than its spelling). `next` leads from a member of
+// an object, or an element of an array, to the next one.
 
 typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonKind;
 
@@ -2758,7 +2786,7 @@ static void __attribute__((noreturn)) json_die(const JsonReader *reader, const c
         expected);
 }
 
-// The character that comes next, white space passed over; 0 at the end.
+// The next character that is not white space; 0 at the end.
 static char json_peek(JsonReader *reader) {
     reader->at += strspn(reader->at, " \t\r\n");
     return *reader->at;
@@ -2833,6 +2861,7 @@ static Json *json_children(JsonReader *reader, char close, int depth) {
         if (close == '}') {
             if (!json_accept(reader, '"')) json_die(reader, "a name in double quotes");
             key = json_string(reader, &length);
+            if (strlen(key) != length) json_die(reader, "a name without NUL before this");
             if (!json_accept(reader, ':')) json_die(reader, "':'");
         }
         *tail = json_value(reader, depth + 1);
@@ -2877,7 +2906,7 @@ static Json *json_value(JsonReader *reader, int depth) {
     return node;
 }
 
-// As many values as a text can have at most: each is the only one, or follows one of these characters.
+// How many values a text can have at most: each is the first one or follows one of these characters.
 static size_t json_most_values(const char *text, size_t size) {
     size_t values = 1;
     for (size_t i = 0; i < size; i++) values += text[i] == ',' || text[i] == '[' || text[i] == '{';
@@ -2906,7 +2935,7 @@ static Json *json_read_file(const char *path) {
     return node;
 }
 
-// Where a string begins, behind its quote, in the text that json_parse made the tree `root` of.
+// Where a string of the tree `root` begins in the text that the tree was made from.
 static size_t json_place(const Json *root, const Text *text, const char *string) {
     return (size_t)(string - (const char *)(root + json_most_values(text->data, text->size)));
 }
@@ -2948,10 +2977,13 @@ static double json_number(const Json *object, const char *key, double otherwise,
     return member->number;
 }
 
-// The switch called `key`, or `otherwise` when it is missing or null.
-static bool json_is_true(const Json *object, const char *key, bool otherwise) {
+// The switch called `key`, or `otherwise` when it is missing or null. `where` names the file in errors.
+static bool json_is_true(const Json *object, const char *key, bool otherwise, const char *where) {
     const Json *member = json_get(object, key);
-    return json_is_null(member) ? otherwise : member->kind == JSON_TRUE;
+    if (json_is_null(member)) return otherwise;
+    if (member->kind != JSON_TRUE && member->kind != JSON_FALSE)
+        die("%s: \"%s\" must be true or false", where, key);
+    return member->kind == JSON_TRUE;
 }
 
 // Writes a string with its quotes; bytes that are not ASCII pass through.
@@ -2969,7 +3001,7 @@ static void json_write_string(FILE *file, const char *string, size_t length) {
 // Both spell a byte as a printable character: 33-126, 161-172 and 174-255 stand for themselves, the other 68,
 // in rising order, are U+0100, U+0101, ...: a space (32) is Ġ (U+0120), a newline Ċ (U+010A).
 
-// Notes the token of each byte; adds it if `add`, in the order of the characters that spell bytes.
+// Finds the token of each byte, or adds it if `add`, in the order of the characters that spell bytes.
 static void find_byte_ids(Tokenizer *t, bool add, const char *path) {
     for (unsigned code = 0; code < SPELLING_CODES; code++) {
         char name[5] = {0};
@@ -2984,7 +3016,7 @@ static void find_byte_ids(Tokenizer *t, bool add, const char *path) {
 
 enum { MOST_TOKENS = 1 << 22 };
 
-// Takes {"token": id, ...}, in any order.
+// Reads {"token": id, ...}, in any order.
 static void load_vocabulary(Tokenizer *t, const Json *json, const char *path) {
     if (!json || json->kind != JSON_OBJECT) die("%s: expected an object {\"token\": id, ...}", path);
     for (const Json *token = json->child; token; token = token->next) {
@@ -2999,8 +3031,8 @@ static void load_vocabulary(Tokenizer *t, const Json *json, const char *path) {
 
 static size_t most_merges(const Text *lines) { return lines->size / 4 + 1; } // "a b\n" is the shortest line
 
-// Takes a line of merges.txt, which is ours to write into. Without a vocabulary the merge makes a token,
-// which gets the next id. `where` is file and line.
+// Reads a line of merges.txt, and writes NULs into it. Without a vocabulary the merge makes a token, which
+// gets the next id. `where` is file and line.
 static void load_merge(Tokenizer *t, char *line, size_t length, bool has_vocabulary, const char *where) {
     line[length] = 0; // in place of the line's end
     char *right = strchr(line, ' ');
@@ -3059,11 +3091,11 @@ static void refuse_other_rules(const Json *json, const char *path) {
         {"model: dropout", "null", json_number(model, "dropout", 0, path) != 0},
         {"model: continuing_subword_prefix", "\"\"", !json_is_null(prefix) && !json_is_text(prefix, "")},
         {"model: end_of_word_suffix", "\"\"", !json_is_null(suffix) && !json_is_text(suffix, "")},
-        {"model: ignore_merges", "false", json_is_true(model, "ignore_merges", false)},
+        {"model: ignore_merges", "false", json_is_true(model, "ignore_merges", false, path)},
         {"normalizer", "null", !json_is_null(json_get(json, "normalizer"))},
         {"pre_tokenizer: type", "\"ByteLevel\"", !json_is_text(json_get(rules, "type"), "ByteLevel")},
-        {"pre_tokenizer: add_prefix_space", "false", json_is_true(rules, "add_prefix_space", true)},
-        {"pre_tokenizer: use_regex", "true", !json_is_true(rules, "use_regex", true)},
+        {"pre_tokenizer: add_prefix_space", "false", json_is_true(rules, "add_prefix_space", true, path)},
+        {"pre_tokenizer: use_regex", "true", !json_is_true(rules, "use_regex", true, path)},
         {"post_processor", "null, or one that adds no token",
          !adds_no_token(json_get(json, "post_processor"))},
         {"decoder: type", "\"ByteLevel\"",
@@ -3075,32 +3107,42 @@ static void refuse_other_rules(const Json *json, const char *path) {
 }
 
 // The merges of tokenizer.json, [["Ġ", "t"], ...] or ["Ġ t", ...], as the lines of a merges.txt.
-static Text merge_lines(const Json *merges) {
+static Text merge_lines(const Json *merges, const char *path) {
     Text lines = {0};
     text_append(&lines, "", 0);
-    for (const Json *merge = json_child(merges); merge; merge = merge->next) {
-        const Json *part = merge->kind == JSON_ARRAY ? merge->child : merge;
-        for (; json_text(part); part = part == merge ? NULL : part->next) {
-            text_append(&lines, " ", part != merge && part != merge->child);
-            text_append(&lines, part->string, part->length);
-        }
+    if (!merges || merges->kind != JSON_ARRAY) die("%s: merges: expected an array", path);
+    for (const Json *merge = merges->child; merge; merge = merge->next) {
+        const Json *left = merge->kind == JSON_ARRAY ? merge->child : merge;
+        const Json *right = left && left != merge ? left->next : NULL;
+        if (!json_text(left) || (left != merge && (!json_text(right) || right->next)))
+            die("%s: merges: expected two strings in each, or one with a space", path);
+        text_append(&lines, left->string, left->length);
+        if (right) text_append(&lines, " ", 1);
+        if (right) text_append(&lines, right->string, right->length);
         text_append(&lines, "\n", 1);
     }
     return lines;
 }
 
 // ---- added tokens and the end of text ----
-// A folder names them in several places, by the age of what wrote it: tokenizer.json (added_tokens),
-// tokenizer_config.json (added_tokens_decoder), or added_tokens.json; and tokens with a task, eos_token and
-// others, in tokenizer_config.json or special_tokens_map.json, where they may be named only. What is read in
-// which order and what counts is as in AutoTokenizer.
+// A folder tells of its added tokens in several files, depending on which program wrote it, and when:
+//   with ids: tokenizer_config.json (added_tokens_decoder), tokenizer.json (added_tokens), added_tokens.json
+//   by name:  tokenizer_config.json and special_tokens_map.json say which token has which task ("eos_token":
+//             "</s>") and list extra ones. A named token that has no id yet gets the next one.
+// Which file counts, and in which order, is what AutoTokenizer does.
 
 typedef struct {
     Json *tokenizer, *config, *map, *added; // tokenizer.json, tokenizer_config.json, special_tokens_map.json,
                                             // added_tokens.json; NULL: there is none, or it does not count
 } TokenizerFiles;
 
-static Json *json_read_if_there(const char *path) { return file_exists(path) ? json_read_file(path) : NULL; }
+// Reads a file that must hold an object {...}; NULL when there is no such file.
+static Json *json_read_if_there(const char *path) {
+    if (!file_exists(path)) return NULL;
+    Json *json = json_read_file(path);
+    if (json->kind != JSON_OBJECT) die("%s: expected an object {...}", path);
+    return json;
+}
 
 // The content of an added token: a string, or an object that has it beside flags.
 static const char *added_content(const Json *token, const char *path) {
@@ -3110,16 +3152,21 @@ static const char *added_content(const Json *token, const char *path) {
     return content->string;
 }
 
+// The flags in an object; special where `special` or the object says so.
+static AddedToken added_flags(const Json *flags, bool special, const char *path) {
+    special = special || json_is_true(flags, "special", false, path);
+    return (AddedToken){.single_word = json_is_true(flags, "single_word", false, path),
+                        .lstrip = json_is_true(flags, "lstrip", false, path),
+                        .rstrip = json_is_true(flags, "rstrip", false, path),
+                        .normalized = json_is_true(flags, "normalized", !special, path)};
+}
+
 // Makes `content` an added token with the flags that the object `flags` has. A number given as `id` must be
 // its id; without one (-1) it keeps the one that it has or gets the next.
 static void read_added(Tokenizer *t, const char *content, double id, const Json *flags, bool special,
                        const char *path) {
     int *slot = name_slot(t, content);
-    special = json_is_true(flags, "special", special);
-    AddedToken token = {.single_word = json_is_true(flags, "single_word", false),
-                        .lstrip = json_is_true(flags, "lstrip", false),
-                        .rstrip = json_is_true(flags, "rstrip", false),
-                        .normalized = json_is_true(flags, "normalized", !special)};
+    AddedToken token = added_flags(flags, special, path);
     if (!*content) return;
     if (*slot >= 0 && id != -1 && id != *slot)
         die("%s: added token \"%s\" has the id %g, but %d in the vocabulary", path, content, id, *slot);
@@ -3134,6 +3181,10 @@ static void read_added(Tokenizer *t, const char *content, double id, const Json 
     token_add(t, token);
 }
 
+static const char *const token_tasks[] = {"bos_token", "eos_token", "unk_token", "sep_token",
+                                          "pad_token", "cls_token", "mask_token"};
+enum { TASKS = sizeof token_tasks / sizeof *token_tasks };
+
 // The token with this task, such as "eos_token", in special_tokens_map.json or else tokenizer_config.json;
 // NULL when neither names it.
 static const Json *named_token(const TokenizerFiles *files, const char *name) {
@@ -3141,75 +3192,129 @@ static const Json *named_token(const TokenizerFiles *files, const char *name) {
     return token ? token : json_get(files->config, name);
 }
 
-// Makes a token that only has a name or a task an added one, unless it is among the first `listed` ones.
-static void read_named(Tokenizer *t, const Json *token, size_t listed, const char *path) {
+// A token that is named. In added_tokens.json, which has no flags, it is a special one if it is `known` so.
+typedef struct {
+    const Json *token;
+    bool special, known;
+} NamedToken;
+
+typedef struct {
+    NamedToken *items;
+    size_t size, capacity;
+} NamedTokens;
+
+static void name_token(NamedTokens *named, const Json *token, bool special, bool known) {
     if (json_is_null(token)) return;
-    const char *content = added_content(token, path);
-    for (int pass = 0; pass < PASSES; pass++) {
-        int known = *added_slot(t, content, pass);
-        if (known >= 0 && (size_t)known < listed) return;
-    }
-    read_added(t, content, -1, token, true, path);
+    named->items = grow(named->items, named->size + 1, &named->capacity, sizeof *named->items);
+    named->items[named->size++] = (NamedToken){token, special, known};
 }
 
-static const char *const token_tasks[] = {"bos_token", "eos_token", "unk_token", "sep_token",
-                                          "pad_token", "cls_token", "mask_token"};
-
-static const char *const token_lists[] = {"extra_special_tokens", "additional_special_tokens"};
-
-// Whether a token has a task or is in one of the lists: then it is special though added_tokens.json, which
-// has ids only, does not say so.
-static bool is_named(const TokenizerFiles *files, const char *content, const char *path) {
-    for (size_t i = 0; i < sizeof token_tasks / sizeof *token_tasks; i++) {
-        const Json *token = named_token(files, token_tasks[i]);
-        if (!json_is_null(token) && strcmp(added_content(token, path), content) == 0) return true;
+// Names the tokens of a file with a task of their own, such as "image_token".
+static void name_other_tasks(NamedTokens *named, const Json *file, bool strings, bool objects) {
+    for (const Json *member = json_child(file); member; member = member->next) {
+        int task = 0;
+        while (task < TASKS && strcmp(member->key, token_tasks[task]) != 0) task++;
+        if (task == TASKS && ends_with(member->key, "_token") &&
+            ((strings && member->kind == JSON_STRING) || (objects && member->kind == JSON_OBJECT)))
+            name_token(named, member, true, false);
     }
-    for (int i = 0; i < 2; i++)
-        for (const Json *token = json_child(named_token(files, token_lists[i])); token; token = token->next)
-            if (strcmp(added_content(token, path), content) == 0) return true;
+}
+
+// Names the tokens of a list, or an object {"task": token, ...}.
+static void name_extra(NamedTokens *named, const Json *list, bool special, bool known, const char *path) {
+    if (!json_is_null(list) && list->kind != JSON_ARRAY && list->kind != JSON_OBJECT)
+        die("%s: extra_special_tokens, additional_special_tokens: expected a list", path);
+    for (const Json *token = json_child(list); token; token = token->next)
+        name_token(named, token, special || list->kind == JSON_OBJECT || token->kind == JSON_STRING,
+                   known && list->kind == JSON_ARRAY && (special || token->kind == JSON_STRING));
+}
+
+// The named tokens in AutoTokenizer's order: those with the usual tasks, with others, the extra ones.
+static NamedTokens named_tokens(const TokenizerFiles *files, const char *path) {
+    static const Json end = {.kind = JSON_STRING, .string = END_OF_TEXT, .length = END_OF_TEXT_SIZE};
+    NamedTokens named = {0};
+    const Json *class = json_get(files->config, "tokenizer_class");
+    const bool defaults = !json_text(class) || strncmp(class->string, "GPT2", 4) == 0; // the class has them
+    for (int i = 0; i < TASKS; i++) {
+        const Json *token = named_token(files, token_tasks[i]);
+        bool known = token && (token->kind == JSON_STRING || token == json_get(files->map, token_tasks[i]));
+        name_token(&named, !token && i < 3 && defaults ? &end : token, true, known);
+    }
+    name_other_tasks(&named, files->config, false, true);
+    name_other_tasks(&named, files->map, true, true);
+    name_other_tasks(&named, files->config, true, false);
+
+    const Json *extra = json_get(files->config, "extra_special_tokens");
+    const Json *older = json_get(files->config, "additional_special_tokens"); // the same by its older name
+    if (older && !json_child(extra)) extra = older;
+    name_extra(&named, extra, false, true, path);
+    name_extra(&named, json_get(files->map, "extra_special_tokens"), true, true, path);
+    if (!extra && !json_get(files->map, "extra_special_tokens"))
+        name_extra(&named, json_get(files->map, "additional_special_tokens"), true, false, path);
+    return named;
+}
+
+static bool is_known_special(const NamedTokens *named, const char *content, const char *path) {
+    for (size_t i = 0; i < named->size; i++)
+        if (named->items[i].known && strcmp(added_content(named->items[i].token, path), content) == 0)
+            return true;
     return false;
 }
 
+// Whether two named tokens are the same to AutoTokenizer: a string is never the same as an object.
+static bool same_named(const NamedToken *a, const NamedToken *b, const char *path) {
+    AddedToken x = added_flags(a->token, a->special, path), y = added_flags(b->token, b->special, path);
+    return a->token->kind == b->token->kind &&
+           strcmp(added_content(a->token, path), added_content(b->token, path)) == 0 &&
+           x.single_word == y.single_word && x.lstrip == y.lstrip && x.rstrip == y.rstrip &&
+           x.normalized == y.normalized;
+}
+
+// Makes the named token number `n` an added one, unless it is among the first `listed` ones, which came with
+// their ids, or is the same as one that was named before it.
+static void read_named(Tokenizer *t, const NamedTokens *named, size_t n, int listed, const char *path) {
+    const NamedToken *token = &named->items[n];
+    const char *content = added_content(token->token, path);
+    int known = -1;
+    for (int pass = 0; pass < PASSES && known < 0; pass++) known = *added_slot(t, content, pass);
+    if (known >= 0 && known < listed) return;
+    for (size_t i = 0; i < n && known >= 0; i++)
+        if (same_named(&named->items[i], token, path)) return;
+    read_added(t, content, -1, token->token, token->special, path);
+}
+
 // Reads all added tokens of a folder.
-static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const char *folder) {
-    const int before = t->vocab_size;
+static void read_added_tokens(Tokenizer *t, const TokenizerFiles *files, const NamedTokens *named,
+                              const char *folder) {
     const Json *decoder = json_get(files->config, "added_tokens_decoder");
-    if ((files->added && files->added->kind != JSON_OBJECT) || (decoder && decoder->kind != JSON_OBJECT))
-        die("%s: added_tokens.json and added_tokens_decoder: expected an object {...}", folder);
+    const Json *list = json_get(files->tokenizer, "added_tokens");
+    if (decoder && decoder->kind != JSON_OBJECT) die("%s: added_tokens_decoder: expected an object", folder);
+    if (!json_is_null(list) && list->kind != JSON_ARRAY) die("%s: added_tokens: expected an array", folder);
     for (const Json *token = json_child(files->added); token; token = token->next)
         read_added(t, token->key, token->kind == JSON_NUMBER ? token->number : -2, NULL,
-                   is_named(files, token->key, folder), folder);
-    for (const Json *token = json_child(json_get(files->tokenizer, "added_tokens")); token;
-         token = token->next)
+                   is_known_special(named, token->key, folder), folder);
+    for (const Json *token = json_child(list); token; token = token->next)
         read_added(t, added_content(token, folder), json_number(token, "id", -2, folder), token, false,
                    folder);
     for (const Json *token = json_child(decoder); token; token = token->next)
         read_added(t, added_content(token, folder), atof(token->key), token, false, folder);
-    for (int id = before; id < t->vocab_size; id++) // tokenizers would give them other ids
+    for (int id = t->base_size; id < t->vocab_size; id++) // tokenizers would give them other ids
         if (!t->names[id]) die("%s: added tokens: expected ids without a gap, and none has %d", folder, id);
-
-    const Json *class = json_get(files->config, "tokenizer_class");
-    const size_t listed = t->added_count;
-    bool defaults = !json_text(class) || strncmp(class->string, "GPT2", 4) == 0; // the class has them
-    for (size_t i = 0; i < sizeof token_tasks / sizeof *token_tasks; i++) {
-        const Json *token = named_token(files, token_tasks[i]);
-        if (token)
-            read_named(t, token, listed, folder);
-        else if (i < 3 && defaults && *name_slot(t, END_OF_TEXT) >= 0)
-            read_named(t, &(Json){.kind = JSON_STRING, .string = END_OF_TEXT, .length = END_OF_TEXT_SIZE},
-                       listed, folder);
-    }
-    for (int i = 0; i < 2; i++)
-        for (const Json *token = json_child(named_token(files, token_lists[i])); token; token = token->next)
-            read_named(t, token, listed, folder);
+    const int listed = (int)t->added_count;
+    for (size_t i = 0; i < named->size; i++) read_named(t, named, i, listed, folder);
 }
 
 // Appends the ids that a config.json or generation_config.json has under `key`: a number, a list, or null.
+// Numbers that cannot be ids, such as -1, mean that there is none.
 static void read_ids(const Json *config, const char *key, Ids *ids) {
     const Json *node = json_get(config, key), *item = node && node->kind == JSON_ARRAY ? node->child : node;
-    for (; item; item = item == node ? NULL : item->next)
+    for (; item; item = item == node ? NULL : item->next) {
+        if (item->kind != JSON_NUMBER && item->kind != JSON_NULL)
+            die("config.json, generation_config.json: %s: expected a number, a list of numbers, or null",
+                key);
         if (item->kind == JSON_NUMBER && item->number >= 0 && item->number < MOST_TOKENS)
             ids_push(ids, (int)item->number);
+    }
 }
 
 // The id of a task: of the token that the tokenizer's files name, else what config.json says, else -1.
@@ -3249,7 +3354,7 @@ static TokenizerFiles read_tokenizer_files(const char *folder, Json *tokenizer) 
         "add_prefix_space", "split_special_tokens", "add_bos_token",
         "add_eos_token"}; // tokenizer.json, if there is one, is above the last two
     for (int i = 0; i < (tokenizer ? 2 : 4); i++)
-        if (json_is_true(files.config, switches[i], false))
+        if (json_is_true(files.config, switches[i], false, folder))
             die("%s/tokenizer_config.json: %s true is not supported", folder, switches[i]);
     if (tokenizer) refuse_other_rules(tokenizer, path_of("%s/tokenizer.json", folder));
     if (json_get(files.config, "added_tokens_decoder")) return files; // says it all
@@ -3258,6 +3363,7 @@ static TokenizerFiles read_tokenizer_files(const char *folder, Json *tokenizer) 
     return files;
 }
 
+// Loads the tokenizer of a folder, from whichever of its files are there.
 static Tokenizer *load_tokenizer_folder(const char *folder) {
     const char *paths[2];
     if (!tokenizer_files(folder, paths))
@@ -3266,16 +3372,17 @@ static Tokenizer *load_tokenizer_folder(const char *folder) {
     Json *json = json_read_file(paths[0]), *config = json_read_if_there(path_of("%s/config.json", folder));
     TokenizerFiles files = read_tokenizer_files(folder, one_file ? json : NULL);
     const Json *vocabulary = one_file ? json_get(json_get(json, "model"), "vocab") : json;
-    Text lines = one_file ? merge_lines(json_get(json_get(json, "model"), "merges")) : read_file(paths[1]);
+    Text lines =
+        one_file ? merge_lines(json_get(json_get(json, "model"), "merges"), paths[0]) : read_file(paths[1]);
+    NamedTokens named = named_tokens(&files, folder);
     size_t added = json_count(json_get(files.tokenizer, "added_tokens")) + json_count(files.added) +
-                   json_count(json_get(files.config, "added_tokens_decoder")) +
-                   json_count(named_token(&files, "extra_special_tokens")) +
-                   json_count(named_token(&files, "additional_special_tokens"));
-    Tokenizer *t = tokenizer_new(json_count(vocabulary) + added + 7, most_merges(&lines));
+                   json_count(json_get(files.config, "added_tokens_decoder")) + named.size;
+    Tokenizer *t = tokenizer_new(json_count(vocabulary) + added, most_merges(&lines));
     load_vocabulary(t, vocabulary, paths[0]);
     load_merges(t, &lines, true, paths[1]);
     find_byte_ids(t, false, folder);
-    read_added_tokens(t, &files, folder);
+    t->base_size = t->vocab_size;
+    read_added_tokens(t, &files, &named, folder);
     t->end_of_text = id_of_task(t, &files, config, "eos_token");
     t->pad = id_of_task(t, &files, config, "pad_token");
     if (t->end_of_text < 0 && !named_token(&files, "eos_token")) t->end_of_text = *name_slot(t, END_OF_TEXT);
@@ -3285,12 +3392,13 @@ static Tokenizer *load_tokenizer_folder(const char *folder) {
     json_free(files.config);
     json_free(files.map);
     json_free(files.added);
+    free(named.items);
     free(lines.data);
     return t;
 }
 
-// The ids are the 256 bytes in the order of the characters that spell them ("!" is 0), the merges, and
-// <|endoftext|>, as in GPT-2.
+// Loads a merges file alone. Its tokens have GPT-2's order: the 256 bytes by the characters that spell them
+// ("!" is 0), the merges, <|endoftext|>.
 static Tokenizer *load_merges_file(const char *path) {
     if (ends_with(path, ".bin") || ends_with(path, ".tiktoken"))
         die("%s: is not a merges file; python3 data/convert.py %s FOLDER makes a folder of it", path, path);
@@ -3298,6 +3406,7 @@ static Tokenizer *load_merges_file(const char *path) {
     Tokenizer *t = tokenizer_new(256 + most_merges(&lines) + 1, most_merges(&lines));
     find_byte_ids(t, true, path);
     load_merges(t, &lines, false, path);
+    t->base_size = t->vocab_size;
     read_added(t, END_OF_TEXT, -1, NULL, true, path);
     t->end_of_text = t->pad = *name_slot(t, END_OF_TEXT);
     free(lines.data);
@@ -3333,10 +3442,11 @@ static void tokenizer_save(const Tokenizer *t, const char *folder) {
 // 12. Model folders
 // =====================================================================================================
 // A model is a folder as Hugging Face writes it: config.json, model.safetensors, vocab.json, merges.txt
-// and some small files for the tokenizer and generation. A checkpoint is such a folder and beside it
-// what training needs to go on. All but the weights is written back as it was read.
+// and some small files for the tokenizer and generation. A checkpoint is such a folder together with what
+// training needs to go on. Everything but the weights is written back as it was read.
 
 // ---- safetensors ----
+// The format of model.safetensors: named arrays, and a header that says where each one lies.
 //
 //     0        8                   8 + N
 //     +--------+-------------------+---------------------------------------------+
@@ -3360,7 +3470,7 @@ typedef struct {
     size_t count;
 } SafeTensors;
 
-// The bytes of one element, or 0 for a type that nobody knows.
+// The bytes of one element, or 0 for an unknown type.
 static size_t dtype_size(const char *dtype) {
     static const char *const names[] = {"F64",  "I64", "U64", "F32", "I32", "U32", "F16",
                                         "BF16", "I16", "U16", "I8",  "U8",  "BOOL"};
@@ -3369,7 +3479,7 @@ static size_t dtype_size(const char *dtype) {
     return 0;
 }
 
-// A non-negative whole number out of a header, or the end of the program.
+// A whole number of a header, not negative; ends the program when it is something else.
 static size_t json_size(const Json *node, const char *path, const char *name) {
     if (!node || node->kind != JSON_NUMBER || node->number < 0 || node->number > 0x1p53 ||
         node->number != floor(node->number))
@@ -3419,8 +3529,9 @@ static SafeTensors safetensors_open(const char *path) {
     file.header = json_parse(file.mapping.data + 8, (size_t)length, path);
     char *data = file.mapping.data + 8 + length;
     size_t data_size = file.mapping.size - 8 - (size_t)length, capacity = 0;
-    // The tensors fill the data without holes or overlaps exactly when each place but 0 where one begins is
-    // one where another ends, and each but the last the other way round: then begins and ends cancel out.
+    // Tensors without holes or overlaps: the first begins at 0, each other one where another ends, the last
+    // one ends at data_size. So a sum of hashes, of each end minus each beginning, must leave those of
+    // data_size and 0 only.
     uint64_t left = mix_bits(0) - mix_bits(data_size);
     if (file.header->kind != JSON_OBJECT) die("%s: the header must be a JSON object", path);
     for (const Json *entry = file.header->child; entry; entry = entry->next) {
@@ -3434,7 +3545,7 @@ static SafeTensors safetensors_open(const char *path) {
     return file;
 }
 
-// Frees the lists; the mapping stays when the caller has taken it over.
+// Frees a file's lists, and its mapping unless the caller keeps that.
 static void safetensors_close(SafeTensors *file, bool keep_mapping) {
     json_free(file->header);
     free(file->path);
@@ -3482,7 +3593,7 @@ static void safetensors_write(const char *path, const StoredTensor *tensors, siz
 
 // ---- model folders ----
 
-// The stored tensor of this name, which must have the shape of `tensor`, or the end of the program.
+// The stored tensor of this name. Ends the program when there is none, or its shape is not that of `tensor`.
 static StoredTensor *safetensors_need(const SafeTensors *file, const char *name, const Tensor *tensor) {
     StoredTensor *stored = safetensors_find(file, name);
     if (!stored) die("%s: tensor %s is missing", file->path, name);
@@ -3513,9 +3624,9 @@ static float widen(uint16_t bits, bool is_bf16) {
     return bits & 0x8000 ? -result.f : result.f;
 }
 
-// Gives every tensor of the model its value and closes the file. F32 tensors stay in its private mapping; F16
-// and BF16 are widened. A tensor that is missing, misshaped or unknown ends the program; stored
-// causal masks are passed over.
+// Gives every tensor of the model its value and closes the file. If all are F32, the values stay in the
+// mapping; F16 and BF16 become float32. A tensor that is missing, misshaped or unknown ends the program;
+// causal masks, which old files have, are ignored.
 static void model_load_values(Model *model, SafeTensors *file) {
     const char *path = file->path;
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
@@ -3602,10 +3713,10 @@ static Config config_read(const char *path) {
                     {"scale_attn_by_inverse_layer_idx", false},
                     {"add_cross_attention", false}};
     for (int i = 0; i < 3; i++)
-        if (json_is_true(json, switches[i].name, switches[i].value) != switches[i].value)
+        if (json_is_true(json, switches[i].name, switches[i].value, path) != switches[i].value)
             die("%s: %s %s is not supported", path, switches[i].name, switches[i].value ? "false" : "true");
     Config config = {.layer_norm_epsilon = (float)json_number(json, "layer_norm_epsilon", 1e-5, path),
-                     .tie_word_embeddings = json_is_true(json, "tie_word_embeddings", true)};
+                     .tie_word_embeddings = json_is_true(json, "tie_word_embeddings", true, path)};
     for (int i = 0; i < CONFIG_SIZES; i++) {
         double value = json_number(json, config_sizes[i].name, config_sizes[i].otherwise, path);
         if (!(value >= 0 && value < 0x1p30) || value != floor(value))
@@ -3628,7 +3739,7 @@ static float stored_float(const StoredTensor *tensor, size_t i) {
     return widen(bits, tensor->dtype[0] == 'B');
 }
 
-// Whether a file has both ends of the tie, with different values.
+// Whether a file has both wte.weight and lm_head.weight, and they differ.
 static bool head_differs(const SafeTensors *file) {
     const StoredTensor *wte = safetensors_find(file, "wte.weight"),
                        *head = safetensors_find(file, "lm_head.weight");
@@ -3640,7 +3751,7 @@ static bool head_differs(const SafeTensors *file) {
     return i < wte->count;
 }
 
-// Loads a model folder; its tokenizer is loaded apart, by tokenizer_load.
+// Loads the weights of a model folder. (tokenizer_load loads its tokenizer.)
 static Model *model_load(const char *folder) {
     const char *config = path_of("%s/config.json", folder),
                *weights = path_of("%s/model.safetensors", folder);
@@ -3651,6 +3762,11 @@ static Model *model_load(const char *folder) {
     Config read = config_read(config);
     if (!file_exists(weights)) die("%s: is missing", weights);
     SafeTensors file = safetensors_open(weights);
+    for (size_t i = 0; i < file.count; i++)
+        if (strstr(file.tensors[i].name, "module.") || strstr(file.tensors[i].name, "_orig_mod."))
+            die("%s: tensor %s: named by a wrapper of PyTorch's; this gives the names of GPT-2: python3 "
+                "data/convert.py %s FOLDER",
+                weights, file.tensors[i].name, folder);
     if (read.tie_word_embeddings && head_differs(&file)) {
         warn("%s: holds an lm_head.weight that is not wte.weight: it is used, as transformers does, though "
              "config.json says that they are tied",
@@ -3735,7 +3851,8 @@ static void keep_tokenizer(KeptFiles *files, const char *folder) {
     keep_file(files, folder, "vocab.bpe", "merges.txt");
 }
 
-// Keeps config.json, but for the type that it gives for the weights, which are written as float32.
+// Keeps config.json and generation_config.json. One word is changed: the type of the weights, which will be
+// float32.
 static void keep_config(KeptFiles *files, const char *folder) {
     static const char *const names[] = {"dtype", "torch_dtype"}; // of today and of before
     keep_file(files, folder, "config.json", "config.json");
@@ -3798,9 +3915,9 @@ static void save_tokenizer_config(const Tokenizer *tokenizer, int n_positions, c
     finish_file(file, path);
 }
 
-// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights, the files that
-// are kept, and what is missing besides when the model began at random or the tokenizer was a merges file
-// alone. tokenizer may be NULL.
+// Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights and the files
+// that are kept. Those that are missing are made: there are none if the model began at random, or the
+// tokenizer came from a merges file alone. tokenizer may be NULL.
 static void model_save(const Model *model, const Tokenizer *tokenizer, const KeptFiles *kept,
                        const char *folder) {
     const int end_of_text = tokenizer ? tokenizer->end_of_text : -1;
@@ -3818,8 +3935,8 @@ static void model_save(const Model *model, const Tokenizer *tokenizer, const Kep
 }
 
 // ---- checkpoints ----
-// OUT/checkpoint-000300 is a model folder with optimizer.safetensors and trainer_state.json. It is written
-// beside as OUT/checkpoint-000300.tmp and renamed when it is whole: whatever happens, the older one stays.
+// OUT/checkpoint-000300 is a model folder with optimizer.safetensors and trainer_state.json. It is written as
+// OUT/checkpoint-000300.tmp and renamed when it is whole: whatever happens, the one before it stays.
 
 // AdamW's moments, mapped privately from a checkpoint's optimizer.safetensors, which must have them all.
 static void model_load_moments(Model *model, const char *path) {
@@ -3918,8 +4035,8 @@ static void publish_model(const char *folder) {
 // =====================================================================================================
 // 13. Data
 // =====================================================================================================
-// Whatever the file, training sees examples: n tokens make n - 1 rows, row i reading token i and being scored
-// on token i + 1, unless that still belongs to the prompt.
+// Text comes in three kinds of files, and training wants one thing: examples. An example of n tokens makes
+// n - 1 rows: row i reads token i and is scored on token i + 1, unless that is part of the prompt.
 //   .txt    documents, separated by lines that are only <|endoftext|>. Each becomes the tokenizer's end of text
 //           and its tokens; the stream of them all is cut into windows of seq_len rows
 //   .bin    llm.c's token shards, such a stream already: 256 int32 of header [20240520, 1, count], then
@@ -3938,10 +4055,11 @@ typedef struct {
     int targets;  // how many of them are scored; never the first, which nothing predicts
 } Example;
 
-typedef struct { // the tokens of a file: in memory, or those of a shard where they lie on the disk
-    Ids ids;     // a token that is not scored is stored as ~id, a negative number
+// The tokens of a file: in memory, or, when it is a shard, mapped.
+typedef struct {
+    Ids ids; // a token that is not scored is stored as ~id, a negative number
     Mapping shard;
-    const uint16_t *shorts;
+    const uint16_t *shorts; // the tokens of the shard; NULL: there is none
 } Source;
 
 typedef struct {
@@ -3977,9 +4095,9 @@ static void add_windows(Dataset *data, size_t tokens, size_t seq_len) {
         dataset_add(data, start, tokens - start > seq_len ? seq_len + 1 : tokens - start);
 }
 
-// Finds the next line of text[from ...] that is only <|endoftext|>: returns where it starts, and in *end what
-// follows it. Without one both are `size`. `fresh`: text[from] begins a line. Unless the text is `whole`,
-// more may follow; when that must be read to tell, *end is 0.
+// Finds the next line of text[from ...] that is only <|endoftext|>: returns where the line starts, and in
+// *end where the next one does. If there is none, both are `size`. `fresh`: text[from] begins a line. Unless
+// the text is `whole`, more of it may follow; if the answer depends on that, *end is 0.
 static size_t find_separator(const char *text, size_t size, size_t from, bool fresh, bool whole,
                              size_t *end) {
     size_t at = from;
@@ -3994,38 +4112,68 @@ static size_t find_separator(const char *text, size_t size, size_t from, bool fr
     return *end = size;
 }
 
-// Ends the program when a text is not UTF-8: a file in another encoding would be trained on as garbage. Says
-// where, what it probably is, and the command that converts it.
-static void check_utf8(const Text *text, const char *path) {
-    const unsigned char *bytes = (const unsigned char *)text->data;
-    size_t at = 0, line = 1, nuls = 0, sampled = smaller(text->size, 1 << 12), windows = 0;
-    for (size_t i = 0; i < sampled; i++) nuls += bytes[i] == 0;
+// How far a file has been checked, which may be read in parts.
+typedef struct {
+    const char *path;
+    size_t byte, line;
+} Utf8Check;
+
+// Ends the program when the next part of a file is not UTF-8: text in another encoding would be trained on as
+// garbage. Says where, which encoding it probably is, and the command that converts it. Returns how many
+// bytes are checked: where the part ends inside a character, that one must be given again, unless this is the
+// `last`.
+static size_t check_utf8(Utf8Check *check, const char *text, size_t size, bool last) {
+    const unsigned char *bytes = (const unsigned char *)text;
+    size_t at = 0, nuls = 0, windows = 0, end = last ? size : utf8_whole(text, size);
     const char *probably = NULL;
-    if (text->size >= 2 && bytes[0] == 0xff && bytes[1] == 0xfe) probably = "UTF-16LE";
-    if (text->size >= 2 && bytes[0] == 0xfe && bytes[1] == 0xff) probably = "UTF-16BE";
-    if (!probably && nuls * 4 > sampled) probably = bytes[0] == 0 ? "UTF-16BE" : "UTF-16LE"; // no mark
-    for (unsigned code; at < text->size && !probably; line += bytes[at++] == '\n') {
-        while (at < text->size && bytes[at] < 0x80 && bytes[at] != '\n') at++;
-        size_t length = at < text->size ? (size_t)utf8_read(text->data + at, text->size - at, &code) : 1;
-        if (length == 0) break;
-        at += length - 1;
+    if (check->byte == 0) { // UTF-16 begins with a mark, or has many NULs
+        const size_t sampled = smaller(size, 1 << 12);
+        for (size_t i = 0; i < sampled; i++) nuls += bytes[i] == 0;
+        if (nuls * 4 > sampled) probably = bytes[0] == 0 ? "UTF-16BE" : "UTF-16LE";
+        if (size >= 2 && bytes[0] == 0xff && bytes[1] == 0xfe) probably = "UTF-16LE";
+        if (size >= 2 && bytes[0] == 0xfe && bytes[1] == 0xff) probably = "UTF-16BE";
     }
-    if (at >= text->size && !probably) return;
-    for (size_t i = at; i < text->size; i++) windows += bytes[i] >= 0x80 && bytes[i] < 0xa0;
+    for (unsigned code, length = 1; at < end && length > 0 && !probably; at += length) {
+        length = bytes[at] < 0x80 ? 1 : (unsigned)utf8_read(text + at, end - at, &code);
+        check->line += bytes[at] == '\n';
+    }
+    check->byte += at;
+    if (at == end && !probably) return end;
+    for (size_t i = at; i < size; i++) windows += bytes[i] >= 0x80 && bytes[i] < 0xa0;
     if (!probably) probably = windows > 0 ? "WINDOWS-1252" : "ISO-8859-1";
     die("%s: not UTF-8 at byte %zu, line %zu; probably %s: iconv -f %s -t UTF-8 '%s' > utf8.txt converts it",
-        path, at, line, probably, probably, path);
+        check->path, check->byte, check->line, probably, probably, check->path);
+}
+
+// The bytes of the mark with which a UTF-8 file may begin: 3 or 0.
+static size_t utf8_mark(const char *text, size_t size) {
+    return size >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
 }
 
 // Reads a text file that must be UTF-8; *start is behind a byte order mark, if there is one.
 static Text read_utf8_file(const char *path, const char **start) {
     Text text = read_file(path);
     text_append(&text, "", 0); // an empty file has data, too
-    check_utf8(&text, path);
-    *start = text.data + (strncmp(text.data, "\xef\xbb\xbf", 3) == 0 ? 3 : 0);
+    check_utf8(&(Utf8Check){path, 0, 1}, text.data, text.size, true);
+    *start = text.data + utf8_mark(text.data, text.size);
     return text;
 }
 
+// Ends the program when the model has no row in wte for one of these tokens. A tokenizer may know more tokens
+// than its model: added ones that the model was not resized for. They do no harm as long as no text has them.
+static void check_tokens(const Tokenizer *tokenizer, const Ids *ids, int vocab_size, const char *where) {
+    for (size_t i = 0; i < ids->size; i++) {
+        int token = ids->data[i] < 0 ? ~ids->data[i] : ids->data[i];
+        if (token >= vocab_size)
+            die("%s: holds the token \"%s\"%s, id %d, and the model's vocabulary ends at %d: resize the "
+                "model, "
+                "or name another token in tokenizer_config.json",
+                where, tokenizer->names[token],
+                token == tokenizer->end_of_text ? " (or a text ends with it)" : "", token, vocab_size - 1);
+    }
+}
+
+// Encodes a .txt file: each document begins with the end of text.
 static void load_text(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
     const char *start;
     Text text = read_utf8_file(path, &start);
@@ -4039,6 +4187,7 @@ static void load_text(Dataset *data, Source *source, const char *path, Tokenizer
     add_windows(data, source->ids.size, (size_t)seq_len);
 }
 
+// Maps a .bin file and checks that its tokens are below vocab_size.
 static void load_shard(Dataset *data, Source *source, const char *path, int seq_len, int vocab_size) {
     source->shard = map_file(path);
     const int32_t *header = (const int32_t *)source->shard.data;
@@ -4058,7 +4207,7 @@ static void load_shard(Dataset *data, Source *source, const char *path, int seq_
 static const char JSONL_SHAPES[] = "{\"prompt\": \"...\", \"completion\": \"...\"}, {\"text\": \"...\"} or "
                                    "{\"messages\": [...]} expected";
 
-// Ends the program with what to write in place of a line that is no example; says so for known mistakes.
+// Ends the program because a line is no example, and says what to write instead.
 static void __attribute__((noreturn)) refuse_line(const Json *line, const char *where) {
     static const char *const others[][2] = {{"instruction", "output"}, {"question", "answer"},
                                             {"input", "output"},       {"prompt", "response"},
@@ -4071,7 +4220,8 @@ static void __attribute__((noreturn)) refuse_line(const Json *line, const char *
     die("%s: %s", where, JSONL_SHAPES);
 }
 
-// Ends the program when a line begins what is no line of JSONL, but often taken for it.
+// Ends the program when a line shows that the file is not JSONL but one JSON array, or objects over several
+// lines.
 static void check_line(const char *line, size_t length, const char *path, const char *where) {
     size_t begin = strspn(line, " \t"), size = length;
     while (size > begin && strchr(" \t\r", line[size - 1])) size--;
@@ -4115,7 +4265,7 @@ static size_t encode_talk(Tokenizer *tokenizer, Ids *ids, const Json *messages, 
     return last;
 }
 
-// Appends the tokens of a line. Returns where the last text begins that is scored.
+// Appends the tokens of a line. Returns where its last scored text begins.
 static size_t encode_line(Tokenizer *tokenizer, Ids *ids, const Json *line, const char *where) {
     const Json *messages = json_get(line, "messages");
     const bool talk = !json_is_null(messages), text = !json_is_null(json_get(line, "text"));
@@ -4133,8 +4283,8 @@ static size_t encode_line(Tokenizer *tokenizer, Ids *ids, const Json *line, cons
     return scored;
 }
 
-// Adds the example ids[start ...], of which ids[scored ...] is the last text to learn. One that is too long
-// loses the beginning of what stands before that, far from the answer; then the end of the answer.
+// Adds the example ids[start ...], of which ids[scored ...] is the last text to learn. If it is too long, its
+// beginning is cut off, far from the answer; if that does not do, the end of the answer too.
 static void add_example(Dataset *data, size_t start, size_t scored, int seq_len, const char *where) {
     const Ids *ids = &data->sources[data->source_count - 1].ids;
     const size_t size = ids->size - start, room = (size_t)seq_len + 1, prompt = scored - start;
@@ -4153,6 +4303,7 @@ static void add_example(Dataset *data, size_t start, size_t scored, int seq_len,
     dataset_add(data, start + cut, smaller(size - cut, room));
 }
 
+// Encodes a .jsonl file, line by line.
 static void load_jsonl(Dataset *data, Source *source, const char *path, Tokenizer *tokenizer, int seq_len) {
     const char *at, *line;
     Text text = read_utf8_file(path, &at);
@@ -4186,12 +4337,11 @@ static glob_t find_files(const char *pattern) {
     return found;
 }
 
-// Says how many examples do not go into training as they stand.
+// Says how many examples were cut or left out.
 static void report_losses(const Dataset *data, int seq_len) {
     if (data->lost_end + data->lost_beginning + data->skipped == 0) return;
     warn("%s: %zu examples; cut to --seq-len %d: %zu lost the end of what is scored and the end of text, %zu "
-         "the "
-         "beginning of the prompt; %zu more skipped",
+         "the beginning of the prompt; %zu more skipped",
          data->path, data->count, seq_len, data->lost_end, data->lost_beginning, data->skipped);
 }
 
@@ -4216,6 +4366,7 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
             load_jsonl(data, source, path, tokenizer, seq_len);
         else
             load_text(data, source, path, tokenizer, seq_len);
+        if (!is_shard) check_tokens(tokenizer, &source->ids, vocab_size, path);
     }
     globfree(&found);
     report_losses(data, seq_len);
@@ -4632,13 +4783,20 @@ static void save_result(const Run *run) {
 
 // ---- what the loop does ----
 
+// The token from which a text begins when there is no prompt: the end of the text before it, or 0 where the model
+// has no such token.
+static int first_token(const Run *run) {
+    int end = run->tokenizer->end_of_text;
+    return end >= 0 && end < run->model->config.vocab_size ? end : 0;
+}
+
 // Shows what the model writes at the start of a text.
 static void print_sample(const Run *run) {
     Ids prompt = {0};
     Sample output = {0};
     Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
     if (!run->tokenizer) return;
-    ids_push(&prompt, run->tokenizer->end_of_text >= 0 ? run->tokenizer->end_of_text : 0);
+    ids_push(&prompt, first_token(run));
     end_progress();
     printf("--- sample at step %ld ---\n", run->step);
     generate(run->model, run->tokenizer, &prompt, (int)run->options->sample_tokens, 1, &run->ends, &sampling,
@@ -5203,9 +5361,9 @@ static const int *find_size(const char *name) {
 // Ends the program when a folder has weights in other formats only, and says how to convert them.
 static void refuse_other_formats(const char *folder) {
     static const char *const others[] = {"pytorch_model.bin", "pytorch_model.bin.index.json",
-                                         "model.safetensors.index.json"};
-    bool found = ends_with(folder, ".bin");
-    for (int i = 0; i < 3; i++) found = found || file_exists(path_of("%s/%s", folder, others[i]));
+                                         "model.safetensors.index.json", "ckpt.pt"};
+    bool found = ends_with(folder, ".bin") || ends_with(folder, ".pt");
+    for (int i = 0; i < 4; i++) found = found || file_exists(path_of("%s/%s", folder, others[i]));
     if (found && !file_exists(path_of("%s/model.safetensors", folder)))
         die("%s: weights in another format; this converts them: python3 data/convert.py %s FOLDER", folder,
             folder);
@@ -5222,9 +5380,9 @@ static Model *start_model(const Options *options, const int *size, const char *f
                           const Tokenizer *tokenizer) {
     if (!size) {
         Model *model = model_load(folder);
-        if (tokenizer && tokenizer->vocab_size > model->config.vocab_size)
+        if (tokenizer && tokenizer->base_size > model->config.vocab_size)
             die("the tokenizer has %d entries, the model only %d: it is not this model's own",
-                tokenizer->vocab_size, model->config.vocab_size);
+                tokenizer->base_size, model->config.vocab_size);
         return model;
     }
     Config config = {.vocab_size = tokenizer ? tokenizer->vocab_size : 50257,
@@ -5574,7 +5732,8 @@ static int run_generation(Options *options) {
     Ids prompt = {0};
     Sample *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
     tokenizer_encode(run.tokenizer, &prompt, text.data, text.size);
-    if (prompt.size == 0) ids_push(&prompt, tokenizer->end_of_text >= 0 ? tokenizer->end_of_text : 0);
+    check_tokens(tokenizer, &prompt, run.model->config.vocab_size, "--prompt");
+    if (prompt.size == 0) ids_push(&prompt, first_token(&run));
     Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed,
                          options->stop[0] ? options->stop : NULL};
     bool stream = options->samples == 1;
@@ -5642,20 +5801,19 @@ int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
 // C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
 // what the processor can do: every multiplication waits for memory. Four steps repair that.
 // 1. Registers. A tile of C (6 x 16 floats with AVX2: 12 vectors) stays in registers while k runs. One step
-//   of k
-//    loads 16 floats of B as 2 vectors and 6 single floats of A, and multiplies each with each: 8 loads for 96
-//    multiply-adds. The 12 sums are independent, so no addition waits for the one before it.
+//    of k loads 16 floats of B as 2 vectors and 6 single floats of A, and multiplies each with each: 8 loads
+//    for 96 multiply-adds. The 12 sums are independent, so no addition waits for the one before it.
 // 2. Cache. A panel is a strip of B, as wide as a tile and at most DEPTH deep. GROUP rows of A use it one
-//   after
-//    another. With AVX2 it has 24 KB and stays in the first-level cache; with AVX-512 it has 72 KB and stays in
-//    the second, where the block's other panels and the GROUP rows of A stay as well.
+//    after another. With AVX2 it has 24 KB and stays in the first-level cache; with AVX-512 it has 72 KB and
+//    stays in the second, where the block's other panels and the GROUP rows of A stay as well.
 // 3. Packing. The panels of a block are first copied into the order in which tiles read them: one stream, few
-//    pages. If B must be transposed, the copy does it. A is read in place, with two exceptions: when it must be
-//    transposed, and when its rows are a multiple of 4 KB apart and would push each other out of the cache.
-// 4. Threads. C is cut into blocks; each thread takes the next one when it is done with its last. Each
-//   element of C is summed over k = 0, 1, 2, ..., in pieces of at most DEPTH that are the same for every tile
-//   and thread. So the result does not depend on the number of threads. (After Goto and van de Geijn,
-//   "Anatomy of High-Performance Matrix Multiplication", 2008.)
+//    pages. If B must be transposed, the copy does it. A is read in place, with two exceptions: when it must
+//    be transposed, and when its rows are a multiple of 4 KB apart and would push each other out of the cache.
+// 4. Threads. C is cut into blocks; each thread takes the next one when it is done with its last.
+//
+// Each element of C is summed over k = 0, 1, 2, ..., in pieces of at most DEPTH that are the same for every
+// tile and thread. So the result does not depend on the number of threads. (After Goto and van de Geijn,
+// "Anatomy of High-Performance Matrix Multiplication", 2008.)
 
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 }; // 32 registers: 24 sums, 3 of B, 1 of A
@@ -5896,7 +6054,11 @@ static void matmul_builtin(Product p) {
 //    such a tile of A by one of B, and it takes both as they are packed for the pairs.
 // A processor without such an instruction splits each pair into two floats. With 32 vector registers
 // (AVX-512) that is about as fast as float32. With 16 it is slower: there the float32 product rounds what it
-// packs.
+// packs. The meaning is the same everywhere: exact products of rounded operands, summed in an order that
+// depends on the kind of processor and on the sizes, but not on the number of threads.
+//
+// What ran where: AVX512_BF16 and the float32 product on real processors (AMD Zen 4), the kernel for arm64 in
+// an emulator, the kernel for AMX with its instructions written out in plain C (dev/amx_emulation.h).
 
 typedef uint16_t BFloat16;
 typedef uint32_t __attribute__((may_alias)) BFloat16Pair; // the lower half comes first along k

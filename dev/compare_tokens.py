@@ -11,8 +11,7 @@ tokenizer_config.json. 20 texts full of these tokens must become the ids that Au
 those that it gives without added tokens, and the ids the same text.
 
 Vocabularies are learned here, small ones; every fortieth folder has GPT-2's own, where compare_tokenizer.py
-finds it. Left out, because the program does it differently: where the vocabulary has no <|endoftext|> and the
-folder does not name all of bos, eos and unk, AutoTokenizer makes <|endoftext|> a token with a new id. Of what differs, the smallest folder and text that still differ are printed, and kept in build/compare.
+finds it. Of what differs, the smallest folder and text that still differ are printed, and kept in build/compare.
 """
 
 import argparse
@@ -33,6 +32,7 @@ from tokenizers import AddedToken
 
 END = "<|endoftext|>"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+OTHER_NAMES = ("image_token", "user_token")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TEXTS = 20
 # fmt: off
@@ -148,13 +148,9 @@ def random_folder(rng, bases):
     tokens = random_tokens(rng, base)
     contents = [token["content"] for token in tokens] or ["<new>"]
     named = {}
-    for name, chance in zip(NAMES, (0.4, 0.6, 0.4, 0.1, 0.5, 0.1, 0.1)):
+    for name, chance in zip(NAMES + OTHER_NAMES, (0.4, 0.6, 0.4, 0.1, 0.5, 0.1, 0.1, 0.2, 0.1)):
         if rng.random() < chance:
-            named[name] = rng.choice(
-                contents + ["</s>", "<pad>", f"<{name}>"] + [END] * (END in base.vocabulary)
-            )
-    for name in NAMES[:3] if END not in base.vocabulary else ():
-        named.setdefault(name, f"<{name}>")  # or AutoTokenizer invents <|endoftext|>, see above
+            named[name] = rng.choice(contents + ["</s>", "<pad>", f"<{name}>", END])
     extra = [rng.choice(contents + ["<extra>", "<|more|>"]) for _ in range(rng.choice([0, 0, 0, 1, 3]))]
     return {
         "base": base,
@@ -167,6 +163,9 @@ def random_folder(rng, bases):
         ),
         "flags of named": rng.random() < 0.3,
         "unsaid": rng.random() < 0.3,
+        "map": rng.random() < 0.7,
+        "extra in": rng.choice(["config", "map", "both"]),
+        "extra as": rng.choice(["additional_special_tokens", "extra_special_tokens"]),
         "post_processor": rng.random() < 0.3,
         "clean": rng.random() < 0.3,
     }
@@ -196,7 +195,8 @@ def write_folder(folder, path):
         tokenizer = transformers.GPT2Tokenizer(vocab=base.vocabulary, merges=base.merges)
         tokenizer.add_tokens(added)
         tokenizer.add_special_tokens(
-            named | ({"extra_special_tokens": folder["extra"]} if folder["extra"] else {})
+            {name: content for name, content in named.items() if name in NAMES}
+            | ({"extra_special_tokens": folder["extra"]} if folder["extra"] else {})
         )
         tokenizer.save_pretrained(path)
         return
@@ -206,7 +206,9 @@ def write_folder(folder, path):
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": folder["clean"],
     }
-    config |= named | ({"additional_special_tokens": folder["extra"]} if folder["extra"] else {})
+    config |= named
+    if folder["extra"] and folder["extra in"] != "map":
+        config[folder["extra as"]] = folder["extra"]
     if folder["class"]:
         config["tokenizer_class"] = folder["class"]
     if folder["flags of named"]:
@@ -229,16 +231,17 @@ def write_folder(folder, path):
         write("merges.txt", base.merges_txt)
         new = {content: number for content, number in ids.items() if number >= len(base.vocabulary)}
         write("added_tokens.json", new if folder["unsaid"] else ids)
-        special_map = dict(named) | (
-            {"additional_special_tokens": folder["extra"]} if folder["extra"] else {}
-        )
+        special_map = {name: content for name, content in named.items() if name in NAMES}
+        if folder["extra"] and folder["extra in"] != "config":
+            special_map[folder["extra as"]] = folder["extra"]
         if folder["flags of named"]:
             special_map |= {
                 name: {key: value for key, value in flags_of[content].items() if key != "special"}
-                for name, content in named.items()
-                if content in flags_of
+                for name, content in special_map.items()
+                if name in NAMES and content in flags_of
             }
-        write("special_tokens_map.json", special_map)
+        if folder["map"]:
+            write("special_tokens_map.json", special_map)
     if folder["form"] in ("files with decoder", "all files"):
         config["added_tokens_decoder"] = {str(ids[token["content"]]): token for token in tokens}
     write("tokenizer_config.json", config)
@@ -401,7 +404,8 @@ def describe(folder):
     ]
     return (
         f"form {folder['form']!r}, class {folder['class']}, vocabulary of {len(folder['base'].vocabulary)}, "
-        f"named {folder['named']}, extra {folder['extra']}, flags of named {folder['flags of named']}, "
+        f"named {folder['named']}, extra {folder['extra']} in {folder['extra in']} as {folder['extra as']}, "
+        f"map {folder['map']}, flags of named {folder['flags of named']}, "
         f"unsaid {folder['unsaid']}, added: {'; '.join(tokens[:40])}"
     )
 
