@@ -885,8 +885,8 @@ static void attention_forward(const Attention *a) {
 // because out is itself a sum over p: sum over j of p[i, j] (dout[i] · v[j]) = dout[i] · out[i].
 // With dropout, out was made of p · factor: dv uses p · factor, and dp[i, j] = factor · (dout[i] · v[j]).
 //
-// This function does one tile of queries and one block of keys: it adds their part to dk and dv, and to dq,
-// which the first block overwrites.
+// This function does one tile of queries and one block of keys, which begin at rows `begin` and `block` of
+// the sequence: it adds their part to dk and dv, and to dq, which the first block overwrites.
 //   mean_dp (queries); p, dscore: scratch for (queries, keys); dscore holds dp at first
 static void attention_backward_tile(const Attention *a, float *dqkv, const float *dout, int s, int head,
                                     int begin, int block, const float *mean_dp, float *p, float *dscore) {
@@ -990,7 +990,7 @@ static void gelu_backward(float *dy, float *x, size_t size) {
 //   dlogit[r, v] = loss_scale · (softmax(logit[r])[v] - (v == target[r]))
 //   With loss_scale = 1 / (targets of the update) this is the gradient of the mean loss (section 8).
 //   correct[r]: the target's logit is higher than all others
-//   logits (R, V) become dlogits when `backward`; target, loss, correct (R)
+//   logits (R, V) become dlogits when `backward`, and are of no use otherwise; target, loss, correct (R)
 static void cross_entropy(float *logits, float *loss, bool *correct, const int *target, bool backward,
                           float loss_scale, int R, int V) {
 #pragma omp parallel for
@@ -2455,9 +2455,9 @@ static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sa
 }
 
 // Continues the prompt by up to `count` tokens, in `samples` different ways at once, in outputs[0] to
-// outputs[samples - 1], which are empty before. A sample ends at one of the ids in `ends` or at sampling->stop. When the
-// context is full, the model goes on with its last half. Without a tokenizer there is no text, only ids; with
-// one, a single sample is printed as it comes.
+// outputs[samples - 1], which are empty before. A sample ends at one of the ids in `ends` or at
+// sampling->stop. When the context is full, the model goes on with its last half. Without a tokenizer there
+// is no text, only ids; with one, a single sample is printed as it comes.
 static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
                      int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
     const Config *config = &model->config;
@@ -3579,7 +3579,7 @@ static void safetensors_write(const char *path, const StoredTensor *tensors, siz
         fprintf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
     }
     fprintf(text, "}");
-    fflush(text);
+    if (fflush(text) != 0) die("out of memory for the header of %s", path); // now `size` is known
     fprintf(text, "%*s", (int)(-(8 + size) % 64), "");
     if (fclose(text) != 0) die("out of memory for the header of %s", path);
     uint64_t length = size;
@@ -4018,7 +4018,7 @@ static void publish_model(const char *folder) {
     sync_folder(folder);
     for (int i = 0; i < TOKENIZER_NAMES; i++) // an earlier model's would be read in place of the new ones
         if (!file_exists(path_of("%s/%s", from, tokenizer_names[i])))
-            unlink(path_of("%s/%s", folder, tokenizer_names[i]));
+            remove_folder(path_of("%s/%s", folder, tokenizer_names[i]));
     DIR *files = opendir(from);
     if (!files) die("%s: cannot be read: %s", from, strerror(errno));
     errno = 0;
@@ -4783,8 +4783,8 @@ static void save_result(const Run *run) {
 
 // ---- what the loop does ----
 
-// The token from which a text begins when there is no prompt: the end of the text before it, or 0 where the model
-// has no such token.
+// The token from which a text begins when there is no prompt: the end of the text before it, or 0 where the
+// model has no such token.
 static int first_token(const Run *run) {
     int end = run->tokenizer->end_of_text;
     return end >= 0 && end < run->model->config.vocab_size ? end : 0;
@@ -6660,8 +6660,11 @@ static void choose_matmul(Options *options) {
             builtin_is_better(openblas_get_corename(), openblas_get_parallel(), omp_get_max_threads())
                 ? BUILTIN_CHOICE
                 : OPENBLAS_CHOICE;
-    if (openblas_get_parallel() == 1) // a pool of threads of its own, which would fight with OpenMP's
-        openblas_set_num_threads(1);
+    bool own_threads = openblas_get_parallel() == 1; // a pool that would fight with OpenMP's
+#ifndef _OPENMP
+    own_threads = true; // this program is built for one core, whatever OpenBLAS is built for
+#endif
+    if (own_threads) openblas_set_num_threads(1);
 #endif
 #ifdef USE_CBLAS
     if (options->matmul == AUTO_CHOICE) options->matmul = OPENBLAS_CHOICE;
