@@ -2538,12 +2538,11 @@ static void sample_free(Sample *sample) {
 
 // ---- names, lines, whole files ----
 
-// printf for names of files. The result need not be freed: it lies in one of 16 places that are used in turn,
-// so it is overwritten when 16 more names have been made.
-static const char *__attribute__((format(printf, 1, 2))) path_of(const char *format, ...) {
-    static char places[16][PATH_MAX];
-    static unsigned used;
-    char *path = places[used++ % 16];
+// printf for names of files. The name lives in an array of its own until the end of the block in which path_of
+// stands, so it need not be freed; what must live longer is copied.
+#define path_of(...) print_path((char[PATH_MAX]){""}, __VA_ARGS__)
+
+static const char *__attribute__((format(printf, 2, 3))) print_path(char *path, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     if (vsnprintf(path, PATH_MAX, format, arguments) >= PATH_MAX)
@@ -3329,12 +3328,12 @@ static int id_of_task(const Tokenizer *t, const TokenizerFiles *files, const Jso
 }
 
 // The files of a tokenizer in a folder, vocabulary first: one of three pairs; false when it has none of them.
-static bool tokenizer_files(const char *folder, const char *files[2]) {
+static bool tokenizer_files(const char *folder, char files[2][PATH_MAX]) {
     static const char *const pairs[][2] = {
         {"tokenizer.json", "tokenizer.json"}, {"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}};
     for (int i = 0; i < 3; i++) {
-        files[0] = path_of("%s/%s", folder, pairs[i][0]);
-        files[1] = path_of("%s/%s", folder, pairs[i][1]);
+        print_path(files[0], "%s/%s", folder, pairs[i][0]);
+        print_path(files[1], "%s/%s", folder, pairs[i][1]);
         if (file_exists(files[0]) && file_exists(files[1])) return true;
     }
     return false;
@@ -3365,7 +3364,7 @@ static TokenizerFiles read_tokenizer_files(const char *folder, Json *tokenizer) 
 
 // Loads the tokenizer of a folder, from whichever of its files are there.
 static Tokenizer *load_tokenizer_folder(const char *folder) {
-    const char *paths[2];
+    char paths[2][PATH_MAX];
     if (!tokenizer_files(folder, paths))
         die("%s: expected vocab.json and merges.txt (or tokenizer.json) in this folder", folder);
     const bool one_file = strcmp(paths[0], paths[1]) == 0;
@@ -3959,9 +3958,7 @@ static void model_load_moments(Model *model, const char *path) {
     safetensors_close(&file, true);
 }
 
-static const char *checkpoint_path(const char *out, long step) {
-    return path_of("%s/checkpoint-%06ld", out, step);
-}
+#define checkpoint_path(out, step) path_of("%s/checkpoint-%06ld", out, (long)(step))
 
 // The steps of all whole checkpoints in a folder, ascending; *count tells how many. A folder that is not
 // there has none; one that cannot be read ends the program.
@@ -5371,7 +5368,7 @@ static void refuse_other_formats(const char *folder) {
 
 // The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
 static Tokenizer *load_tokenizer(const char *given, const char *folder) {
-    const char *files[2];
+    char files[2][PATH_MAX];
     return *given ? tokenizer_load(given) : tokenizer_files(folder, files) ? tokenizer_load(folder) : NULL;
 }
 
