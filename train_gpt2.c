@@ -6040,15 +6040,12 @@ static void matmul_builtin(Product p) {
 // What that brings depends on the processor. All of it rests on one idea, the pair: two neighbours along k
 // stand side by side in 32 bits, where one float was before.
 // 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum. A step
-//   is
-//    now two k long; the tiles of section 16 stay as they are.
+//    is now two k long; the tiles of section 16 stay as they are.
 // 2. Packing once. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels.
-//   The
-//    tiles need only half the time now, and a copy for each block would weigh twice as much as before. So all
-//    threads share the copying, then all share the blocks.
+//    The tiles need only half the time now, and a copy for each block would weigh twice as much as before. So
+//    all threads share the copying, then all share the blocks.
 // 3. Whole tiles (AMX, in Xeons since 2023). Its registers hold 16 rows of 16 pairs. One instruction
-//   multiplies
-//    such a tile of A by one of B, and it takes both as they are packed for the pairs.
+//    multiplies such a tile of A by one of B, and it takes both as they are packed for the pairs.
 // A processor without such an instruction splits each pair into two floats. With 32 vector registers
 // (AVX-512) that is about as fast as float32. With 16 it is slower: there the float32 product rounds what it
 // packs. The meaning is the same everywhere: exact products of rounded operands, summed in an order that
