@@ -4659,10 +4659,11 @@ static void begin_log(const Run *run) {
     rewind(run->log);
     if (run->step > 0) read_stream(&old, run->log, "log.csv");
     const char *at = old.data, *line;
-    size_t length, kept = 0; // bytes of the lines that stay: whole ones, in order; atol() of the header is 0
+    size_t length, kept = 0; // bytes of the lines that stay: whole ones, in order
     while (old.size > 0 && next_line(&at, old.data + old.size, &line, &length) && at[-1] == '\n') {
         bool evaluation = memmem(line, length, ",val,", 5) != NULL;
-        if (atol(line) > (evaluation ? run->evaluated_step : run->step)) break;
+        long step = isdigit((unsigned char)*line) ? atol(line) : 0; // 0: the header
+        if (step > (evaluation ? run->evaluated_step : run->step)) break;
         kept = (size_t)(at - old.data);
     }
     free(old.data);
@@ -5089,6 +5090,15 @@ static void set_defaults(Options *options) {
         if (option->name && option->kind != FLAG) set_option(options, option, option->initial, false);
 }
 
+// The items of a list side by side, a copy.
+static char *joined(const Patterns *list) {
+    size_t length = 1;
+    for (size_t i = 0; i < list->size; i++) length += strlen(list->items[i]) + 1;
+    char *text = xmalloc(length), *end = text;
+    for (size_t i = 0; i < list->size; i++) end += sprintf(end, "%s%s", i ? " " : "", list->items[i]);
+    return text;
+}
+
 // The value of an option, as text that set_option() takes (but for a LIST, whose items stand side by side).
 static char *option_text(const Options *options, const Option *option) {
     const char *field = (const char *)options + option->field;
@@ -5097,15 +5107,12 @@ static char *option_text(const Options *options, const Option *option) {
     if (option->kind == COUNT) return xprintf("%ld", *(const long *)field);
     if (option->kind == WORD) return xstrdup(*(const char *const *)field);
     if (option->kind == CHOICE) return choice_word(option, *(const long *)field);
-    char *text = option->kind == REAL ? NULL : xstrdup(list->size ? list->items[0] : "none");
-    for (int digits = 1; option->kind == REAL; digits++) { // the fewest that give the same number
-        text = xprintf("%.*g", digits, *(const double *)field);
-        if (digits == 17 || strtod(text, NULL) == *(const double *)field) break;
+    if (option->kind == LIST) return list->size ? joined(list) : xstrdup("none");
+    for (int digits = 1;; digits++) { // the fewest that give the same number
+        char *text = xprintf("%.*g", digits, *(const double *)field);
+        if (digits == 17 || strtod(text, NULL) == *(const double *)field) return text;
         free(text);
     }
-    for (size_t i = 1; option->kind == LIST && i < list->size; i++)
-        text = xprintf("%s %s", text, list->items[i]);
-    return text;
 }
 
 // What a checkpoint remembers: "--name=value" for each option that has another value than its default.
