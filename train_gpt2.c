@@ -6395,8 +6395,8 @@ static size_t copy_count = 0, copy_capacity = 0;
 
 // The copy of the array in which B lies; NULL when there is none.
 static const Copy *find_copy(const float *B) {
-    for (const Copy *copy = copies; copy < copies + copy_count; copy++)
-        if (B >= copy->from && B < copy->from + copy->size) return copy;
+    for (size_t i = 0; i < copy_count; i++)
+        if (B >= copies[i].from && B < copies[i].from + copies[i].size) return &copies[i];
     return NULL;
 }
 
