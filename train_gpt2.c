@@ -34,8 +34,7 @@
 // - A d in front of a name means gradient: dx is d(loss)/dx, how much the loss grows when x grows. It has the
 //   shape of x. X_forward computes a layer; X_backward receives the gradient of the layer's output and
 //   computes the gradients of its inputs and weights.
-// - NULL for an array means not wanted, or not there. The gradient of a frozen tensor, one that
-//   is not trained, is NULL.
+// - NULL for an array means not wanted, or not there. Frozen tensors, those not trained, have gradient NULL.
 // - A function whose name begins with a type's name works on that type: batch_clear(), model_free(). What a
 //   function returns in fresh memory belongs to the caller: X_free() or free() releases it.
 // - die() ends the program with one line on stderr. It is for whatever the outside world does wrong. assert()
@@ -93,6 +92,9 @@ static void omp_set_num_threads(int n) { (void)n; }
 #elif defined(USE_CBLAS)
 #include <cblas.h>
 #endif
+#if defined(USE_MPI)
+#include <mpi.h>
+#endif
 
 // #####################################################################################################
 // PART I. GPT-2
@@ -132,8 +134,7 @@ static void omp_set_num_threads(int n) { (void)n; }
 //
 // Three words have two meanings. The head is the last matrix, (V, C); an attention head is one of NH parts of
 // attention. A block is one of the L; a block of keys is at most 256 keys. A layer is a step of the
-// computation such as layernorm (section 5); in names that files share (n_layer, `layer`) it is the number of
-// a block.
+// computation such as layernorm (section 5); in names from files (n_layer, `layer`) it is a block's number.
 //
 // On a first reading, read the comment on matmul at the end of section 1, then go on at section 3.
 
@@ -157,10 +158,10 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) 
     va_end(arguments);
 }
 
-// Both end the program. die (status 1): a file, the machine or a number is bad. die_usage (status 2): the
-// command line is wrong.
-#define die(...) (warn(__VA_ARGS__), exit(1))
-#define die_usage(...) (warn(__VA_ARGS__), exit(2))
+// Both end the program. die (status 1): a file, the machine or a number is bad. die_usage (2): the command is.
+static void __attribute__((noreturn)) end_program(int status); // exit(), for all ranks (Part IV)
+#define die(...) (warn(__VA_ARGS__), end_program(1))
+#define die_usage(...) (warn(__VA_ARGS__), end_program(2))
 
 static void *xrealloc(void *pointer, size_t size) {
     void *result = realloc(pointer, size ? size : 1);
@@ -246,14 +247,12 @@ static float largest_of(const float *x, int n); // the largest of x[0 .. n - 1].
 // =====================================================================================================
 // 2. Random numbers
 // =====================================================================================================
-// Training needs chance in three places: initial parameters, the order of examples (the texts to learn from),
-// and dropout (section 5). Usual generators
-// have a state that each draw changes. These have none. A random stream is an endless sequence of draws,
-// named by a number, and its draw number `index` is a pure function of both. So any draw can be made again,
-// by any thread, and after an interruption.
+// Training needs chance in three places: initial parameters, the order of examples (the texts to learn
+// from), and dropout (section 5). Usual generators have a state that each draw changes. These have none. A
+// random stream is an endless sequence of draws, named by a number, and its draw number `index` is a pure
+// function of both. So any draw can be made again, by any thread, and after an interruption.
 
-// A hash: each bit of x changes about half the bits of the result. The constants are those of SplitMix64
-// (Steele, Lea, Flood 2014).
+// A hash: each bit of x changes about half the bits of the result. From SplitMix64 (Steele et al. 2014).
 static uint64_t mix_bits(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -378,8 +377,7 @@ static Tensor *model_tensor(const Model *model, int kind, int layer) {
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
-// The head (V, C). When it is tied, it is wte itself: the same rows turn tokens into vectors and compute the
-// logits.
+// The head (V, C). When it is tied, it is wte itself: the same rows turn tokens into vectors and make logits.
 static Tensor *model_head(const Model *model) {
     return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
@@ -435,8 +433,7 @@ static void model_allocate_values(Model *model) {
     }
 }
 
-// A model to be trained from nothing. The same seed gives the same values, up to the last digits of libm's
-// log.
+// A model to be trained from nothing. The same seed gives the same values, but for the last digits of log.
 static void model_initialise(Model *model, uint64_t seed) {
     model_allocate_values(model);
     for (int i = 0; i < model->tensor_count; i++) {
@@ -531,6 +528,7 @@ typedef struct {
     int *token;     // (rows)
     int *position;  // (rows) counts the tokens of the sequence: 0, 1, 2, ...
     int *target;    // (rows) the token to predict here, or -1: not scored
+    size_t *number; // (rows) tells rows of an update apart, in whichever batch they are; NULL: 0, 1, 2, ...
     size_t row_capacity, sequence_capacity;
 } Batch;
 
@@ -544,6 +542,7 @@ static void batch_free(Batch *batch) {
     free(batch->token);
     free(batch->position);
     free(batch->target);
+    free(batch->number);
     *batch = (Batch){0};
 }
 
@@ -593,22 +592,26 @@ static void batch_end_sequence(Batch *batch) {
 // as it was (Srivastava et al. 2014). It is used in training only, and it is off by default.
 //   y = x · keep / (1 - p),   keep = 0 with probability p, else 1
 // Which numbers are hidden is a pure function of random stream and index. So the backward pass draws the same
-// choice again, and no mask is stored.
+// choice again, and no mask is stored. The index counts from the row's number in the update.
 typedef struct {
     float probability; // 0: no dropout
     uint64_t stream;
+    const size_t *number; // Batch's
 } Dropout;
 
 static inline float dropout_factor(Dropout dropout, uint64_t index) {
     return random_uniform(dropout.stream, index) < dropout.probability ? 0 : 1 / (1 - dropout.probability);
 }
 
+static inline size_t row_number(Dropout d, int r) { return d.number ? d.number[r] : (size_t)r; }
+
 // y = residual + dropout(x), where the residual is the stream that x joins; NULL for none. y may be x. All
 // (R, C). Backward: dx = dropout(dy), which is the same function with the same Dropout.
 static void dropout_add(float *y, const float *residual, const float *x, Dropout dropout, int R, int C) {
 #pragma omp parallel for
-    for (size_t i = 0; i < (size_t)R * C; i++)
-        y[i] = (residual ? residual[i] : 0) + x[i] * dropout_factor(dropout, i);
+    for (int r = 0; r < R; r++)
+        for (size_t c = 0, i = (size_t)r * C, index = row_number(dropout, r) * C; c < (size_t)C; c++, i++)
+            y[i] = (residual ? residual[i] : 0) + x[i] * dropout_factor(dropout, index + c);
 }
 
 // ---- embedding ----
@@ -778,8 +781,7 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 // One row of qkv, for example with C = 4, NH = 2, HS = 2, where h0 and h1 are the heads:
 //     q: h0 h0 h1 h1   k: h0 h0 h1 h1   v: h0 h0 h1 h1
 // The head's query in row r is at qkv + r · 3C + head · HS, its key C floats after that, its value 2C after.
-// So one head's queries are a matrix (rows, HS) whose stored rows have 3C floats, and matmul takes it as it
-// is.
+// So one head's queries are a matrix (rows, HS) with stored rows of 3C floats, and matmul takes it as it is.
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
 
 // Where keys and values are. In training they stand in qkv, beside the queries, and a place is a row. When
@@ -813,8 +815,8 @@ static size_t attention_scratch(int longest) {
 // Multiplies p (keys) of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
 // Each (row, head, key) has an index of its own: a sequence has at most 2^20 keys.
 static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
-    uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
     if (dropout.probability == 0) return;
+    uint64_t index = ((uint64_t)row_number(dropout, row) * NH + head) << 20 | (uint64_t)first_key;
     for (int j = 0; j < keys; j++) p[j] *= dropout_factor(dropout, index + (uint64_t)j);
 }
 
@@ -1015,8 +1017,7 @@ static void cross_entropy(float *logits, float *loss, bool *correct, const int *
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
-// The layers in the order that makes them GPT-2 (Radford et al. 2019). The page at the start of Part I shows
-// it.
+// The layers in the order that makes them GPT-2 (Radford et al. 2019), as the start of Part I shows it.
 //
 // Since x is only added to, its gradient has one path back that no block weakens. For y = x + f(x) with dy =
 // 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; even where f has slope 0, the 0.5 arrives. That
@@ -1333,8 +1334,7 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
     layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
                        b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
 
-    // middle = x + dropout(attention(qkv) · c_proj + bias): here d_normed holds the gradient of attention's
-    // output
+    // middle = x + dropout(attention(qkv) · c_proj + bias): d_normed gets the gradient of attention's output
     if (dropout.probability > 0)
         dropout_add(d_projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
     linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_projected,
@@ -1357,8 +1357,7 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
 // An update may be made of several batches, and then their gradients add up. The first batch overwrites each
 // gradient (accumulate is false), the others add: no time is lost with clearing half a gigabyte. Only
 // embedding_backward cannot overwrite, because it adds row by row. So wpe's gradient is cleared before it,
-// and wte's too, unless the head is tied to wte: then head_backward has already overwritten it with the
-// head's part.
+// and wte's too, unless the head is tied to wte: head_backward has already overwritten it with its own.
 static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float loss_scale,
                                      bool accumulate, Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
@@ -1442,8 +1441,7 @@ static double gradient_norm(const Model *model, const Tensor **not_finite) {
     return sqrt(total);
 }
 
-// The factor that brings the norm down to `largest` (0: no limit). PyTorch's clip_grad_norm_ has the same
-// 1e-6.
+// The factor that brings the norm down to `largest` (0: no limit), with PyTorch's 1e-6 (clip_grad_norm_).
 static float clip_factor(double norm, double largest) {
     return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
 }
@@ -1500,8 +1498,7 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
 // 8. One training step
 // =====================================================================================================
 // Everything comes together: forward, backward, update. A step may look at more examples than memory allows
-// at once. Then they come as several batches, called micro-batches, whose gradients add up before the one
-// update.
+// at once. Then they come as several batches, called micro-batches, whose gradients add up before the update.
 
 typedef struct {
     double loss;     // mean over the scored rows
@@ -1510,10 +1507,13 @@ typedef struct {
     size_t rows, targets;
 } Update;
 
-// Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over the scored rows of all
-// of them together, so without dropout, whose choices depend on the micro-batch, it does not matter how
-// examples fall into them. When nothing is scored, nothing changes and targets is 0. The program ends before
-// the update when the loss or a gradient is not finite.
+// Several processes, called ranks, may share out an update's examples (Part IV). Alone these change nothing.
+static double sum_over_ranks(double x);
+static void sum_gradients_over_ranks(const Model *model);
+
+// Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over all scored rows, those
+// of all ranks: how examples fall into batches does not matter. When nothing is scored, nothing changes and
+// targets is 0. The program ends before the update when the loss or a gradient is not finite.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
                           const Hyperparameters *h, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
@@ -1523,18 +1523,21 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
         update.targets += (size_t)batches[i].targets;
         update.rows += (size_t)batches[i].rows;
     }
+    update.targets = (size_t)sum_over_ranks((double)update.targets);
+    update.rows = (size_t)sum_over_ranks((double)update.rows);
     if (update.targets == 0) return update;
 
     // Forward and backward: the first micro-batch overwrites the gradients, the others add to them.
     const uint64_t stream = random_stream(h->seed, 0x64726f70u + (uint64_t)step); // "drop"
     for (long i = 0; i < count; i++) {
-        const Dropout dropout = {h->dropout, random_stream(stream, (uint64_t)i)};
+        const Dropout dropout = {h->dropout, stream, batches[i].number};
         activations_reserve(a, model, batches[i].rows, h->keep);
         loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
         for (int j = 0; j < batches[i].targets; j++) correct += a->correct[j];
     }
-    update.loss = loss / (double)update.targets;
-    update.accuracy = (double)correct / (double)update.targets;
+    sum_gradients_over_ranks(model);
+    update.loss = sum_over_ranks(loss) / (double)update.targets;
+    update.accuracy = sum_over_ranks((double)correct) / (double)update.targets;
 
     // Stop if the loss or a gradient is infinite or not a number: a model does not recover from that.
     const Tensor *not_finite = NULL;
@@ -4451,6 +4454,208 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
 // finish the step and save. A checkpoint holds all that must survive an interruption. Everything else follows
 // from the options and the step.
 
+// ---- ranks ----
+// One model can be trained by several processes, on one machine or on many: `make MPI=1`, then `mpirun -np 8
+// --hostfile hosts ./train_gpt2 ...`. MPI, the Message Passing Interface, calls such a process a rank and
+// numbers them from 0. All ranks hold the whole model and do the same, with one exception: of an update's
+// examples each rank takes every N-th. MPI_Allreduce then gives every rank the sum of all gradients, so all
+// take the same AdamW step, and their parameters stay equal without ever being sent. Rank 0 alone speaks and
+// writes files. The result is the same for any number of ranks, but for rounding.
+//
+// The functions marked (all ranks) talk: each rank must call them in the same order, or all wait for ever. So
+// whatever decides about a call must be equal everywhere: options and data, which are compared at the start,
+// sums, and signals, which are agreed upon. Without MPI there is one rank, and they do nothing.
+
+static int this_rank = 0, rank_count = 1, machine_count = 1;
+
+// (all ranks) The largest x of all ranks.
+static long largest_over_ranks(long x) {
+#ifdef USE_MPI
+    if (rank_count > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
+#endif
+    return x;
+}
+
+// (all ranks) The sum of all ranks' x.
+static double sum_over_ranks(double x) {
+#ifdef USE_MPI
+    if (rank_count > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+#endif
+    return x;
+}
+
+// (all ranks) Each gradient becomes the sum of all ranks' gradients: the same bits on each. They lie one
+// behind another (model_allocate_training), so they are summed as one array, in pieces, since MPI counts in int.
+static void sum_gradients_over_ranks(const Model *model) {
+#ifdef USE_MPI
+    float *begin = NULL, *end = NULL;
+    for (int i = 0; i < model->tensor_count && rank_count > 1; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        if (!tensor->gradient) continue;
+        if (!begin) begin = tensor->gradient;
+        end = tensor->gradient + tensor->size;
+    }
+    for (size_t n; begin < end; begin += n) {
+        n = smaller((size_t)(end - begin), (size_t)1 << 30);
+        MPI_Allreduce(MPI_IN_PLACE, begin, (int)n, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+    }
+#endif
+    (void)model;
+}
+
+// A number that is almost surely another one when a byte differs.
+static uint64_t hash_of(const void *bytes, size_t size) {
+    uint64_t sum = size;
+#pragma omp parallel for reduction(+ : sum)
+    for (size_t i = 0; i < size; i += 4) {
+        uint32_t word = 0;
+        memcpy(&word, (const char *)bytes + i, smaller(4, size - i));
+        sum += random_bits(word, i);
+    }
+    return sum;
+}
+
+// (all ranks) Ends the program unless all ranks have the same hash of `what`; `advice` says what to do then.
+static void need_same(const char *what, uint64_t hash, const char *advice) {
+#ifdef USE_MPI
+    uint64_t first = hash;
+    if (rank_count == 1) return;
+    MPI_Bcast(&first, 1, MPI_UINT64_T, 0, MPI_COMM_WORLD);
+    if (sum_over_ranks(first != hash) == 0) return;
+    if (first != hash) die("%s: not the same as on rank 0; %s", what, advice);
+    MPI_Barrier(MPI_COMM_WORLD); // waits until those that differ have ended all
+#endif
+    (void)what, (void)hash, (void)advice;
+}
+
+// (all ranks) Compares weights and moments.
+static void need_same_model(const Model *model) {
+    uint64_t hash = 0;
+    for (int i = 0; i < model->tensor_count && rank_count > 1; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        const float *const arrays[] = {tensor->value, tensor->exp_avg, tensor->exp_avg_sq};
+        for (int a = 0; a < 3 && arrays[a]; a++)
+            hash = random_bits(hash, hash_of(arrays[a], tensor->size * sizeof(float)));
+    }
+    need_same("the model", hash,
+              "start all ranks from the same files; --resume goes on from the last checkpoint");
+}
+
+// Lists in *share what this rank takes of examples begin .. end - 1 of the list `order` (NULL: of the file):
+// every N-th. Returns how many.
+static size_t take_share(const size_t *order, size_t begin, size_t end, size_t **share) {
+    size_t count = 0;
+    *share = xmalloc((end - begin) * sizeof **share);
+    for (size_t i = begin + (size_t)this_rank; i < end; i += (size_t)rank_count)
+        (*share)[count++] = order ? order[i] : i;
+    return count;
+}
+
+// The cores of a machine are shared out evenly among its ranks when more than one rank may use a core: two
+// ranks on one core would each wait for the other. Open MPI by itself binds each of two ranks to a single
+// core, and of more to a socket: unless its --bind-to is given, what mpirun itself may use counts. Each rank
+// has as many threads as cores, if neither --threads nor OMP_NUM_THREADS says another number.
+static void share_cores(void) {
+#if defined(USE_MPI) && defined(__linux__)
+    int running = 0, rank_here, ranks_here;
+    MPI_Comm here;
+    cpu_set_t mine, all;
+    MPI_Initialized(&running);
+    if (!running || getenv("OMP_PROC_BIND") || sched_getaffinity(0, sizeof mine, &mine) != 0) return;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, this_rank, MPI_INFO_NULL, &here);
+    MPI_Comm_rank(here, &rank_here);
+    MPI_Comm_size(here, &ranks_here);
+    machine_count = (int)sum_over_ranks(rank_here == 0);
+    const bool by_default =
+        getenv("OMPI_COMM_WORLD_SIZE") != NULL && getenv("OMPI_MCA_hwloc_base_binding_policy") == NULL;
+    if (!by_default || sched_getaffinity(getppid(), sizeof all, &all) != 0) all = mine;
+    int bound = CPU_COUNT(&mine);
+    MPI_Allreduce(MPI_IN_PLACE, &bound, 1, MPI_INT, MPI_SUM, here);
+    MPI_Allreduce(MPI_IN_PLACE, &all, sizeof all, MPI_BYTE, MPI_BOR, here);
+    MPI_Comm_free(&here);
+    const int cores = CPU_COUNT(&all), begin = rank_here * cores / ranks_here;
+    const int end = (rank_here + 1) * cores / ranks_here;
+    if (bound == cores) return; // each core belongs to one rank already
+    CPU_ZERO(&mine);
+    for (int core = 0, number = 0; core < CPU_SETSIZE; core++) {
+        if (!CPU_ISSET(core, &all)) continue;
+        if (number == begin || (number > begin && number < end)) CPU_SET(core, &mine);
+        number++;
+    }
+    if (sched_setaffinity(0, sizeof mine, &mine) == 0 && !getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads(CPU_COUNT(&mine));
+#endif
+}
+
+// Ends the program when a launcher has started it several times, but MPI knows of one rank only: each would
+// believe to be alone, and all write one folder.
+static void refuse_lonely_ranks(void) {
+    static const char *const launchers[][2] = {{"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+                                               {"PMI_SIZE", "PMI_RANK"},
+                                               {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}};
+    for (int i = 0; i < 3 && rank_count == 1; i++) {
+        const char *size = getenv(launchers[i][0]), *number = getenv(launchers[i][1]);
+        if (!size || atoi(size) <= 1) continue;
+        if (number && atoi(number) > 0) sleep(1); // so that one line is enough
+#ifdef USE_MPI
+        die("started %s times, but not as one program: this launcher belongs to another MPI than the one "
+            "that "
+            "train_gpt2 was built with; use that one's mpirun (srun: try --mpi=pmix or --mpi=pmi2)",
+            size);
+#else
+        die("started %s times, but built without MPI: build it with make MPI=1", size);
+#endif
+    }
+}
+
+// The first thing in main. Rank 0 speaks: what another one prints is dropped, and its lines on stderr are kept
+// back until it fails.
+static void start_ranks(void) {
+#ifdef USE_MPI
+    int level;
+    char machine[MPI_MAX_PROCESSOR_NAME] = "";
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level); // only the main thread talks
+    MPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &rank_count);
+    MPI_Get_processor_name(machine, &level);
+    if (this_rank > 0) {
+        program_name = xprintf("train_gpt2: rank %d on %s", this_rank, machine);
+        setvbuf(stderr, NULL, _IOFBF, 1 << 16);
+        if (!freopen("/dev/null", "w", stdout)) die("/dev/null: %s", strerror(errno));
+    }
+#endif
+    refuse_lonely_ranks();
+}
+
+// (all ranks) The last thing in main: a launcher that sees one rank leave with an error ends the others, so
+// nobody leaves before all have saved.
+static int end_ranks(int status) {
+#ifdef USE_MPI
+    if (this_rank > 0) dup2(STDOUT_FILENO, STDERR_FILENO); // no warnings, after all
+    MPI_Barrier(MPI_COMM_WORLD);
+    MPI_Finalize();
+#endif
+    return status;
+}
+
+// A rank that fails ends all: the others would wait for it for ever. What is wrong on all of them, such as an
+// option, is said once: rank 0 comes first, and the others do not live to say it.
+static void end_program(int status) {
+#ifdef USE_MPI
+    int running = 0;
+    MPI_Initialized(&running);
+    if (rank_count > 1) {
+        if (this_rank > 0) usleep(300000);
+        fflush(stderr);
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+    if (running) MPI_Finalize();
+#endif
+    exit(status);
+}
+
+// ---- evaluation ----
+
 // Seconds on a clock that never goes back.
 static double now(void) {
     struct timespec t;
@@ -4505,19 +4710,24 @@ typedef struct {
     size_t targets, examples;
 } Evaluation;
 
-static volatile sig_atomic_t stop_signal = 0;
+static volatile sig_atomic_t caught_signal = 0; // by this process
+static int stop_signal = 0;                     // what all ranks know of, and act on
 
-static void remember_signal(int signal_number) { stop_signal = signal_number; }
+static void remember_signal(int signal_number) { caught_signal = signal_number; }
+
+// (all ranks) A signal to one rank stops all of them, at the same step.
+static void agree_on_stop(void) { stop_signal = (int)largest_over_ranks(caught_signal); }
 
 // From here on a signal does not end the program at once: the training loop finishes its step and saves. A
 // second ^C (SIGINT) or SIGTERM ends it at once. SIGHUP (the terminal or the ssh connection is gone) and
-// SIGPIPE (the reader of our output is gone) may come again and change nothing. A signal that was ignored
-// when the program began, as nohup does with SIGHUP, stays ignored; SIGPIPE is always caught.
+// SIGPIPE (the reader of our output is gone) may come again and change nothing, as may SIGUSR1, by which batch
+// systems say that time is nearly up. A signal that was ignored when the program began, as nohup does with
+// SIGHUP, stays ignored; SIGPIPE is always caught.
 static void catch_signals(void) {
     static const struct {
         int number, flags;
-    } caught[] = {{SIGINT, SA_RESETHAND}, {SIGTERM, SA_RESETHAND}, {SIGHUP, 0}, {SIGPIPE, 0}};
-    for (int i = 0; i < 4; i++) {
+    } caught[] = {{SIGINT, SA_RESETHAND}, {SIGTERM, SA_RESETHAND}, {SIGHUP, 0}, {SIGPIPE, 0}, {SIGUSR1, 0}};
+    for (int i = 0; i < 5; i++) {
         struct sigaction before, action = {.sa_handler = remember_signal, .sa_flags = caught[i].flags};
         bool ignored = sigaction(caught[i].number, NULL, &before) == 0 && before.sa_handler == SIG_IGN;
         if (!ignored || caught[i].number == SIGPIPE) sigaction(caught[i].number, &action, NULL);
@@ -4541,7 +4751,8 @@ static const Tensor *find_not_finite(const Model *model) {
     return NULL;
 }
 
-// Mean loss, accuracy and exact match over run->val, or its first --val-batches batches.
+// (all ranks) Mean loss, accuracy and exact match over run->val, or its first --val-batches batches. Each rank
+// takes a share of the examples.
 static Evaluation evaluate(Run *run) {
     const Options *options = run->options;
     Evaluation result = {0};
@@ -4550,8 +4761,10 @@ static Evaluation evaluate(Run *run) {
     size_t hits = 0, exact = 0, end = run->val->count, B = (size_t)options->batch_size;
     if (options->val_batches > 0 && (size_t)options->val_batches < (end + B - 1) / B)
         end = (size_t)options->val_batches * B;
-    for (size_t begin = 0; begin < end && !stop_signal; begin += B) {
-        dataset_batch(run->val, NULL, begin, smaller(B, end - begin), &batch);
+    need_same_model(run->model);
+    size_t *share, count = take_share(NULL, 0, end, &share);
+    for (size_t begin = 0; begin < count && !caught_signal; begin += B) {
+        dataset_batch(run->val, share, begin, smaller(B, count - begin), &batch);
         Activations *a = &run->activations;
         activations_reserve(a, run->model, batch.rows, KEEP_NOTHING);
         model_forward(run->model, a, &batch, NULL, (Dropout){0});
@@ -4568,7 +4781,12 @@ static Evaluation evaluate(Run *run) {
         }
     }
     batch_free(&batch);
+    free(share);
     check_mapped_files();
+    agree_on_stop();
+    loss = sum_over_ranks(loss);
+    result.targets = (size_t)sum_over_ranks((double)result.targets);
+    result.examples = (size_t)sum_over_ranks((double)result.examples);
     if (!isfinite(loss)) {
         const Tensor *tensor = find_not_finite(run->model);
         die("%s: the loss is not finite%s%s", run->val->path, tensor ? ", nor are all values of " : "",
@@ -4576,8 +4794,8 @@ static Evaluation evaluate(Run *run) {
     }
     double targets = result.targets ? (double)result.targets : 1;
     result.loss = loss / targets;
-    result.accuracy = (double)hits / targets;
-    result.exact = result.examples ? (double)exact / (double)result.examples : 0;
+    result.accuracy = sum_over_ranks((double)hits) / targets;
+    result.exact = sum_over_ranks((double)exact) / (result.examples ? (double)result.examples : 1);
     return result;
 }
 
@@ -4647,6 +4865,7 @@ static FILE *lock_log(const char *out, bool create) {
 // Appends to log.csv. Each line goes to the system at once, so that a process that is killed loses none.
 static void __attribute__((format(printf, 2, 3))) write_log(const Run *run, const char *format, ...) {
     va_list arguments;
+    if (this_rank > 0) return;
     va_start(arguments, format);
     if (vfprintf(run->log, format, arguments) < 0 || fflush(run->log) != 0)
         die("%s/log.csv: could not be written: %s", run->options->out, strerror(errno));
@@ -4656,6 +4875,7 @@ static void __attribute__((format(printf, 2, 3))) write_log(const Run *run, cons
 // Takes off the lines of an earlier run, or when resumed what its checkpoint does not know of.
 static void begin_log(const Run *run) {
     Text old = {0};
+    if (this_rank > 0) return;
     rewind(run->log);
     if (run->step > 0) read_stream(&old, run->log, "log.csv");
     const char *at = old.data, *line;
@@ -4706,7 +4926,7 @@ static void prune_checkpoints(const Run *run) {
     free(steps);
 }
 
-// Saves everything that is needed to go on. The order of what reaches the disk is: the log, the new
+// (all ranks) Saves everything that is needed to go on. The order of what reaches the disk is: the log, the new
 // checkpoint, its name, and only then are older ones deleted.
 static void save_checkpoint(Run *run) {
     const char *out = run->options->out;
@@ -4716,10 +4936,15 @@ static void save_checkpoint(Run *run) {
             "--learning-rate may help",
             run->step, bad->name);
     check_mapped_files();
+    need_same_model(run->model);
+    const bool only_state = run->step == run->saved_step; // an evaluation has been made up for since
+    run->saved_step = run->step;
+    run->unsaved = false;
+    if (this_rank > 0) return;
     if (!sync_to_disk(fileno(run->log)))
         die("%s/log.csv: could not be brought to the disk: %s", out, strerror(errno));
     char *path = xstrdup(checkpoint_path(out, run->step)), *temporary = xprintf("%s.tmp", path);
-    if (run->step == run->saved_step) { // only an evaluation has been made up for since
+    if (only_state) {
         save_trainer_state(run, path);
     } else {
         remove_folder(temporary);
@@ -4730,8 +4955,6 @@ static void save_checkpoint(Run *run) {
     }
     free(path);
     free(temporary);
-    run->saved_step = run->step;
-    run->unsaved = false;
     prune_checkpoints(run);
 }
 
@@ -4763,6 +4986,7 @@ static void load_trainer_state(Run *run, const char *folder, long step) {
 static void save_result(const Run *run) {
     const char *out = run->options->out;
     char text[32];
+    if (this_rank > 0) return;
     bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
     Model *model = other ? model_load(checkpoint_path(out, run->best_step)) : run->model;
     const Tensor *bad = find_not_finite(model);
@@ -4793,7 +5017,7 @@ static void print_sample(const Run *run) {
     Ids prompt = {0};
     Sample output = {0};
     Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
-    if (!run->tokenizer) return;
+    if (!run->tokenizer || this_rank > 0) return;
     ids_push(&prompt, first_token(run));
     end_progress();
     printf("--- sample at step %ld ---\n", run->step);
@@ -4829,7 +5053,19 @@ static bool evaluate_and_judge(Run *run) {
     return better;
 }
 
-// Packs the examples of the next update into run->batches, at most --accumulate of them; returns how many.
+// Gives each row of a batch its number in the update, which dropout goes by: it is the same in whichever
+// batch or rank an example is. Sequence 0 of the batch is example `first` of this rank's share.
+static void number_rows(Batch *batch, size_t first, long seq_len) {
+    batch->number = xrealloc(batch->number, (size_t)batch->rows * sizeof *batch->number);
+    for (int s = 0; s < batch->sequences; s++) {
+        size_t example = (first + (size_t)s) * (size_t)rank_count + (size_t)this_rank;
+        for (int r = batch->first_row[s]; r < batch->first_row[s + 1]; r++)
+            batch->number[r] = example * (size_t)seq_len + (size_t)(r - batch->first_row[s]);
+    }
+}
+
+// Packs this rank's share of the next update's examples into run->batches, at most --accumulate of them;
+// returns how many. When there is no share, one batch without rows stands for it.
 static long next_batches(Run *run) {
     const size_t B = (size_t)run->options->batch_size, group = (size_t)run->options->accumulate * B;
     long step = run->options->overfit ? 0 : run->step, epoch = step / run->steps_per_epoch;
@@ -4838,11 +5074,15 @@ static long next_batches(Run *run) {
         run->order = dataset_order(run->train, (uint64_t)run->options->seed, epoch);
         run->order_epoch = epoch;
     }
-    size_t begin = (size_t)(step % run->steps_per_epoch) * group,
-           end = smaller(begin + group, run->train->count);
+    const size_t begin = (size_t)(step % run->steps_per_epoch) * group;
+    size_t *share, size = take_share(run->order, begin, smaller(begin + group, run->train->count), &share);
     long count = 0;
-    for (; begin < end; begin += B)
-        dataset_batch(run->train, run->order, begin, smaller(B, end - begin), &run->batches[count++]);
+    for (size_t first = 0; first < size || count == 0; first += B) {
+        Batch *batch = &run->batches[count++];
+        dataset_batch(run->train, share, first, smaller(B, size - first), batch);
+        number_rows(batch, first, run->options->seq_len);
+    }
+    free(share);
     return count;
 }
 
@@ -4933,6 +5173,7 @@ static int train(Run *run) {
     begin_log(run);
     run->batches = xcalloc((size_t)o->accumulate, sizeof *run->batches);
     for (;; train_one_step(run, &h)) {
+        agree_on_stop();
         const bool last = run->step >= o->steps;
         bool save = is_due(run->step, o->save_every) || run->step == run->saved_step;
         if (run->val && (last || is_due(run->step, o->val_every)) && run->evaluated_step != run->step)
@@ -5419,6 +5660,37 @@ static Ids read_ends(const char *folder, const Tokenizer *tokenizer) {
     return ends;
 }
 
+// (all ranks) All must have been started with the same options, the number of threads apart, and by the same
+// program: another build may round differently in what each rank does for itself.
+static void need_same_options(const Options *options) {
+    Patterns words = {0};
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT && rank_count > 1;
+         option++)
+        if (option->name && strcmp(option->name, "threads") != 0)
+            add_pattern(&words, option_text(options, option));
+    char *text = joined(&words);
+    need_same("options", hash_of(text, strlen(text)), "give all ranks the same ones (but for --threads)");
+    free(text);
+    if (rank_count == 1 || !file_exists("/proc/self/exe")) return;
+    Text program = read_file("/proc/self/exe");
+    need_same("the program", hash_of(program.data, program.size),
+              "copy one train_gpt2 to all machines; make NATIVE=-march=x86-64-v3 builds one for different "
+              "processors");
+    free(program.data);
+}
+
+// (all ranks) Compares examples and tokens; data may be NULL.
+static void need_same_data(const Dataset *data) {
+    uint64_t hash = 0;
+    for (size_t i = 0; data && i < data->count && rank_count > 1; i++) {
+        const Example *example = &data->examples[i];
+        hash = random_bits(hash, (uint64_t)example->size);
+        for (int t = 0; t < example->size; t++)
+            hash = random_bits(hash, (uint64_t)dataset_token(data, example, t));
+    }
+    need_same(data ? data->path : "data", hash, "all ranks need the same file");
+}
+
 // What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as
 // --init says, and the datasets that are named.
 static Run start_run(Options *options, const char *checkpoint) {
@@ -5454,6 +5726,9 @@ static Run start_run(Options *options, const char *checkpoint) {
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
+    need_same_options(options);
+    need_same_data(run.train);
+    need_same_data(run.val);
     // Not before weights of 16 bits are read: they become what they mean by way of denormals. Some OpenMP
     // runtimes hand the calling thread's mode on to the others, some do not.
     flush_denormals();
@@ -5610,8 +5885,13 @@ static void print_banner(const Run *run, const char *checkpoint, const char *cha
     const Config *config = &run->model->config;
     size_t tokens, targets;
     dataset_size(run->train, &tokens, &targets);
-    printf("machine: %d threads, %s\n", omp_get_max_threads(),
-           bfloat16_products ? precision_name() : matmul_name());
+    const char *products = bfloat16_products ? precision_name() : matmul_name();
+    const int threads = (int)sum_over_ranks(omp_get_max_threads());
+    if (rank_count > 1)
+        printf("machine: %d ranks on %d machine%s, %d threads in all, %s\n", rank_count, machine_count,
+               machine_count > 1 ? "s" : "", threads, products);
+    else
+        printf("machine: %d threads, %s\n", threads, products);
     printf(
         "model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them trained\n",
         checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
@@ -5652,14 +5932,14 @@ static void check_if_finished(const Run *run, const char *changes) {
            options->out, run->step, options->steps);
 }
 
-// Finds the newest checkpoint in --out to go on from, its step in *newest, or returns NULL. `log` belongs to
-// this process, if it is there.
+// (all ranks) Finds the newest checkpoint in --out to go on from, its step in *newest, or returns NULL. Rank 0
+// looks for it: log.csv belongs to it, if it is there.
 static char *find_checkpoint(const Options *options, long *newest) {
     size_t count;
     long *steps = list_checkpoints(options->out, &count);
-    *newest = count > 0 ? steps[count - 1] : -1;
+    *newest = largest_over_ranks(count > 0 && this_rank == 0 ? steps[count - 1] : -1);
     free(steps);
-    if (count == 0) return NULL;
+    if (*newest < 0) return NULL;
     if (!options->resume && !options->plan)
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
@@ -5667,7 +5947,7 @@ static char *find_checkpoint(const Options *options, long *newest) {
 }
 
 static int run_training(Options *options, int argc, char **argv) {
-    FILE *log = options->plan ? NULL : lock_log(options->out, false);
+    FILE *log = options->plan || this_rank > 0 ? NULL : lock_log(options->out, false);
     long newest, newer;
     char *checkpoint = find_checkpoint(options, &newest), *changes = NULL;
     Options before;
@@ -5684,7 +5964,9 @@ static int run_training(Options *options, int argc, char **argv) {
     Run run = start_run(options, checkpoint);
     if (checkpoint) changes = changed_options(options, &before, ANY);
     set_lengths(&run, options);
-    const int rows = largest_batch(run.train, options->batch_size, (int)options->seq_len);
+    const long N = rank_count, group = options->batch_size * options->accumulate;
+    const long share = (long)smaller((size_t)options->batch_size, (size_t)((group + N - 1) / N));
+    const int rows = largest_batch(run.train, share, (int)options->seq_len);
     const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
     run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
     if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
@@ -5692,18 +5974,19 @@ static int run_training(Options *options, int argc, char **argv) {
         print_plan(&run);
         return end_run(&run, 0);
     }
-    make_folder(options->out);
-    run.log = log ? log : lock_log(options->out, true);
+    if (this_rank == 0) make_folder(options->out);
+    if (this_rank == 0) run.log = log ? log : lock_log(options->out, true);
     free(find_checkpoint(options, &newer)); // until now another process may have had the lock
     if (newer != newest) die("%s: another run has just written there; start again", options->out);
-    remove_leftovers(options->out);
+    if (this_rank == 0) remove_leftovers(options->out);
     model_allocate_training(run.model, checkpoint == NULL);
     run.started = now();
     if (checkpoint) {
         load_trainer_state(&run, checkpoint, newest);
         check_if_finished(&run, changes);
-        prune_checkpoints(&run); // a kill may have come between saving and pruning
+        if (this_rank == 0) prune_checkpoints(&run); // a kill may have come between saving and pruning
     }
+    need_same_model(run.model);
     if (!options->quiet) print_banner(&run, checkpoint, changes);
     return end_run(&run, train(&run));
 }
@@ -5724,6 +6007,7 @@ static int run_evaluation(Options *options) {
 }
 
 static int run_generation(Options *options) {
+    if (rank_count > 1) die_usage("--generate works on one machine: start it without mpirun");
     Run run = start_run(options, NULL);
     const Tokenizer *tokenizer = run.tokenizer;
     if (!tokenizer)
@@ -5778,6 +6062,7 @@ static int train_gpt2_main(int argc, char **argv) {
     if (options.help) {
         print_help();
     } else {
+        share_cores();
         set_threads(options.threads);
         pin_threads();
         status = options.generate ? run_generation(&options)
@@ -5790,7 +6075,11 @@ static int train_gpt2_main(int argc, char **argv) {
 }
 
 #ifndef TRAIN_GPT2_NO_MAIN
-int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
+int main(int argc, char **argv) {
+    keep_standard_streams();
+    start_ranks();
+    return end_ranks(train_gpt2_main(argc, argv));
+}
 #endif
 
 // #####################################################################################################
