@@ -1657,7 +1657,7 @@ static void test_attention(void) {
         float *out = xfloats((size_t)R * C), *dqkv = xfloats((size_t)R * 3 * C),
               *lse = xfloats((size_t)R * NH);
         float *scratch = xfloats(size * omp_get_max_threads());
-        Dropout dropout = {cases[n].p, 99};
+        Dropout dropout = {cases[n].p, 99, NULL};
         for (int i = 0; i < R * 3 * C; i++) qkv[i] *= cases[n].scale, dqkv[i] = NAN;
         Layer layer = {.kind = ATTENTION,
                        .R = R,
@@ -1750,10 +1750,10 @@ static void test_dropout(void) {
     for (int n = 0; n < 3; n++) {
         const float p = n == 0 ? 0.1f : n == 1 ? 0.5f : 0.9f;
         for (int k = 0; k < 8; k++) // 2 layers with 3 places each, then two other streams
-            dropout_add(
-                y[k], k % 2 ? zeros : NULL, ones,
-                dropout_at((Dropout){p, (uint64_t)(k < 6 ? 3 : k)}, k < 6 ? k / 3 : 0, k < 6 ? k % 3 : 0), R,
-                C);
+            dropout_add(y[k], k % 2 ? zeros : NULL, ones,
+                        dropout_at((Dropout){p, (uint64_t)(k < 6 ? 3 : k), NULL}, k < 6 ? k / 3 : 0,
+                                   k < 6 ? k % 3 : 0),
+                        R, C);
         for (int k = 0; k < 8; k++) {
             double dropped = 0, kept = 0, agree, same = p * p + (1 - p) * (1 - p);
             for (int i = 0; i < N; i++)
@@ -1780,7 +1780,7 @@ static void test_attention_dropout(void) {
     for (int i = 0; i < 27; i++) {
         for (uint64_t stream = 0; stream < 64; stream++) {
             float p = 1;
-            attention_dropout(&p, (Dropout){0.5f, stream}, i / 9, 3, i / 3 % 3, keys[i % 3], 1);
+            attention_dropout(&p, (Dropout){0.5f, stream, NULL}, i / 9, 3, i / 3 % 3, keys[i % 3], 1);
             check(p == 0 || p == 2, "attention's dropout makes 1 into %g", p);
             drawn[i] |= (uint64_t)(p > 0) << stream;
         }
@@ -1789,12 +1789,18 @@ static void test_attention_dropout(void) {
     }
 }
 
-// Steps draw differently; the same step draws the same; without dropout the step does not matter.
+// Steps draw differently; the same step draws the same; without dropout the step does not matter. Rows draw by
+// their numbers: in one batch or in two, the same examples get the same loss.
 static void test_dropout_of_steps(void) {
     Model *model = tiny_model(tiny_config(19, 30, 2, 2, 8, 32, true), 1, NULL);
     Batch batches[2] = {ragged_batch(1, 19, 2, (int[]){20, 30}), ragged_batch(1, 19, 2, (int[]){20, 30})};
+    Batch both = {0};
+    batch_clear(&both);
+    for (int s = 0; s < 4; s++) append_sequence(&both, &batches[0], s % 2);
+    batches[1].number = xmalloc(50 * sizeof(size_t));
+    for (size_t r = 0; r < 50; r++) batches[1].number[r] = 50 + r;
     Options options;
-    double loss[2][2], twice = 0;
+    double loss[2][2], twice = 0, once = 0;
     for (int p = 0; p < 2; p++) {
         Activations a = {0};
         options_from_text(&options, p ? "--dropout 0.2" : "");
@@ -1803,6 +1809,8 @@ static void test_dropout_of_steps(void) {
         check(loss[p][0] == take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0).loss,
               "a step draws other masks again");
         twice = take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), 5, 0).loss;
+        once = take_update(model, &a, &both, 1, HYPERPARAMETERS(&options), 5, 0).loss;
+        check(fabs(once - twice) < 1e-6, "loss %.9g in one batch, %.9g in two", once, twice);
         activations_free(&a);
     }
     check(loss[0][0] == loss[0][1], "without dropout the loss depends on the step");
@@ -1814,7 +1822,7 @@ static void test_dropout_of_steps(void) {
     Update update = take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0);
     check(fabs(loss[1][0] - update.loss) > 1e-4, "dropout does not depend on the seed");
     activations_free(&a);
-    batch_free(&batches[0]), batch_free(&batches[1]);
+    batch_free(&batches[0]), batch_free(&batches[1]), batch_free(&both);
     model_free(model);
 }
 
@@ -1890,7 +1898,7 @@ static void test_model(void) {
         Batch batch = ragged_batch(n, 17, 4, cases[n].lengths);
         Oracle oracle = {model,
                          &batch,
-                         {0, 0},
+                         {0, 0, NULL},
                          xmalloc((size_t)model->tensor_count * sizeof(double *)),
                          xmalloc((size_t)batch.rows * 17 * sizeof(double))};
         for (int i = 0; i < model->tensor_count; i++)
@@ -1899,7 +1907,7 @@ static void test_model(void) {
         float *logits = logits_of(model, &batch);
         double error = deviation(logits, oracle.logits, (size_t)batch.rows * 17);
         check(error < 5e-6, "case %d: logits differ by %.1e", n, error);
-        oracle.dropout = (Dropout){cases[n].dropout, 5};
+        oracle.dropout = (Dropout){cases[n].dropout, 5, NULL};
         double loss = gradients_of(model, &batch, 1, oracle.dropout, cases[n].recompute),
                wanted = oracle_loss(&oracle);
         check(fabs(loss - wanted) < 2e-6 * wanted, "case %d: loss %.8g, should be %.8g", n, loss, wanted);
@@ -2273,7 +2281,7 @@ static void test_freezing(void) {
     for (int n = 0; n < 48; n++) {
         Config config = tiny_config(23, 40, 3, 2, 8, 20, n % 2);
         Batch batch = ragged_batch(6, 23, 4, (int[]){12, 3, 40, 1});
-        Dropout dropout = {n % 3 ? 0.2f : 0, 8};
+        Dropout dropout = {n % 3 ? 0.2f : 0, 8, NULL};
         Model *full = tiny_model(config, 6, NULL);
         gradients_of(full, &batch, 1, dropout, false);
         int lowest = (int)(random_bits(1, n) % 5) - 1, frozen = 0; // all below this block is frozen

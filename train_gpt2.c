@@ -775,8 +775,7 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 // All scores of one head would be T x T numbers: too many to keep. So the forward pass takes a tile, 64
 // queries, at a time. Of each row's softmax it keeps one number, log_sum_exp = log(sum over m of exp(score[i,
 // m])). From it the backward pass computes p again, as exp(score - log_sum_exp), for 64 queries and at most
-// 256 keys at a time. The idea is FlashAttention's (Dao et al. 2022), which takes keys in blocks in its
-// forward pass, too.
+// 256 keys at a time. The idea is FlashAttention's (Dao et al. 2022); its forward pass has key blocks, too.
 //
 // One row of qkv, for example with C = 4, NH = 2, HS = 2, where h0 and h1 are the heads:
 //     q: h0 h0 h1 h1   k: h0 h0 h1 h1   v: h0 h0 h1 h1
@@ -1026,8 +1025,7 @@ static void cross_entropy(float *logits, float *loss, bool *correct, const int *
 // The backward pass goes the same way back and needs what the forward pass computed. Of each block it finds
 // x, qkv, attention's output, middle and hidden (10 C floats per row when F = 4C), log_sum_exp, means and
 // rstds: these are kept, and called activations. It computes again what is cheap: the outputs of layernorms,
-// p, gelu and dropout's choices. Logits exist for at most LOGIT_ROWS rows; their gradient takes their place
-// at once.
+// p, gelu and dropout's choices. Logits exist for at most LOGIT_ROWS rows; their gradient replaces them.
 enum { LOGIT_ROWS = 256 };
 
 // What is kept for the backward pass. The sizes are for the smallest GPT-2 and 4 x 1024 rows.
@@ -1175,8 +1173,7 @@ static Dropout dropout_at(Dropout dropout, int layer, int place) {
     return dropout;
 }
 
-// y = residual + dropout(x · weight + bias): the projections, by which attention and MLP join the residual
-// stream.
+// y = residual + dropout(x · weight + bias): the projections, by which attention and MLP join the stream.
 //   y, residual, projected (R, C); x (R, K)
 static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
                         const Tensor *bias, float *projected, Dropout dropout, int R, int K, int C) {
@@ -1205,8 +1202,7 @@ static Attention block_attention(const Model *model, const Activations *a, const
 }
 
 // One block, from residual_at(layer) to residual_at(layer + 1). Without `finish` it ends with hidden: the
-// backward pass, which calls it to compute a block again, needs no more. With a cache, the batch continues
-// the sequences that are in it.
+// backward pass, which calls it to compute a block again, needs no more. With a cache, the batch continues its sequences.
 static void block_forward(const Model *model, Activations *a, const Batch *batch, int layer, Cache *cache,
                           Dropout dropout, bool finish) {
     const Config *config = &model->config;
@@ -1441,7 +1437,7 @@ static double gradient_norm(const Model *model, const Tensor **not_finite) {
     return sqrt(total);
 }
 
-// The factor that brings the norm down to `largest` (0: no limit), with PyTorch's 1e-6 (clip_grad_norm_).
+// The factor that brings the norm down to `largest` (0: no limit). PyTorch's clip_grad_norm_ adds the same 1e-6.
 static float clip_factor(double norm, double largest) {
     return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
 }
