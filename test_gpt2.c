@@ -1599,9 +1599,10 @@ static void test_linear_and_layernorm(void) {
                        .weight = doubles(weight, weights),
                        .bias = doubles(bias, N),
                        .y = doubles(dy, R * N)};
+        const Tensor matrix = {.value = weight, .shape = {K, N}}, vector = {.value = bias};
         layer_loss(&layer);
         if (kind == 0) {
-            linear_forward(y, residual, x, weight, bias, R, K, N);
+            linear_forward(y, residual, x, &matrix, &vector, R);
             for (int i = 0; i < R * N; i++) layer.y[i] += residual[i];
         } else {
             layernorm_forward(y, mean, rstd, x, weight, bias, 1e-5f, R, N);
@@ -1618,7 +1619,9 @@ static void test_linear_and_layernorm(void) {
                 for (int i = 0; i < N; i++) dbias[i] = accumulate ? 7 : NAN;
                 float *w = wanted & 2 ? dweight : NULL, *b = wanted & 4 ? dbias : NULL;
                 if (kind == 0)
-                    linear_backward(wanted & 1 ? dx : NULL, w, b, dy, x, weight, accumulate, R, K, N);
+                    linear_backward(wanted & 1 ? dx : NULL, dy, x,
+                                    &(Tensor){.value = weight, .gradient = w, .shape = {K, N}},
+                                    &(Tensor){.value = bias, .gradient = b}, accumulate, R);
                 else
                     layernorm_backward(dx, w, b, dy, x, mean, rstd, weight, accumulate, R, N);
                 for (int i = 0; i < R * in; i++) dx[i] -= kind == 0 ? 0 : 3;
