@@ -1444,7 +1444,7 @@ static double gradient_norm(const Model *model, const Tensor **not_finite) {
     return sqrt(total);
 }
 
-// The factor that brings the norm down to `largest` (0: no limit), with the 1e-6 of PyTorch's clip_grad_norm_.
+// The factor that brings the norm down to `largest` (0: no limit); clip_grad_norm_ of PyTorch adds 1e-6, too.
 static float clip_factor(double norm, double largest) {
     return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
 }
@@ -3859,8 +3859,15 @@ static bool head_differs(const SafeTensors *file) {
     return i < wte->count;
 }
 
-// Loads the weights of a model folder. (tokenizer_load loads its tokenizer.)
+static Model *adapter_load(const char *folder);
+
+// A folder with an adapter of LoRA holds no model of its own.
+static bool is_adapter(const char *folder) { return file_exists(path_of("%s/adapter_config.json", folder)); }
+
+// Loads the weights of a model folder, or of the model that an adapter's folder names, with the adapter.
+// (tokenizer_load loads its tokenizer.)
 static Model *model_load(const char *folder) {
+    if (is_adapter(folder)) return adapter_load(folder);
     const char *config = path_of("%s/config.json", folder),
                *weights = path_of("%s/model.safetensors", folder);
     if (!file_exists(config))
@@ -3886,6 +3893,135 @@ static Model *model_load(const char *folder) {
     return model;
 }
 
+// ---- adapters ----
+// PEFT's folder of an adapter (section 9): adapter_model.safetensors holds the pairs A and B alone, under
+// their names with a prefix; adapter_config.json says r, alpha, and where the model is that they belong to.
+static const char adapter_prefix[] = "base_model.model.";
+
+// Ends the program when adapter_config.json asks for what is not computed here.
+static void check_adapter_config(const Json *config, const char *path) {
+    static const char *const switches[] = {"use_dora", "use_rslora", "use_qalora", "lora_bias"};
+    static const char *const lists[] = {"rank_pattern",      "alpha_pattern",
+                                        "modules_to_save",   "trainable_token_indices",
+                                        "target_parameters", "layer_replication"};
+    const Json *bias = json_get(config, "bias");
+    if (!json_is_text(json_get(config, "peft_type"), "LORA")) die("%s: peft_type must be \"LORA\"", path);
+    for (int i = 0; i < 4; i++)
+        if (json_is_true(config, switches[i], false, path))
+            die("%s: %s true is not supported", path, switches[i]);
+    for (int i = 0; i < 6; i++) {
+        const Json *list = json_get(config, lists[i]);
+        if (!json_is_null(list) && json_child(list)) die("%s: %s is not supported", path, lists[i]);
+    }
+    if (!json_is_null(bias) && !json_is_text(bias, "none")) die("%s: bias must be \"none\"", path);
+}
+
+// The folder of the model that an adapter belongs to, or (no adapter) the folder itself; a copy.
+static char *base_folder(const char *folder) {
+    if (!is_adapter(folder)) return xstrdup(folder);
+    const char *path = path_of("%s/adapter_config.json", folder);
+    Json *config = json_read_file(path);
+    const char *base = json_text(json_get(config, "base_model_name_or_path"));
+    if (!base || !file_exists(path_of("%s/config.json", base)))
+        die("%s: its model, base_model_name_or_path \"%s\", is not a model folder here; correct that line",
+            path, base ? base : "");
+    char *copy = xstrdup(base);
+    json_free(config);
+    return copy;
+}
+
+// Allocates the values of all adapters.
+static void adapters_allocate(Model *model) {
+    size_t total = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i].kind >= LORA_A) total += aligned_size(model->tensors[i].size);
+    float *at = model->adapter_memory = xfloats(total);
+    for (int i = 0; i < model->tensor_count; i++) {
+        if (model->tensors[i].kind < LORA_A) continue;
+        model->tensors[i].value = at;
+        at += aligned_size(model->tensors[i].size);
+    }
+}
+
+// May a tensor have an adapter? The matrices of the blocks may.
+static bool is_adaptable(const Tensor *tensor) {
+    return kind_is_per_layer(tensor->kind) && tensor->dims == 2;
+}
+
+// Loads an adapter's folder and the model that it belongs to. Which matrices are adapted is told by the names
+// in adapter_model.safetensors; a tensor there that is not one of a pair ends the program.
+static Model *adapter_load(const char *folder) {
+    const char *path = path_of("%s/adapter_config.json", folder);
+    Json *config = json_read_file(path);
+    check_adapter_config(config, path);
+    char *base = base_folder(folder);
+    const double r = json_number(config, "r", 8, path), alpha = json_number(config, "lora_alpha", 8, path);
+    if (!(r >= 1 && r <= 65536) || r != floor(r)) die("%s: r must be a whole number from 1 to 65536", path);
+    if (!isfinite(alpha)) die("%s: lora_alpha must be a number", path);
+    Model *model = model_load(base);
+    model->lora_rank = (int)r;
+    model->lora_alpha = (float)alpha;
+    SafeTensors file = safetensors_open(path_of("%s/adapter_model.safetensors", folder));
+    const int plain = model->tensor_count;
+    for (int i = 0; i < plain; i++) {
+        Tensor *weight = &model->tensors[i];
+        const int stem = (int)(strlen(weight->name) - strlen(".weight"));
+        if (is_adaptable(weight) &&
+            safetensors_find(&file, xprintf("%s%.*s.lora_A.weight", adapter_prefix, stem, weight->name)))
+            model_add_adapter(model, weight);
+    }
+    if (file.count != (size_t)(model->tensor_count - plain) || file.count == 0)
+        for (size_t i = 0; i <= file.count; i++) {
+            if (i == file.count) die("%s: holds no adapter of this GPT-2 (or only one of a pair)", file.path);
+            const char *name = file.tensors[i].name;
+            bool known = strncmp(name, adapter_prefix, sizeof adapter_prefix - 1) == 0;
+            if (known && (strstr(name, ".lora_A.weight") || strstr(name, ".lora_B.weight"))) continue;
+            die("%s: tensor %s is not one of a pair lora_A, lora_B: it is not supported", file.path, name);
+        }
+    adapters_allocate(model);
+    for (int i = plain; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        const StoredTensor *stored =
+            safetensors_need(&file, xprintf("%s%s", adapter_prefix, tensor->name), tensor);
+        if (!is_float(stored->dtype))
+            die("%s: tensor %s is %s; F32, F16 or BF16 expected", file.path, stored->name, stored->dtype);
+        for (size_t j = 0; j < tensor->size; j++) tensor->value[j] = stored_float(stored, j);
+    }
+    safetensors_close(&file, false);
+    json_free(config);
+    free(base);
+    return model;
+}
+
+// Writes adapter_config.json for an adapter that was begun here. A kind of matrix that is adapted in every
+// block is named once, as in "attn.c_attn".
+static void save_adapter_config(const Model *model, const char *base, const char *folder) {
+    const char *path = path_of("%s/adapter_config.json", folder), *comma = "";
+    FILE *file = create_file(path);
+    fprintf(
+        file,
+        "{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n  \"base_model_name_or_path\": ");
+    json_write_string(file, base, strlen(base));
+    fprintf(file,
+            ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": 0.0,\n  \"target_modules\": [",
+            model->lora_rank, model->lora_alpha);
+    for (int kind = LN_1_WEIGHT; kind < LN_F_WEIGHT; kind++) {
+        int adapted = 0, layers = model->config.n_layer;
+        for (int layer = 0; layer < layers; layer++)
+            adapted += model_tensor(model, kind, layer)->adapter != NULL;
+        for (int layer = 0; layer < (adapted == layers ? 1 : layers); layer++) {
+            const Tensor *weight = model_tensor(model, kind, layer);
+            const char *name = weight->name;
+            if (!weight->adapter) continue;
+            if (adapted == layers) name = strchr(name + strlen("transformer.h."), '.') + 1;
+            fprintf(file, "%s\"%.*s\"", comma, (int)(strlen(name) - strlen(".weight")), name);
+            comma = ", ";
+        }
+    }
+    fprintf(file, "],\n  \"fan_in_fan_out\": true,\n  \"bias\": \"none\",\n  \"inference_mode\": true\n}\n");
+    finish_file(file, path);
+}
+
 // Which of a tensor's three arrays a file holds.
 typedef enum { STORE_VALUE, STORE_EXP_AVG, STORE_EXP_AVG_SQ } Stored;
 
@@ -3893,21 +4029,25 @@ static StoredTensor stored_tensor(const Tensor *tensor, Stored what) {
     static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
     float *const arrays[] = {tensor->value, tensor->exp_avg, tensor->exp_avg_sq};
     StoredTensor stored = {.dtype = "F32", .dims = tensor->dims, .count = tensor->size};
-    stored.name = xprintf("%s%s", prefixes[what], tensor->name);
+    const char *prefix = what == STORE_VALUE && tensor->kind >= LORA_A ? adapter_prefix : prefixes[what];
+    stored.name = xprintf("%s%s", prefix, tensor->name);
     memcpy(stored.shape, tensor->shape, sizeof tensor->shape);
     stored.bytes = tensor->size * sizeof(float);
     stored.data = (char *)arrays[what];
     return stored;
 }
 
-// Writes all values, or AdamW's moments of what is trained.
+// Writes all values (with LoRA the adapters' alone), or AdamW's moments of what is trained.
 static void model_write_tensors(const Model *model, const char *path, bool moments) {
     Stored first = moments ? STORE_EXP_AVG : STORE_VALUE, last = moments ? STORE_EXP_AVG_SQ : STORE_VALUE;
     StoredTensor *list = xcalloc(2 * (size_t)model->tensor_count, sizeof *list);
     size_t count = 0;
-    for (int i = 0; i < model->tensor_count; i++)
-        for (Stored what = first; what <= last && !(moments && model->tensors[i].frozen); what++)
+    for (int i = 0; i < model->tensor_count; i++) {
+        const bool of_base = model->lora_rank > 0 && model->tensors[i].kind < LORA_A;
+        if (moments ? model->tensors[i].frozen : of_base) continue;
+        for (Stored what = first; what <= last; what++)
             list[count++] = stored_tensor(&model->tensors[i], what);
+    }
     safetensors_write(path, list, count);
     for (size_t i = 0; i < count; i++) free((char *)list[i].name);
     free(list);
@@ -3981,6 +4121,14 @@ static void keep_config(KeptFiles *files, const char *folder) {
     keep_file(files, folder, "generation_config.json", "generation_config.json");
 }
 
+// Of a kept file: does it belong into the folder of an adapter, or of a whole model? Those of the tokenizer
+// belong into both.
+static bool belongs(const KeptFile *file, bool adapter) {
+    if (strcmp(file->name, "adapter_config.json") == 0) return adapter;
+    return !adapter ||
+           (strcmp(file->name, "config.json") != 0 && strcmp(file->name, "generation_config.json") != 0);
+}
+
 static void free_kept(KeptFiles *files) {
     for (size_t i = 0; i < files->size; i++) free(files->items[i].bytes.data);
     free(files->items);
@@ -4025,17 +4173,22 @@ static void save_tokenizer_config(const Tokenizer *tokenizer, int n_positions, c
 
 // Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights and the files
 // that are kept. Those that are missing are made: there are none if the model began at random, or the
-// tokenizer came from a merges file alone. tokenizer may be NULL.
+// tokenizer came from a merges file alone. A model with adapters becomes a folder that PEFT loads; `base` is
+// then the folder of the model that they belong to. tokenizer may be NULL.
 static void model_save(const Model *model, const Tokenizer *tokenizer, const KeptFiles *kept,
-                       const char *folder) {
+                       const char *base, const char *folder) {
     const int end_of_text = tokenizer ? tokenizer->end_of_text : -1;
     const bool vocabulary_kept = is_kept(kept, "vocab.json") || is_kept(kept, "tokenizer.json");
+    const bool adapter = model->lora_rank > 0;
     make_folder(folder);
-    model_write_tensors(model, path_of("%s/model.safetensors", folder), false);
+    model_write_tensors(model, path_of("%s/%s.safetensors", folder, adapter ? "adapter_model" : "model"),
+                        false);
     for (size_t i = 0; i < kept->size; i++)
-        write_file(path_of("%s/%s", folder, kept->items[i].name), kept->items[i].bytes.data,
-                   kept->items[i].bytes.size);
-    if (!is_kept(kept, "config.json")) save_config(&model->config, end_of_text, folder);
+        if (belongs(&kept->items[i], adapter))
+            write_file(path_of("%s/%s", folder, kept->items[i].name), kept->items[i].bytes.data,
+                       kept->items[i].bytes.size);
+    if (adapter && !is_kept(kept, "adapter_config.json")) save_adapter_config(model, base, folder);
+    if (!adapter && !is_kept(kept, "config.json")) save_config(&model->config, end_of_text, folder);
     if (tokenizer && !vocabulary_kept) tokenizer_save(tokenizer, folder);
     bool complete =
         is_kept(kept, "tokenizer_config.json") || (vocabulary_kept && is_kept(kept, "config.json"));
@@ -4103,6 +4256,7 @@ static void remove_leftovers(const char *out) {
             remove_folder(path_of("%s/%s", out, entry->d_name));
     if (errno) die("%s: cannot be read: %s", out, strerror(errno));
     closedir(folder);
+    remove_folder(path_of("%s/merged/model.tmp", out));
 }
 
 // Deletes a checkpoint. It loses its name first: whatever happens meanwhile, there is never half of one.
@@ -4115,25 +4269,36 @@ static void remove_checkpoint(const char *out, long step) {
     free(temporary);
 }
 
-// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is no
+// Makes a folder unloadable, whatever it holds: without its config no program takes it for a model.
+static void withdraw_model(const char *folder) {
+    static const char *const names[] = {"config.json", "adapter_config.json"};
+    for (int i = 0; i < 2; i++)
+        if (unlink(path_of("%s/%s", folder, names[i])) != 0 && errno != ENOENT)
+            die("%s/%s: cannot be deleted: %s", folder, names[i], strerror(errno));
+    if (is_folder(folder)) sync_folder(folder);
+}
+
+// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without its config is no
 // model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
 static void publish_model(const char *folder) {
+    static const char *const weights[] = {"model.safetensors", "adapter_model.safetensors"};
     char *from = xprintf("%s/model.tmp", folder);
-    if (unlink(path_of("%s/config.json", folder)) != 0 && errno != ENOENT)
-        die("%s/config.json: cannot be deleted: %s", folder, strerror(errno));
-    sync_folder(folder);
-    for (int i = 0; i < TOKENIZER_NAMES; i++) // an earlier model's would be read in place of the new ones
-        if (!file_exists(path_of("%s/%s", from, tokenizer_names[i])))
-            remove_folder(path_of("%s/%s", folder, tokenizer_names[i]));
+    const char *config = is_adapter(from) ? "adapter_config.json" : "config.json";
+    withdraw_model(folder);
+    for (int i = 0; i < TOKENIZER_NAMES + 2;
+         i++) { // an earlier model's would be read in place of the new ones
+        const char *name = i < TOKENIZER_NAMES ? tokenizer_names[i] : weights[i - TOKENIZER_NAMES];
+        if (!file_exists(path_of("%s/%s", from, name))) remove_folder(path_of("%s/%s", folder, name));
+    }
     DIR *files = opendir(from);
     if (!files) die("%s: cannot be read: %s", from, strerror(errno));
     errno = 0;
     for (struct dirent *entry; (entry = readdir(files)); errno = 0)
-        if (entry->d_name[0] != '.' && strcmp(entry->d_name, "config.json") != 0)
+        if (entry->d_name[0] != '.' && strcmp(entry->d_name, config) != 0)
             rename_for_good(path_of("%s/%s", from, entry->d_name), path_of("%s/%s", folder, entry->d_name));
     if (errno) die("%s: cannot be read: %s", from, strerror(errno));
     closedir(files);
-    rename_for_good(path_of("%s/config.json", from), path_of("%s/config.json", folder));
+    rename_for_good(path_of("%s/%s", from, config), path_of("%s/%s", folder, config));
     remove_folder(from);
     free(from);
 }
@@ -4576,7 +4741,9 @@ typedef struct {
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
     long schedule, matmul, precision; // numbers of their choices
-    Patterns no_decay, freeze;
+    Patterns no_decay, freeze, lora_target;
+    long lora_rank;
+    double lora_alpha;
     bool resume, overfit, eval, plan, plain, recompute, quiet, help;
 } Options;
 
@@ -4587,6 +4754,7 @@ typedef struct {
     Model *model;
     Tokenizer *tokenizer; // NULL when there is none
     KeptFiles kept;       // what is written back as it was read
+    char *base;           // with LoRA: the folder of the model that the adapters belong to
     Ids ends;             // a text ends at each of these ids
     Dataset *train, *val; // val may be NULL
     Activations activations;
@@ -4832,7 +5000,7 @@ static void save_checkpoint(Run *run) {
         save_trainer_state(run, path);
     } else {
         remove_folder(temporary);
-        model_save(run->model, run->tokenizer, &run->kept, temporary);
+        model_save(run->model, run->tokenizer, &run->kept, run->base, temporary);
         model_write_tensors(run->model, path_of("%s/optimizer.safetensors", temporary), true);
         save_trainer_state(run, temporary);
         rename_for_good(temporary, path);
@@ -4869,7 +5037,7 @@ static void load_trainer_state(Run *run, const char *folder, long step) {
 }
 
 // OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
-static void save_result(const Run *run) {
+static void save_result(Run *run) {
     const char *out = run->options->out;
     char text[32];
     bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
@@ -4877,13 +5045,24 @@ static void save_result(const Run *run) {
     const Tensor *bad = find_not_finite(model);
     if (bad) die("%s is not finite: the model is not saved", bad->name);
     check_mapped_files();
-    char *temporary = xprintf("%s/model.tmp", out);
+    char *temporary = xprintf("%s/model.tmp", out), *merged = xprintf("%s/merged", out);
+    const bool adapter = model->lora_rank > 0;
     remove_folder(temporary);
-    model_save(model, run->tokenizer, &run->kept, temporary);
+    model_save(model, run->tokenizer, &run->kept, run->base, temporary);
+    withdraw_model(merged); // an earlier run's would not be the sum of this adapter and its model
     publish_model(out);
+    if (adapter) {
+        activations_free(&run->activations); // merging copies each matrix that it changes
+        model_merge(model);
+        make_folder(merged);
+        model_save(model, run->tokenizer, &run->kept, NULL, path_of("%s/model.tmp", merged));
+        publish_model(merged);
+    }
     if (other) model_free(model);
     free(temporary);
-    printf("model saved in %s", out);
+    free(merged);
+    printf("%s saved in %s", adapter ? "adapter" : "model", out);
+    if (adapter) printf(", with its model in %s/merged", out);
     if (judged) printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
     printf(" after %s\n", clock_time(now() - run->started, text));
 }
@@ -4995,7 +5174,7 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
 }
 
 // Says how training ended, and saves its result if there is one. Returns the program's exit status.
-static int finish_training(const Run *run) {
+static int finish_training(Run *run) {
     const Options *options = run->options;
     end_progress();
     if (stop_signal) {
@@ -5115,6 +5294,9 @@ static const Option option_table[] = {
     {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and that of its square"},
     {"epsilon", 0, REAL, FIELD(epsilon), "1e-8", 1e-30, 1, TRAIN, "X", "what AdamW adds to the root it divides by"},
     {"max-grad-norm", 0, REAL, FIELD(max_grad_norm), "1", 0, 1e30, TRAIN, "X", "gradients with a larger norm are scaled down to it; 0: never"},
+    {"lora-rank", 0, COUNT, FIELD(lora_rank), "0", 1, 65536, TRAIN | START, "R", "train adapters of this rank beside frozen matrices (LoRA)"},
+    {"lora-alpha", 0, REAL, FIELD(lora_alpha), "0", 1e-6, 1e6, TRAIN | START, "X", "their weight is alpha / rank (default: twice the rank)"},
+    {"lora-target", 0, LIST, FIELD(lora_target), "attn.c_attn", 0, 0, TRAIN | START, "REGEX", "matrices that get one, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; may be given several times"},
     {"dropout", 0, REAL, FIELD(dropout), "0", 0, 0.99, TRAIN, "X", "probability, at the places where GPT-2 has it"},
     {"overfit", 0, FLAG, FIELD(overfit), "", 0, 0, TRAIN, NULL, "train on the first batch only; must reach 100 % accuracy"},
     {.help = "Evaluation, samples, checkpoints"},
@@ -5528,6 +5710,41 @@ static Ids read_ends(const char *folder, const Tokenizer *tokenizer) {
     return ends;
 }
 
+// Puts adapters beside the matrices of --lora-target. An adapter that comes from a folder is trained as it is.
+static void start_adapters(Model *model, const Options *options) {
+    if (model->lora_rank > 0) {
+        if (options->lora_rank && options->lora_rank != model->lora_rank)
+            die_usage(
+                "--lora-rank %ld: %s is an adapter of rank %d already; leave the option out to train it on",
+                options->lora_rank, options->init, model->lora_rank);
+        return;
+    }
+    if (!options->lora_rank) return;
+    if (find_size(options->init))
+        die_usage("--lora-rank: an adapter belongs to a model folder; --init %s begins at random",
+                  options->init);
+    model->lora_rank = (int)options->lora_rank;
+    model->lora_alpha =
+        (float)(options->lora_alpha > 0 ? options->lora_alpha : 2 * (double)options->lora_rank);
+    const int plain = model->tensor_count;
+    for (size_t p = 0; p < options->lora_target.size; p++) {
+        const Patterns one = {&options->lora_target.items[p], 1, 1};
+        bool found = false;
+        for (int i = 0; i < plain; i++) {
+            Tensor *weight = &model->tensors[i];
+            if (!is_adaptable(weight) || !patterns_match(&one, weight->name)) continue;
+            if (!weight->adapter) model_add_adapter(model, weight);
+            found = true;
+        }
+        if (!found)
+            die_usage("--lora-target '%s' matches no matrix of a block: they are attn.c_attn, attn.c_proj, "
+                      "mlp.c_fc and mlp.c_proj",
+                      one.items[0]);
+    }
+    adapters_allocate(model);
+    adapters_initialise(model, random_stream((uint64_t)options->seed, 0x6c6f7261u)); // "lora"
+}
+
 // What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as
 // --init says, and the datasets that are named.
 static Run start_run(Options *options, const char *checkpoint) {
@@ -5540,13 +5757,17 @@ static Run start_run(Options *options, const char *checkpoint) {
     choose_precision(options);
     choose_matmul(options);
     Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1, .started = now()};
+    char *base = run.base = size ? NULL : base_folder(folder);
     run.tokenizer = load_tokenizer(checkpoint ? "" : options->tokenizer, folder);
+    if (!run.tokenizer && base) run.tokenizer = load_tokenizer("", base);
     if (run.tokenizer) run.tokenizer->plain = options->plain;
     run.model = start_model(options, size, folder, run.tokenizer);
-    if (!size) keep_config(&run.kept, folder);
+    if (options->train[0]) start_adapters(run.model, options);
+    if (!size) keep_config(&run.kept, base);
+    if (!size) keep_file(&run.kept, folder, "adapter_config.json", "adapter_config.json");
     if (checkpoint || !*options->tokenizer || is_folder(options->tokenizer))
         keep_tokenizer(&run.kept, checkpoint || !*options->tokenizer ? folder : options->tokenizer);
-    run.ends = read_ends(size ? NULL : folder, run.tokenizer);
+    run.ends = read_ends(size ? NULL : base, run.tokenizer);
     const Config *config = &run.model->config;
     if (options->seq_len > config->n_positions)
         die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
