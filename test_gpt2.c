@@ -4545,13 +4545,14 @@ typedef struct {
     double loss;
 } LogLine;
 
-// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order, seconds that
+// Reads OUT/log.csv and checks its form: the header, ten columns, each step once and in order, seconds that
 // never fall, and at an evaluation the rate of the update before. Returns how many lines. essence (unless
 // NULL) gets what must be the same after a resume: all but the timing, and of evaluations all but the rate.
 static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     char *path = xprintf("%s/log.csv", in_tests(out));
     Text text = file_exists(path) ? read_file(path) : (Text){0};
-    const char *header = "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n";
+    const char *header =
+        "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds,exact_match\n";
     bool whole = text.data && strncmp(text.data, header, strlen(header)) == 0;
     size_t count = 0;
     long trained = 0, evaluated = -1;
@@ -4563,7 +4564,7 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
         int n = 0;
         while (n < 16 && (field = strsep(&rest, ","))) fields[n++] = field;
         LogLine *l = &lines[count++];
-        whole = n == 9 && (strcmp(fields[2], "val") == 0 || strcmp(fields[2], "train") == 0);
+        whole = n == 10 && (strcmp(fields[2], "val") == 0 || strcmp(fields[2], "train") == 0);
         if (!whole) break;
         *l = (LogLine){atol(fields[0]), fields[2][0] == 'v', atof(fields[3])};
         whole = l->val ? l->step > evaluated && l->step == trained && !*fields[6] : l->step == trained + 1;
@@ -4571,8 +4572,9 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
         seconds = atof(fields[8]);
         if (!l->val) rate = fields[5];
         *(l->val ? &evaluated : &trained) = l->step;
-        for (int i = 0; i < (l->val ? 5 : 7) && essence; i++) {
-            text_append(essence, fields[i], strlen(fields[i]));
+        for (int i = 0; i < (l->val ? 6 : 8) && essence; i++) { // the last of them is the exact match
+            const char *kept = fields[i == (l->val ? 5 : 7) ? 9 : i];
+            text_append(essence, kept, strlen(kept));
             text_append(essence, " ", 1);
         }
     }

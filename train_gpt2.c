@@ -4669,7 +4669,8 @@ static void begin_log(const Run *run) {
     if (ftruncate(fileno(run->log), (off_t)kept) != 0 || fseek(run->log, 0, SEEK_END) != 0)
         die("%s/log.csv: cannot be shortened: %s", run->options->out, strerror(errno));
     if (kept == 0)
-        write_log(run, "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n");
+        write_log(run, "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds,"
+                       "exact_match\n");
 }
 
 // ---- saving ----
@@ -4814,8 +4815,10 @@ static bool evaluate_and_judge(Run *run) {
     if (run->val->prompts) printf("  exact match %.2f %% of %zu", 100 * e.exact, e.examples);
     printf("\n");
     fflush(stdout);
-    write_log(run, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
-              e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
+    char exact[32] = ""; // windows of a text have none
+    if (run->val->prompts) snprintf(exact, sizeof exact, "%.6g", e.exact);
+    write_log(run, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f,%s\n", run->step, epoch_of(run, run->step), e.loss,
+              e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started, exact);
     run->evaluated_step = run->step;
     if (run->step == 0) return false;
     run->unsaved = true;
@@ -4878,7 +4881,7 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
     }
     double seconds = now() - begin;
     run->accuracy = update.accuracy;
-    write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
+    write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
               update.loss, update.accuracy, update.learning_rate, update.norm, (double)update.rows / seconds,
               now() - run->started);
     show_update(run, &update, seconds);
