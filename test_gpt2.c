@@ -2417,8 +2417,8 @@ static void test_cache(void) {
 }
 
 // Greedy generation without a cache: every token from a full forward pass over the window. A full window goes
-// on from its last half, as does a prompt that is longer than the context.
-static void generate_slowly(const Model *model, const Ids *prompt, int count, Ids *output) {
+// on from its last half, as does a prompt that is longer than the context. A penalty concerns the whole text.
+static void generate_slowly(const Model *model, const Ids *prompt, int count, double penalty, Ids *output) {
     const int V = model->config.vocab_size, P = model->config.n_positions;
     Ids all = {0};
     size_t begin = 0;
@@ -2431,6 +2431,8 @@ static void generate_slowly(const Model *model, const Ids *prompt, int count, Id
         batch_end_sequence(&batch);
         float *logits = logits_of(model, &batch), *last = logits + (size_t)(batch.rows - 1) * V;
         int best = 0;
+        for (int v = 0; v < V; v++)
+            if (ids_have(&all, v)) last[v] = (float)(last[v] > 0 ? last[v] / penalty : last[v] * penalty);
         for (int v = 0; v < V; v++) best = last[v] > last[best] ? v : best;
         ids_push(&all, best);
         ids_push(output, best);
@@ -2456,19 +2458,21 @@ static void test_generation(void) {
         Ids prompt = {0}, slow = {0};
         Sample fast[3] = {0}, ended = {0}, drawn[4] = {0};
         for (int i = 0; i < cases[n][1]; i++) ids_push(&prompt, (int)(random_bits(n, i) % V));
-        generate_slowly(model, &prompt, COUNT, &slow);
-        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, fast);
+        generate_slowly(model, &prompt, COUNT, 1, &slow);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL, 1, false}, fast);
         for (int s = 0; s < 3; s++)
             check(begin_alike(&fast[s].ids, &slow, COUNT), "case %d: sample %d differs from the slow way", n,
                   s);
         int end = slow.data[COUNT / 2];
         size_t length = 0;
         while (slow.data[length] != end) length++;
-        generate(model, NULL, &prompt, COUNT, 1, &(Ids){&end, 1, 0}, &(Sampling){0, 0, 1, 1, NULL}, &ended);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){&end, 1, 0}, &(Sampling){0, 0, 1, 1, NULL, 1, false},
+                 &ended);
         check(begin_alike(&ended.ids, &slow, length), "case %d: %zu tokens before the end, not %zu", n,
               ended.ids.size, length);
-        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, drawn);
-        generate(model, NULL, &prompt, COUNT, 1, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL, 1, false}, drawn);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL, 1, false},
+                 &drawn[3]);
         check(begin_alike(&drawn[3].ids, &drawn[0].ids, COUNT),
               "case %d: a sample depends on how many there are", n);
         check(!begin_alike(&drawn[0].ids, &drawn[1].ids, COUNT) &&
@@ -2478,6 +2482,33 @@ static void test_generation(void) {
         for (int s = 0; s < 4; s++) sample_free(&drawn[s]), s < 3 ? sample_free(&fast[s]) : (void)0;
         model_free(model);
     }
+}
+
+// Greedy text with --repetition-penalty equals the slow one. Prompt and own tokens count, each once, those that
+// have left the context too.
+static void test_repetition(void) {
+    enum { V = 31, COUNT = 40 };
+    static const double penalties[] = {1, 1.02, 1.3, 5, 0.7};
+    Model *model = tiny_model(tiny_config(V, 16, 2, 2, 8, 32, true), 21, NULL);
+    Ids prompt = {0}, plain = {0};
+    for (int i = 0; i < 7; i++) ids_push(&prompt, (int)(random_bits(3, (uint64_t)i / 2) % V));
+    int different = 0;
+    for (int n = 0; n < 5; n++) {
+        Ids slow = {0};
+        Sample fast[2] = {0};
+        generate_slowly(model, &prompt, COUNT, penalties[n], &slow);
+        generate(model, NULL, &prompt, COUNT, 2, &(Ids){0},
+                 &(Sampling){0, 0, 1, 1, NULL, penalties[n], false}, fast);
+        for (int s = 0; s < 2; s++)
+            check(begin_alike(&fast[s].ids, &slow, COUNT), "penalty %g: sample %d differs", penalties[n], s);
+        if (n == 0) plain = slow;
+        different += !begin_alike(&plain, &slow, COUNT);
+        for (int s = 0; s < 2; s++) sample_free(&fast[s]);
+        if (n > 0) free(slow.data);
+    }
+    check(different >= 3, "only %d penalties changed the text", different);
+    free(prompt.data), free(plain.data);
+    model_free(model);
 }
 
 // The distribution that is asked for: softmax, the k most likely, and of those the fewest that together reach
@@ -2509,11 +2540,12 @@ static void wanted_probabilities(double *p, const float *logits, int V, const Sa
 // Draws at equal distances give each token its share, up to one draw at each end of it.
 static void test_sampling(void) {
     enum { N = 20000, V = 10 };
-    static const Sampling cases[] = {{1, 0, 1, 0, NULL},    {0.7, 0, 1, 0, NULL},   {1.5, 5, 1, 0, NULL},
-                                     {1, 0, 0.9, 0, NULL},  {1, 0, 0.5, 0, NULL},   {0.8, 6, 0.7, 0, NULL},
-                                     {1, 99, 1, 0, NULL},   {1, 1, 1, 0, NULL},     {0, 0, 1, 0, NULL},
-                                     {1, 0, 1e-9, 0, NULL}, {2, 3, 0.999, 0, NULL}, {1e-6, 0, 1, 0, NULL},
-                                     {1, 9, 0.5, 0, NULL},  {0, 5, 0.5, 0, NULL}};
+    static const Sampling cases[] = {
+        {1, 0, 1, 0, NULL, 1, false},    {0.7, 0, 1, 0, NULL, 1, false},   {1.5, 5, 1, 0, NULL, 1, false},
+        {1, 0, 0.9, 0, NULL, 1, false},  {1, 0, 0.5, 0, NULL, 1, false},   {0.8, 6, 0.7, 0, NULL, 1, false},
+        {1, 99, 1, 0, NULL, 1, false},   {1, 1, 1, 0, NULL, 1, false},     {0, 0, 1, 0, NULL, 1, false},
+        {1, 0, 1e-9, 0, NULL, 1, false}, {2, 3, 0.999, 0, NULL, 1, false}, {1e-6, 0, 1, 0, NULL, 1, false},
+        {1, 9, 0.5, 0, NULL, 1, false},  {0, 5, 0.5, 0, NULL, 1, false}};
     Candidate candidates[V];
     for (int set = 0; set < 5; set++) {
         float logits[V];
@@ -4624,7 +4656,7 @@ static void test_evaluate(void) {
         Ids prompt = {0}, greedy = {0};
         const int P = e % 2 ? 1 : 3; // tokens of the prompt
         for (int i = 0; i < P; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
-        generate_slowly(model, &prompt, SIZE - P, &greedy);
+        generate_slowly(model, &prompt, SIZE - P, 1, &greedy);
         examples[e] = (Example){0, source.ids.size, SIZE, SIZE - P};
         for (int i = 0; i < P; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
         for (int i = 0; i < SIZE - P; i++) {
@@ -4719,7 +4751,7 @@ static void test_stop(void) {
     Ids prompt = {0};
     Sample whole[S] = {0};
     tokenizer_encode(tokenizer, &prompt, "the cat", 7);
-    generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, whole);
+    generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL, 1, false}, whole);
     int shortened = 0;
     for (int n = 0; n < 24; n++) {
         char stop[8] = "the cat";
@@ -4728,7 +4760,8 @@ static void test_stop(void) {
         if (n > 0) snprintf(stop, sizeof stop, "%.*s", length, from->data + from->size / 2 + (size_t)n / 3);
         if (stop[0] == 0) continue;
         Sample ended[S] = {0};
-        generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, stop}, ended);
+        generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, stop, 1, false},
+                 ended);
         for (int s = 0; s < S; s++) {
             size_t wanted = 0, size = whole[s].text.size, stop_size = strlen(stop);
             while (wanted + stop_size <= size && memcmp(whole[s].text.data + wanted, stop, stop_size) != 0)
@@ -4862,7 +4895,8 @@ static void test_no_prompt(void) {
         Sample sample = {0};
         ids_push(&prompt, other ? 0 : tokenizer->end_of_text);
         int kept = begin_capture();
-        generate(model, tokenizer, &prompt, 20, 1, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+        generate(model, tokenizer, &prompt, 20, 1, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL, 1, false},
+                 &sample);
         free(end_capture(kept).data);
         bool same = printed.size == sample.text.size + 1 &&
                     memcmp(printed.data, sample.text.data, sample.text.size) == 0;
@@ -5906,6 +5940,7 @@ static const struct {
     {"generation: greedy, past the context, several samples", test_generation},
     {"generation: --stop, in tokens and across them", test_stop},
     {"generation: sampling", test_sampling},
+    {"generation: --repetition-penalty", test_repetition},
     {"tensors: names, shapes, decay", test_tensor_table},
     {"tensors: initial values", test_initial_values},
     {"tensors: GPT-2's four sizes", test_parameter_counts},

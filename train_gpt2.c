@@ -2292,7 +2292,9 @@ typedef struct {
     int top_k;          // only the k most likely tokens; 0: all
     double top_p;       // only the most likely tokens that together reach this probability; 1: all
     uint64_t seed;
-    const char *stop; // a sample ends before this text; NULL: no such text
+    const char *stop;          // a sample ends before this text; NULL: no such text
+    double repetition_penalty; // above 1: what the text has already becomes less likely; 1: no change
+    bool silent;               // a single sample is not printed while it is made
 } Sampling;
 
 // What follows the prompt in one sample: its tokens, and their text up to where it ends.
@@ -2317,6 +2319,17 @@ static void refresh_copy(const float *from, size_t size); // this, wherever the 
 static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N); // copies op(B) (K, N)
 static void drop_copies(void);
 
+// Keeps copies of all weights that products multiply by.
+static void keep_packed_copies(const Model *model) {
+    const Tensor *head = model_head(model);
+    keep_packed_copy(head->value, true, head->shape[1], head->shape[0]);
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        if (t->dims == 2 && kind_is_per_layer(t->kind))
+            keep_packed_copy(t->value, false, t->shape[0], t->shape[1]);
+    }
+}
+
 // Writes the keys and values of a batch behind those of the earlier tokens; returns where attention finds
 // them all.
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
@@ -2337,26 +2350,24 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
 }
 
-// An empty cache for so many samples of up to n_positions tokens.
-static Cache cache_new(const Config *config, int samples) {
+// An empty cache for so many samples of up to n_positions tokens; and copies of all weights that products
+// multiply by, for as long as the cache lives.
+static Cache cache_new(const Model *model, int samples) {
+    const Config *config = &model->config;
     const size_t size = (size_t)config->n_layer * samples * config->n_positions * 2 * config->n_embd;
     Cache cache = {.sequences = samples, .positions = config->n_positions, .NH = config->n_head};
     cache.HS = config->n_embd / config->n_head;
     cache.first_key = xmalloc((size_t)samples * sizeof(int));
     cache.memory = xfloats(size);
     keep_copy(cache.memory, size);
+    keep_packed_copies(model);
     return cache;
 }
 
-// Keeps copies of all weights that products multiply by.
-static void keep_packed_copies(const Model *model) {
-    const Tensor *head = model_head(model);
-    keep_packed_copy(head->value, true, head->shape[1], head->shape[0]);
-    for (int i = 0; i < model->tensor_count; i++) {
-        const Tensor *t = &model->tensors[i];
-        if (t->dims == 2 && kind_is_per_layer(t->kind))
-            keep_packed_copy(t->value, false, t->shape[0], t->shape[1]);
-    }
+static void cache_free(Cache *cache) {
+    drop_copies();
+    free(cache->first_key);
+    free(cache->memory);
 }
 
 typedef struct {
@@ -2445,6 +2456,20 @@ static void stream_text(const Text *text, size_t *printed, const char *stop, boo
     *printed = size;
 }
 
+// Makes the tokens that a text has already less likely, as transformers does: each one's logit, however often
+// the token came, is divided by the penalty where it is positive and multiplied by it where it is negative.
+static void penalise_repetition(float *logits, int V, double penalty, const Ids *prompt, const Ids *own) {
+    if (penalty == 1) return;
+    bool *done = xcalloc((size_t)V, sizeof *done);
+    for (size_t i = 0; i < prompt->size + own->size; i++) {
+        int token = i < prompt->size ? prompt->data[i] : own->data[i - prompt->size];
+        float *logit = &logits[token];
+        if (!done[token]) *logit = *logit < 0 ? *logit * (float)penalty : *logit / (float)penalty;
+        done[token] = true;
+    }
+    free(done);
+}
+
 // Draws a token from logits (V). One that the tokenizer does not have is never drawn: the embedding may have
 // more rows than there are tokens, to be a multiple of 64, say.
 static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sampling *sampling, float draw,
@@ -2454,68 +2479,95 @@ static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sa
     return sample_token(logits, V, sampling, draw, candidates);
 }
 
-// Continues the prompt by up to `count` tokens, in `samples` different ways at once, in outputs[0] to
-// outputs[samples - 1], which are empty before. A sample ends at one of the ids in `ends` or at
-// sampling->stop. When the context is full, the model goes on with its last half. Without a tokenizer there
-// is no text, only ids; with one, a single sample is printed as it comes.
-static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
-                     int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
-    const Config *config = &model->config;
-    const int V = config->vocab_size, P = config->n_positions;
-    Activations a = {0};
-    Batch batch = {0};
-    Cache cache = cache_new(config, samples);
-    keep_packed_copies(model);
+// Texts in the making: what generation keeps from one token to the next.
+typedef struct {
+    const Model *model;
+    const Ids *prompt;
+    Sample *outputs;
+    int *running, alive; // which samples have not ended, and how many
+    int *last_row;       // (alive) the row from which the next token of each comes
+    size_t seen;         // tokens of each sample that the model has seen
+    Cache *cache;
+    Activations activations;
+    Batch batch;
+} Writing;
+
+// Runs the model on what it has not seen yet of each running sample of `size` tokens: first of all the prompt,
+// then one token at a time. When the context is full, it goes on with the last half.
+static void read_on(Writing *w, size_t size) {
+    const Config *config = &w->model->config;
+    Cache *cache = w->cache;
+    if (cache->past + (int)(size - w->seen) > config->n_positions) { // a longer prompt comes here, too
+        cache->past = 0;
+        w->seen = size - (size_t)(config->n_positions > 1 ? config->n_positions / 2 : 1);
+    }
+    batch_clear(&w->batch);
+    for (int n = 0; n < w->alive; n++) {
+        const int *own = w->outputs[w->running[n]].ids.data;
+        for (size_t i = w->seen; i < size; i++)
+            batch_add_row(&w->batch, i < w->prompt->size ? w->prompt->data[i] : own[i - w->prompt->size],
+                          cache->past + (int)(i - w->seen), -1);
+        batch_end_sequence(&w->batch);
+        w->last_row[n] = w->batch.rows - 1;
+        cache->first_key[n] = w->running[n] * 2 * config->n_head * config->n_positions;
+    }
+    activations_reserve(&w->activations, w->model, w->batch.rows, KEEP_NOTHING);
+    model_forward(w->model, &w->activations, &w->batch, cache, (Dropout){0});
+    cache->past += w->batch.first_row[1];
+    w->seen = size;
+}
+
+static volatile sig_atomic_t stop_signal = 0; // the signal that asks for an end; 0: none has come
+
+// Continues the prompt by up to `count` tokens, in as many different ways at once as the cache has sequences,
+// in outputs[0], outputs[1] ..., which are empty before. A sample ends at one of the ids in `ends`, at
+// sampling->stop, or at a signal. Without a tokenizer there is no text, only ids; with one, a single sample is
+// printed as it comes. The cache may hold the first tokens of the prompt already.
+static void continue_prompt(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
+                            Cache *cache, const Ids *ends, const Sampling *sampling, Sample *outputs) {
+    const int V = model->config.vocab_size, samples = cache->sequences;
+    const bool print = samples == 1 && !sampling->silent;
+    Writing w = {.model = model, .prompt = prompt, .outputs = outputs, .alive = samples, .cache = cache};
+    w.seen = (size_t)cache->past;
+    w.running = xmalloc((size_t)samples * sizeof(int));
+    w.last_row = xmalloc((size_t)samples * sizeof(int));
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
-    int *running = xmalloc((size_t)samples * sizeof(int)); // the samples that have not ended
-    int *last_row = xmalloc((size_t)samples * sizeof(int));
+    size_t printed = 0;
     for (int s = 0; s < samples; s++) {
-        running[s] = s;
+        w.running[s] = s;
         text_append(&outputs[s].text, "", 0);
     }
-    size_t printed = 0, seen = 0; // tokens of each sample that the model has seen
-    for (int made = 0, alive = samples; made < count && alive > 0; made++) {
-        size_t size = prompt->size + (size_t)made;
-        if (cache.past + (int)(size - seen) > P) { // full, or a prompt that is longer than the context
-            cache.past = 0;
-            seen = size - (size_t)(P > 1 ? P / 2 : 1);
-        }
-        batch_clear(&batch);
-        for (int n = 0; n < alive; n++) {
-            const int *own = outputs[running[n]].ids.data;
-            for (size_t i = seen; i < size; i++)
-                batch_add_row(&batch, i < prompt->size ? prompt->data[i] : own[i - prompt->size],
-                              cache.past + (int)(i - seen), -1);
-            batch_end_sequence(&batch);
-            last_row[n] = batch.rows - 1;
-            cache.first_key[n] = running[n] * 2 * config->n_head * P;
-        }
-        activations_reserve(&a, model, batch.rows, KEEP_NOTHING);
-        model_forward(model, &a, &batch, &cache, (Dropout){0});
-        cache.past += batch.first_row[1];
-        seen = size;
+    for (int made = 0; made < count && w.alive > 0 && !stop_signal; made++) {
         int still = 0;
-        for (int n = 0; n < alive; n++) {
-            const int s = running[n], row = n % LOGIT_ROWS;
-            if (row == 0)
-                head_forward(model, &a, last_row + n, alive - n < LOGIT_ROWS ? alive - n : LOGIT_ROWS);
+        read_on(&w, prompt->size + (size_t)made);
+        for (int n = 0; n < w.alive; n++) {
+            const int s = w.running[n], left = w.alive - n;
+            if (n % LOGIT_ROWS == 0)
+                head_forward(model, &w.activations, w.last_row + n, left < LOGIT_ROWS ? left : LOGIT_ROWS);
+            float *logits = w.activations.logits + (size_t)(n % LOGIT_ROWS) * V;
+            penalise_repetition(logits, V, sampling->repetition_penalty, prompt, &outputs[s].ids);
             float draw = random_uniform(random_stream(sampling->seed, (uint64_t)s), (uint64_t)made);
-            int token = draw_token(a.logits + (size_t)row * V, V, tokenizer, sampling, draw, candidates);
+            int token = draw_token(logits, V, tokenizer, sampling, draw, candidates);
             if (!ids_have(ends, token) && sample_append(&outputs[s], token, tokenizer, sampling->stop))
-                running[still++] = s;
+                w.running[still++] = s;
         }
-        alive = still;
-        if (samples == 1)
-            stream_text(&outputs[0].text, &printed, sampling->stop, alive == 0 || made == count - 1);
+        w.alive = still;
+        if (print) stream_text(&outputs[0].text, &printed, sampling->stop, still == 0 || made == count - 1);
     }
-    drop_copies();
-    free(running);
-    free(last_row);
+    if (print) stream_text(&outputs[0].text, &printed, sampling->stop, true); // a signal may have come
+    free(w.running);
+    free(w.last_row);
     free(candidates);
-    free(cache.first_key);
-    free(cache.memory);
-    batch_free(&batch);
-    activations_free(&a);
+    batch_free(&w.batch);
+    activations_free(&w.activations);
+}
+
+// The same with a cache that is made for this prompt alone.
+static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
+                     int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
+    Cache cache = cache_new(model, samples);
+    continue_prompt(model, tokenizer, prompt, count, &cache, ends, sampling, outputs);
+    cache_free(&cache);
 }
 
 static void sample_free(Sample *sample) {
@@ -4462,7 +4514,7 @@ static double now(void) {
 typedef struct {
     const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *stop;
     double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm;
-    double dropout, temperature, top_p;
+    double dropout, temperature, top_p, repetition_penalty;
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
@@ -4504,8 +4556,6 @@ typedef struct {
     double exact;    // share of examples with all scored tokens right: greedy generation would give them
     size_t targets, examples;
 } Evaluation;
-
-static volatile sig_atomic_t stop_signal = 0;
 
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
 
@@ -4792,7 +4842,7 @@ static int first_token(const Run *run) {
 static void print_sample(const Run *run) {
     Ids prompt = {0};
     Sample output = {0};
-    Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
+    Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL, 1, false};
     if (!run->tokenizer) return;
     ids_push(&prompt, first_token(run));
     end_progress();
@@ -4960,7 +5010,7 @@ static int train(Run *run) {
 typedef enum { FLAG, COUNT, REAL, WORD, CHOICE, LIST } OptionKind;
 // Where an option applies; NOT_SAVED: a checkpoint does not remember it; START: it only counts when a run
 // begins; ONCE: given twice it is refused, since the user may believe that both count.
-enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8, START = 16, ONCE = 32 };
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, CHAT = 8, ANY = 15, NOT_SAVED = 16, START = 32, ONCE = 64 };
 
 typedef struct {
     const char *name;
@@ -5022,11 +5072,12 @@ static const Option option_table[] = {
     {"eval", 0, FLAG, FIELD(eval), "", 0, 0, EVAL | NOT_SAVED, NULL, "loss, perplexity, accuracy and exact match of --val"},
     {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
     {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "how the text begins; - reads standard input"},
-    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
-    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
-    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
+    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | CHAT | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
+    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | CHAT | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
+    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | CHAT | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
+    {"repetition-penalty", 0, REAL, FIELD(repetition_penalty), "1", 1e-3, 1e3, GENERATE | CHAT | NOT_SAVED, "X", "above 1: tokens that the text has already are less likely, as in transformers"},
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
-    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
+    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | CHAT | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
@@ -5719,6 +5770,15 @@ static int run_evaluation(Options *options) {
     return end_run(&run, 0);
 }
 
+static Sampling sampling_of(const Options *options) {
+    return (Sampling){.temperature = options->temperature,
+                      .top_k = (int)options->top_k,
+                      .top_p = options->top_p,
+                      .seed = (uint64_t)options->seed,
+                      .stop = options->stop[0] ? options->stop : NULL,
+                      .repetition_penalty = options->repetition_penalty};
+}
+
 static int run_generation(Options *options) {
     Run run = start_run(options, NULL);
     const Tokenizer *tokenizer = run.tokenizer;
@@ -5734,8 +5794,7 @@ static int run_generation(Options *options) {
     tokenizer_encode(run.tokenizer, &prompt, text.data, text.size);
     check_tokens(tokenizer, &prompt, run.model->config.vocab_size, "--prompt");
     if (prompt.size == 0) ids_push(&prompt, first_token(&run));
-    Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed,
-                         options->stop[0] ? options->stop : NULL};
+    Sampling sampling = sampling_of(options);
     bool stream = options->samples == 1;
     if (stream) {
         fwrite(text.data, 1, text.size, stdout);
