@@ -4253,7 +4253,8 @@ static void check_option(const Option *option) {
     if (option->kind == REAL)
         snprintf(value, sizeof value, "%.17g", option->most / 1.37); // takes all its digits
     if (option->kind == CHOICE) snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
-    if (!(option->modes & TRAIN)) strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
+    if (!(option->modes & TRAIN))
+        strcpy(mode, option->modes & EVAL ? "--eval" : option->modes & GENERATE ? "--generate 5" : "--chat");
     Options initial, by_name, by_letter, again;
     set_defaults(&initial);
     snprintf(text, sizeof text, "%s --%s%s%s", mode, option->name, flag ? "" : "=", flag ? "" : value);
@@ -4953,6 +4954,190 @@ static void test_generate(void) {
     free(again.data);
 }
 
+// Runs `'test_gpt2' --trainer ARGUMENTS`, in words of a shell that may redirect its streams, for at most 60
+// seconds. Its exit status; what it left in $D/said is returned.
+static int __attribute__((format(printf, 2, 3))) run_shell(Text *said, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    char *words = NULL;
+    if (vasprintf(&words, format, arguments) < 0) die("out of memory");
+    va_end(arguments);
+    setenv("T", self_path, 1);
+    put_file(in_tests("said"), "", 0);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(60);
+        execl("/bin/sh", "sh", "-c", words, (char *)NULL);
+        _exit(127);
+    }
+    int status = wait_for(child);
+    free(words);
+    *said = read_file(in_tests("said"));
+    return status;
+}
+
+// A model in D/talker that never ends a text by itself when it is greedy, with a context of P tokens.
+static Model *make_talker(int P) {
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = tiny_model(tiny_config(tokenizer->vocab_size, P, 2, 2, 8, 32, true), 3, NULL);
+    for (size_t i = 0; i < 8; i++)
+        model_tensor(model, WTE, 0)->value[(size_t)tokenizer->end_of_text * 8 + i] = 0;
+    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("talker"));
+    tokenizer_free(tokenizer);
+    return model;
+}
+
+// --chat in a pipe: each answer is what greedy generation gives behind the whole talk, turns joined by the end of
+// text; after /reset behind the new turn alone. A full context is said in one line.
+static void test_talk(void) {
+    static const char *const turns[] = {"the cat", "a dog?", "/reset", "the cat", "", "the bird", "a mat."};
+    Model *model = make_talker(60);
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Text wanted = {0}, printed;
+    Ids talk = {0};
+    for (int i = 0; i < 7; i++) {
+        if (turns[i][0] == '/') talk.size = 0;
+        if (turns[i][0] == '/' || !turns[i][0]) continue;
+        Ids answer = {0};
+        tokenizer_encode(tokenizer, &talk, turns[i], strlen(turns[i]));
+        ids_push(&talk, tokenizer->end_of_text);
+        generate_slowly(model, &talk, 8, 1, &answer);
+        for (size_t n = 0; n < answer.size; n++) {
+            ids_push(&talk, answer.data[n]);
+            tokenizer_decode(tokenizer, &wanted, answer.data[n]);
+        }
+        ids_push(&talk, tokenizer->end_of_text);
+        text_append(&wanted, "\n", 1);
+        free(answer.data);
+    }
+    const char *chat = "--chat --init $D/talker --generate 8 --temperature 0 --matmul builtin";
+    char *words = xprintf("$T --trainer %s >$D/answers 2>$D/said", chat);
+    int status =
+        run_shell(&printed, "printf 'the cat\n\na dog?\r\n/reset\nthe cat\nthe bird\na mat.' | %s", words);
+    Text answers = read_file(in_tests("answers"));
+    check(status == 0 && printed.size == 0, "--chat: status %d, %s", status, printed.data);
+    check(answers.size == wanted.size && memcmp(answers.data, wanted.data, wanted.size) == 0,
+          "--chat answers %s, not %s", answers.data, wanted.data);
+    free(printed.data), free(answers.data);
+    status = run_shell(&printed, "printf 'the cat sat\nthe dog\nthe cat met the bird\na\n' | %s", words);
+    check(status == 0 && one_error_line(&printed, "the context of 60 tokens is full: the oldest "),
+          "a talk over 60 tokens: status %d, %s", status, printed.data);
+    free(printed.data), free(words), free(wanted.data), free(talk.data);
+    expect_refusal(2, "--generate 60: a context of 60 tokens has no room",
+                   "--chat --init $D/talker --generate 60");
+    expect_refusal(2, "--samples does not apply to --chat", "--chat --init $D/talker --samples 2");
+    tokenizer_free(tokenizer);
+    model_free(model);
+}
+
+// A program on a pseudo-terminal that is its controlling one, so that a typed ^C becomes a signal.
+typedef struct {
+    int master;
+    pid_t child;
+    Text seen;
+} Session;
+
+// Reads until the terminal shows `text` (behind what was waited for before); false: it does not in 20 seconds.
+static bool shows(Session *session, const char *text) {
+    char buffer[4096];
+    for (double end = now() + 20; now() < end;) {
+        const char *found = session->seen.data ? strstr(session->seen.data, text) : NULL;
+        if (found) {
+            size_t rest = session->seen.size - (size_t)(found + strlen(text) - session->seen.data);
+            memmove(session->seen.data, found + strlen(text), rest + 1);
+            session->seen.size = rest;
+            return true;
+        }
+        struct pollfd ready = {session->master, POLLIN, 0};
+        ssize_t more = poll(&ready, 1, 1000) == 1 ? read(session->master, buffer, sizeof buffer) : 0;
+        if (more < 0) return false; // the program has ended
+        for (ssize_t i = 0; i < more; i++)
+            if (buffer[i]) text_append(&session->seen, buffer + i, 1);
+    }
+    return false;
+}
+
+static void type(const Session *session, const char *keys) {
+    check(write(session->master, keys, strlen(keys)) == (ssize_t)strlen(keys), "typing: %s", strerror(errno));
+}
+
+static Session start_session(const char *words) {
+    Session session = {.master = posix_openpt(O_RDWR | O_NOCTTY)};
+    if (session.master < 0 || grantpt(session.master) != 0 || unlockpt(session.master) != 0)
+        die("no pseudo-terminal: %s", strerror(errno));
+    char *name = xstrdup(ptsname(session.master)), *command = xprintf("exec $T --trainer %s", words);
+    setenv("T", self_path, 1);
+    fflush(stdout);
+    session.child = fork();
+    if (session.child == 0) {
+        setsid();
+        int terminal =
+            open(name, O_RDWR); // becomes the controlling one on Linux; elsewhere the next line does it
+        ioctl(terminal, TIOCSCTTY, 0);
+        for (int i = 0; i < 3; i++) dup2(terminal, i);
+        signal(SIGINT, SIG_DFL);
+        alarm(60);
+        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        _exit(127);
+    }
+    free(name), free(command);
+    return session;
+}
+
+// --chat on a terminal: a prompt, the terminal's own editing (a typed backspace), ^C that ends an answer and not the
+// program, ^D that ends it; and ^C at the prompt, which does too.
+static void test_talk_on_terminal(void) {
+    model_free(make_talker(200000));
+    const char *words = "--chat --init $D/talker --generate 190000 --temperature 0 --matmul builtin";
+    for (int way = 0; way < 2; way++) {
+        Session session = start_session(words);
+        check(shows(&session, "/reset") && shows(&session, "> "), "no prompt: %s",
+              session.seen.data ? session.seen.data : "");
+        for (int turn = 0; turn < 2; turn++) {
+            type(&session, turn ? "/resex\177t\nthe cat\n" : "the cats\177\n");
+            check(shows(&session, "\r\n") && (!turn || shows(&session, "> ")), "no echo: %s",
+                  session.seen.data);
+            usleep(100000);
+            type(&session, "\3");
+            check(shows(&session, "\r\n> "), "^C does not end an answer: %.200s", session.seen.data);
+        }
+        type(&session, way ? "the\3" : "\4");
+        int status = wait_for(session.child);
+        check(status == (way ? 128 + SIGINT : 0), "%s: status %d", way ? "^C" : "^D", status);
+        close(session.master);
+        free(session.seen.data);
+    }
+}
+
+// Prompts from a file, one a line, as one after the other; --answer-only leaves the prompt out.
+static void test_prompts(void) {
+    make_run();
+    Text one, all, wanted = {0};
+    static const char *const prompts[] = {"the cat", "", "a dog met"};
+    write_text("prompts.txt", "\xef\xbb\xbfthe cat\n\na dog met\r\n");
+    const char *words = "--init $D/run --generate 12 --temperature 0 --matmul builtin --answer-only";
+    for (int i = 0; i < 3; i++) {
+        char *line = xprintf("%s --prompt '%s'", words, prompts[i]);
+        expect_run(0, &one, line);
+        text_append(&wanted, one.data, one.size);
+        free(line), free(one.data);
+    }
+    expect_run(0, &one, "--init $D/run --generate 12 --temperature 0 --matmul builtin --prompt 'the cat'");
+    check(strncmp(one.data, "the cat", 7) == 0 && strncmp(one.data + 7, wanted.data, one.size - 7) == 0,
+          "--answer-only: %s is not the end of %s", wanted.data, one.data);
+    free(one.data);
+    expect_run(0, &all, path_of("%s --prompts $D/prompts.txt", words));
+    check(all.size == wanted.size && memcmp(all.data, wanted.data, all.size) == 0, "--prompts: %s, not %s",
+          all.data, wanted.data);
+    free(all.data), free(wanted.data);
+    expect_run(0, &all, path_of("%s --prompts $D/prompts.txt --samples 2", words));
+    check(count_of(all.data, "<|endoftext|>\n") == 5, "3 prompts, 2 samples each: %s", all.data);
+    free(all.data);
+    expect_refusal(2, "not both", "--init $D/run --generate 3 --prompt a --prompts $D/prompts.txt");
+}
+
 // Waits until the log of a run has this many lines, or the run has ended.
 static void wait_for_lines(const char *out, size_t lines, pid_t child) {
     char *path = xprintf("%s/log.csv", in_tests(out));
@@ -5264,29 +5449,6 @@ static void test_diverging(void) {
 }
 
 // ---- whole runs: what is around the heart ----
-
-// Runs `'test_gpt2' --trainer ARGUMENTS`, in words of a shell that may redirect its streams, for at most 60
-// seconds. Its exit status; what it left in $D/said is returned.
-static int __attribute__((format(printf, 2, 3))) run_shell(Text *said, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    char *words = NULL;
-    if (vasprintf(&words, format, arguments) < 0) die("out of memory");
-    va_end(arguments);
-    setenv("T", self_path, 1);
-    put_file(in_tests("said"), "", 0);
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        alarm(60);
-        execl("/bin/sh", "sh", "-c", words, (char *)NULL);
-        _exit(127);
-    }
-    int status = wait_for(child);
-    free(words);
-    *said = read_file(in_tests("said"));
-    return status;
-}
 
 // Two runs in one --out: the second is refused with the first's process id, in whatever state the first is; when
 // it was killed the next one goes on at once.
@@ -5993,6 +6155,9 @@ static const struct {
     {"a run: log, loss, --eval, progress, --quiet", test_run},
     {"a run: --freeze and --overfit", test_freeze_and_overfit},
     {"a run: --generate, --prompt -, --stop while text streams", test_generate},
+    {"a run: --prompts, --answer-only", test_prompts},
+    {"a talk: answers in a pipe, /reset, a full context", test_talk},
+    {"a talk: on a terminal, ^C and ^D", test_talk_on_terminal},
     {"resume: the same run to the bit after any signal", test_resume},
     {"resume: the same run to the bit after kills", test_kills},
     {"resume: a run in bfloat16, to the bit", test_resumed_bfloat16},

@@ -2575,6 +2575,58 @@ static void sample_free(Sample *sample) {
     free(sample->text.data);
 }
 
+// A talk as DialoGPT, GPT-2's model for conversations, has it: turn, end of text, answer, end of text, ... All
+// of it is the prompt of the next answer. The cache keeps the keys and values of what was said, so each answer
+// only costs the new tokens.
+typedef struct {
+    Ids ids;
+    Ids begins; // where the turns of the user begin in `ids`
+    Cache cache;
+} Talk;
+
+static void talk_add(Talk *talk, const Ids *turn, int end_of_text) {
+    for (size_t i = 0; i < turn->size; i++) ids_push(&talk->ids, turn->data[i]);
+    ids_push(&talk->ids, end_of_text);
+}
+
+// Forgets the first `count` tokens; count = talk->ids.size: all.
+static void talk_forget(Talk *talk, size_t count) {
+    size_t kept = 0;
+    talk->ids.size -= count;
+    memmove(talk->ids.data, talk->ids.data + count, talk->ids.size * sizeof(int));
+    for (size_t i = 0; i < talk->begins.size; i++)
+        if (talk->begins.data[i] >= (int)count) talk->begins.data[kept++] = talk->begins.data[i] - (int)count;
+    talk->begins.size = kept;
+    talk->cache.past = 0;
+}
+
+// Makes room for an answer of `room` tokens when the context is full: the oldest turns go, each with its
+// answer, until the others take no more than half of the context. If the newest turn alone is too long, its
+// beginning goes. Says so.
+static void talk_make_room(Talk *talk, size_t room) {
+    const size_t P = (size_t)talk->cache.positions, size = talk->ids.size, turns = talk->begins.size;
+    if (size + room <= P) return;
+    size_t first = 0, count;
+    while (count = (size_t)talk->begins.data[first],
+           first + 1 < turns && (size - count > P / 2 || size - count + room > P))
+        first++;
+    if (size - count + room > P) count = size + room - P;
+    warn("the context of %zu tokens is full: the oldest %zu tokens of the talk are forgotten", P, count);
+    talk_forget(talk, count);
+}
+
+// Adds a turn and its answer of up to `most` tokens, which is printed as it comes, to the talk.
+static void talk_answer(Talk *talk, const Model *model, const Tokenizer *tokenizer, const Ids *turn, int most,
+                        const Ids *ends, const Sampling *sampling) {
+    Sample answer = {0};
+    ids_push(&talk->begins, (int)talk->ids.size);
+    talk_add(talk, turn, tokenizer->end_of_text);
+    talk_make_room(talk, (size_t)most);
+    continue_prompt(model, tokenizer, &talk->ids, most, &talk->cache, ends, sampling, &answer);
+    talk_add(talk, &answer.ids, tokenizer->end_of_text);
+    sample_free(&answer);
+}
+
 // #####################################################################################################
 // PART III. Files and data
 // #####################################################################################################
@@ -4512,7 +4564,7 @@ static double now(void) {
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
-    const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *stop;
+    const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *prompts, *stop;
     double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm;
     double dropout, temperature, top_p, repetition_penalty;
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
@@ -4520,7 +4572,7 @@ typedef struct {
     long generate, samples, top_k, threads, seed;
     long schedule, matmul, precision; // numbers of their choices
     Patterns no_decay, freeze;
-    bool resume, overfit, eval, plan, plain, recompute, quiet, help;
+    bool resume, overfit, eval, plan, plain, recompute, quiet, help, chat, answer_only;
 } Options;
 
 // What a run is made of.
@@ -5070,8 +5122,11 @@ static const Option option_table[] = {
     {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss (default: never)"},
     {.help = "Instead of training"},
     {"eval", 0, FLAG, FIELD(eval), "", 0, 0, EVAL | NOT_SAVED, NULL, "loss, perplexity, accuracy and exact match of --val"},
-    {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
+    {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | CHAT | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
     {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "how the text begins; - reads standard input"},
+    {"prompts", 0, WORD, FIELD(prompts), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "FILE", "a prompt in each line; - reads standard input"},
+    {"answer-only", 0, FLAG, FIELD(answer_only), "", 0, 0, GENERATE | NOT_SAVED, NULL, "print what follows the prompt without the prompt"},
+    {"chat", 0, FLAG, FIELD(chat), "", 0, 0, CHAT | NOT_SAVED, NULL, "talk to --init, answers of up to --generate N tokens (default: a quarter of the context)"},
     {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | CHAT | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
     {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | CHAT | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
     {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | CHAT | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
@@ -5254,8 +5309,11 @@ static void parse_options(Options *options, const char *state, int argc, char **
     take_words(options, given, (int)words.size, (char *const *)words.items);
     json_free(json);
     take_words(options, given, argc, argv);
-    int mode = options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
-    const char *mode_name = options->generate ? "--generate" : options->eval ? "--eval" : "training";
+    int mode = options->chat ? CHAT : options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
+    const char *mode_name = options->chat       ? "--chat"
+                            : options->generate ? "--generate"
+                            : options->eval     ? "--eval"
+                                                : "training";
     for (int i = 0; i < OPTION_COUNT && !options->help; i++)
         if (given[i] && !(option_table[i].modes & mode))
             die_usage("--%s does not apply to %s%s", option_table[i].name, mode_name,
@@ -5267,7 +5325,8 @@ static void print_help(void) {
            "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
            "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
            "  train_gpt2 --init DIR --eval --val FILE [options]        evaluate it\n"
-           "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n");
+           "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n"
+           "  train_gpt2 --init DIR --chat                             talk to it\n");
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         if (!option->name) {
             printf("\n%s\n", option->help);
@@ -5779,39 +5838,118 @@ static Sampling sampling_of(const Options *options) {
                       .repetition_penalty = options->repetition_penalty};
 }
 
-static int run_generation(Options *options) {
+// Starts a run that needs a tokenizer.
+static Run start_writing(Options *options) {
     Run run = start_run(options, NULL);
-    const Tokenizer *tokenizer = run.tokenizer;
-    if (!tokenizer)
+    if (!run.tokenizer)
         die("%s: has no tokenizer (vocab.json and merges.txt); say --tokenizer FOLDER", options->init);
-    Text text = {0};
-    if (strcmp(options->prompt, "-") == 0)
-        text = read_file("-");
-    else
-        text_append(&text, options->prompt, strlen(options->prompt));
+    return run;
+}
+
+// Continues one prompt, number `index`, and prints it (unless --answer-only) with what follows. Several samples
+// are separated as the documents of a text file.
+static void write_samples(const Run *run, Cache *cache, const char *text, size_t size, size_t index) {
+    const Options *options = run->options;
+    const size_t shown = options->answer_only ? 0 : size;
+    const bool stream = options->samples == 1;
     Ids prompt = {0};
     Sample *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
-    tokenizer_encode(run.tokenizer, &prompt, text.data, text.size);
-    check_tokens(tokenizer, &prompt, run.model->config.vocab_size, "--prompt");
-    if (prompt.size == 0) ids_push(&prompt, first_token(&run));
     Sampling sampling = sampling_of(options);
-    bool stream = options->samples == 1;
+    sampling.seed += index;
+    tokenizer_encode(run->tokenizer, &prompt, text, size);
+    check_tokens(run->tokenizer, &prompt, run->model->config.vocab_size, "--prompt");
+    if (prompt.size == 0) ids_push(&prompt, first_token(run));
     if (stream) {
-        fwrite(text.data, 1, text.size, stdout);
+        fwrite(text, 1, shown, stdout);
         fflush(stdout);
     }
-    generate(run.model, tokenizer, &prompt, (int)options->generate, (int)options->samples, &run.ends,
-             &sampling, outputs);
+    cache->past = 0;
+    continue_prompt(run->model, run->tokenizer, &prompt, (int)options->generate, cache, &run->ends, &sampling,
+                    outputs);
     for (long s = 0; s < options->samples; s++) {
         const Text *sample = &outputs[s].text;
-        char end = sample->size ? sample->data[sample->size - 1] : text.size ? text.data[text.size - 1] : 0;
-        if (!stream) { // separated as the documents of a text file
-            printf("%s", s ? "<|endoftext|>\n" : "");
-            fwrite(text.data, 1, text.size, stdout);
+        char end = sample->size ? sample->data[sample->size - 1] : shown ? text[shown - 1] : 0;
+        if (!stream) {
+            printf("%s", s || index ? "<|endoftext|>\n" : "");
+            fwrite(text, 1, shown, stdout);
             fwrite(sample->data, 1, sample->size, stdout);
         }
         printf("%s", stream || end != '\n' ? "\n" : "");
+        sample_free(&outputs[s]);
     }
+    free(outputs);
+    free(prompt.data);
+}
+
+static int run_generation(Options *options) {
+    if (options->prompt[0] && options->prompts[0]) die_usage("--prompt or --prompts expected, not both");
+    Run run = start_writing(options);
+    Cache cache = cache_new(run.model, (int)options->samples);
+    Text text = {0};
+    if (options->prompts[0]) {
+        const char *at, *line;
+        text = read_utf8_file(options->prompts, &at);
+        for (size_t length, index = 0; next_line(&at, text.data + text.size, &line, &length); index++)
+            write_samples(&run, &cache, line, length, index);
+    } else {
+        if (strcmp(options->prompt, "-") == 0)
+            text = read_file("-");
+        else
+            text_append(&text, options->prompt, strlen(options->prompt));
+        write_samples(&run, &cache, text.data, text.size, 0);
+    }
+    cache_free(&cache);
+    free(text.data);
+    return end_run(&run, 0);
+}
+
+// Reads the next turn, without its newline; false: the input has ended. Empty lines are passed over, and after
+// /reset nothing of the talk is known any more.
+static bool read_turn(Talk *talk, Text *turn, bool on_terminal) {
+    static const char reset[] = "/reset";
+    for (;;) {
+        if (on_terminal) printf("> ");
+        fflush(stdout);
+        ssize_t size = getline(&turn->data, &turn->capacity, stdin);
+        if (size < 0 && ferror(stdin)) die("standard input: cannot be read: %s", strerror(errno));
+        if (size < 0) return false;
+        while (size > 0 && (turn->data[size - 1] == '\n' || turn->data[size - 1] == '\r')) size--;
+        turn->size = (size_t)size;
+        const bool forgets = turn->size == sizeof reset - 1 && memcmp(turn->data, reset, turn->size) == 0;
+        if (size > 0 && !forgets) return true;
+        if (forgets) talk_forget(talk, talk->ids.size);
+    }
+}
+
+// --chat: turns come from a terminal, whose own line editing serves, or from a pipe, one a line. ^C (SIGINT)
+// ends an answer; while a turn is typed it has its usual meaning and ends the program, as ^D does.
+static int run_chat(Options *options) {
+    Run run = start_writing(options);
+    const bool on_terminal = isatty(0), ignored = signal(SIGINT, SIG_DFL) == SIG_IGN;
+    const int P = run.model->config.n_positions;
+    const long most = options->generate ? options->generate : P > 4 ? P / 4 : 1;
+    if (run.tokenizer->end_of_text < 0 || run.tokenizer->end_of_text >= run.model->config.vocab_size)
+        die("%s: a talk needs a tokenizer with an end of text, which the model must know", options->init);
+    if (most >= P) die_usage("--generate %ld: a context of %d tokens has no room for such answers", most, P);
+    Talk talk = {.cache = cache_new(run.model, 1)};
+    Sampling sampling = sampling_of(options);
+    Text line = {0};
+    if (on_terminal && !options->quiet)
+        printf("A turn a line. /reset forgets the talk, ^C ends an answer, ^D the program.\n");
+    for (; read_turn(&talk, &line, on_terminal); sampling.seed++) {
+        Ids turn = {0};
+        tokenizer_encode(run.tokenizer, &turn, line.data, line.size);
+        check_tokens(run.tokenizer, &turn, run.model->config.vocab_size, "this turn");
+        if (!ignored) sigaction(SIGINT, &(struct sigaction){.sa_handler = remember_signal}, NULL);
+        talk_answer(&talk, run.model, run.tokenizer, &turn, (int)most, &run.ends, &sampling);
+        if (!ignored) signal(SIGINT, SIG_DFL);
+        stop_signal = 0;
+        putchar('\n');
+        free(turn.data);
+    }
+    if (on_terminal) putchar('\n');
+    cache_free(&talk.cache);
+    free(talk.ids.data), free(talk.begins.data), free(line.data);
     return end_run(&run, 0);
 }
 
@@ -5835,9 +5973,10 @@ static int train_gpt2_main(int argc, char **argv) {
     } else {
         set_threads(options.threads);
         pin_threads();
-        status = options.generate ? run_generation(&options)
-                 : options.eval   ? run_evaluation(&options)
-                                  : run_training(&options, argc, argv);
+        status = options.chat       ? run_chat(&options)
+                 : options.generate ? run_generation(&options)
+                 : options.eval     ? run_evaluation(&options)
+                                    : run_training(&options, argc, argv);
     }
     if ((fflush(stdout) != 0 || ferror(stdout)) && status == 0)
         die("standard output: not all could be written: %s", strerror(errno));
