@@ -4761,10 +4761,11 @@ static void begin_log(const Run *run) {
     rewind(run->log);
     if (run->step > 0) read_stream(&old, run->log, "log.csv");
     const char *at = old.data, *line;
-    size_t length, kept = 0; // bytes of the lines that stay: whole ones, in order; atol() of the header is 0
+    size_t length, kept = 0; // bytes of the lines that stay: whole ones, in order
     while (old.size > 0 && next_line(&at, old.data + old.size, &line, &length) && at[-1] == '\n') {
         bool evaluation = memmem(line, length, ",val,", 5) != NULL;
-        if (atol(line) > (evaluation ? run->evaluated_step : run->step)) break;
+        long step = isdigit((unsigned char)*line) ? atol(line) : 0; // 0: the header
+        if (step > (evaluation ? run->evaluated_step : run->step)) break;
         kept = (size_t)(at - old.data);
     }
     free(old.data);
@@ -5198,6 +5199,15 @@ static void set_defaults(Options *options) {
         if (option->name && option->kind != FLAG) set_option(options, option, option->initial, false);
 }
 
+// The items of a list side by side, a copy.
+static char *joined(const Patterns *list) {
+    size_t length = 1;
+    for (size_t i = 0; i < list->size; i++) length += strlen(list->items[i]) + 1;
+    char *text = xmalloc(length), *end = text;
+    for (size_t i = 0; i < list->size; i++) end += sprintf(end, "%s%s", i ? " " : "", list->items[i]);
+    return text;
+}
+
 // The value of an option, as text that set_option() takes (but for a LIST, whose items stand side by side).
 static char *option_text(const Options *options, const Option *option) {
     const char *field = (const char *)options + option->field;
@@ -5206,15 +5216,12 @@ static char *option_text(const Options *options, const Option *option) {
     if (option->kind == COUNT) return xprintf("%ld", *(const long *)field);
     if (option->kind == WORD) return xstrdup(*(const char *const *)field);
     if (option->kind == CHOICE) return choice_word(option, *(const long *)field);
-    char *text = option->kind == REAL ? NULL : xstrdup(list->size ? list->items[0] : "none");
-    for (int digits = 1; option->kind == REAL; digits++) { // the fewest that give the same number
-        text = xprintf("%.*g", digits, *(const double *)field);
-        if (digits == 17 || strtod(text, NULL) == *(const double *)field) break;
+    if (option->kind == LIST) return list->size ? joined(list) : xstrdup("none");
+    for (int digits = 1;; digits++) { // the fewest that give the same number
+        char *text = xprintf("%.*g", digits, *(const double *)field);
+        if (digits == 17 || strtod(text, NULL) == *(const double *)field) return text;
         free(text);
     }
-    for (size_t i = 1; option->kind == LIST && i < list->size; i++)
-        text = xprintf("%s %s", text, list->items[i]);
-    return text;
 }
 
 // What a checkpoint remembers: "--name=value" for each option that has another value than its default.
@@ -6241,15 +6248,14 @@ static void matmul_builtin(Product p) {
 // What that brings depends on the processor. All of it rests on one idea, the pair: two neighbours along k
 // stand side by side in 32 bits, where one float was before.
 // 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum. A step
-//   is
-//    now two k long; the tiles of section 16 stay as they are.
-// 2. Packing once. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels.
-//   The
-//    tiles need only half the time now, and a copy for each block would weigh twice as much as before. So all
-//    threads share the copying, then all share the blocks.
+//    is now two k long; the tiles of section 16 stay as they are.
+// 2. Packing. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels. The
+//    tiles need only half the time now, so copies weigh twice as much as before, and most of their time is
+//    waiting for memory. So all threads first share the packing of A. Then each packs B panel by panel, and
+//    while its tiles use one panel, they prefetch what the next one will be packed from.
 // 3. Whole tiles (AMX, in Xeons since 2023). Its registers hold 16 rows of 16 pairs. One instruction
-//   multiplies
-//    such a tile of A by one of B, and it takes both as they are packed for the pairs.
+//    multiplies such a tile of A by one of B, and it takes both as they are packed for the pairs. It is so
+//    fast that B, too, is packed once for all threads.
 // A processor without such an instruction splits each pair into two floats. With 32 vector registers
 // (AVX-512) that is about as fast as float32. With 16 it is slower: there the float32 product rounds what it
 // packs. The meaning is the same everywhere: exact products of rounded operands, summed in an order that
@@ -6355,7 +6361,7 @@ static void amx_tile(float *C, size_t ldc, const BFloat16Pair *A, size_t lda, co
 enum { STRIPE = 2304, PAIR_GROUP = 96, PIECE = 64 };
 typedef struct {
     Product p;
-    BFloat16Pair *a, *b;       // op(A): M rows of lda pairs; op(B): panels of TILE_COLUMNS columns
+    BFloat16Pair *a, *b;       // op(A): M rows of lda pairs; for AMX op(B): panels of TILE_COLUMNS columns
     size_t lda, panel_size;    // pairs
     size_t size_a;             // pairs, of the memory for a
     size_t steps, whole_steps; // ceil(K / 2), and that rounded up to whole tiles of AMX, with zeros
@@ -6401,32 +6407,44 @@ static void pack_a(const void *product, size_t group) {
     }
 }
 
-// Packs one panel of op(B), step by step.
-static void pack_b(const void *product, size_t panel) {
-    const PairProduct *q = product;
-    const Product *p = &q->p;
-    const size_t column = panel * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p->N - column);
-    BFloat16Pair *to = q->b + panel * q->panel_size, piece[TILE_COLUMNS * PIECE];
+// Packs `steps` steps of one panel of op(B), from its column `column` and its step `first` on.
+static void pack_panel(BFloat16Pair *to, const Product *p, size_t column, size_t first, size_t steps) {
+    const size_t columns = smaller(TILE_COLUMNS, p->N - column), end = first + steps;
+    BFloat16Pair piece[TILE_COLUMNS * PIECE];
     if (!p->transpose_b) {
-        pack_two_rows(to, TILE_COLUMNS, p->B + column, p->ldb, columns, p->K, q->whole_steps);
+        const size_t K = p->K > 2 * first ? p->K - 2 * first : 0;
+        pack_two_rows(to, TILE_COLUMNS, p->B + 2 * first * p->ldb + column, p->ldb, columns, K, steps);
         return;
     }
-    for (size_t s = 0; s < q->whole_steps; s += PIECE) {
-        const size_t steps = smaller(PIECE, q->whole_steps - s), K = p->K > 2 * s ? p->K - 2 * s : 0;
-        pack_neighbours(piece, PIECE, p->B + column * p->ldb + 2 * s, p->ldb, columns, smaller(K, 2 * steps),
-                        steps);
-        transpose((float *)(to + s * TILE_COLUMNS), TILE_COLUMNS, (float *)piece, PIECE, columns, steps);
+    for (size_t s = first, n; s < end; s += n, to += n * TILE_COLUMNS) {
+        n = smaller(PIECE, end - s);
+        const size_t K = p->K > 2 * s ? smaller(p->K - 2 * s, 2 * n) : 0;
+        pack_neighbours(piece, PIECE, p->B + column * p->ldb + 2 * s, p->ldb, columns, K, n);
+        transpose((float *)to, TILE_COLUMNS, (float *)piece, PIECE, columns, n);
     }
+}
+
+// Packs one whole panel.
+static void pack_b(const void *product, size_t panel) {
+    const PairProduct *q = product;
+    pack_panel(q->b + panel * q->panel_size, &q->p, panel * TILE_COLUMNS, 0, q->whole_steps);
 }
 
 // ---- the product of pairs ----
 
+// Memory that will be read soon: LINES cache lines that are `across` floats apart, then, `along` floats
+// further, the next ones.
+typedef struct {
+    const float *from;
+    size_t across, along;
+} Ahead;
+enum { LINES = (TILE_COLUMNS + 15) / 16 };
+
 // matmul_tile for pairs. `height` is a constant: the rows of a tile, or fewer where the product has only a
-// few.
-static inline __attribute__((always_inline)) void pair_tile(int height, float *C, size_t ldc,
-                                                            const BFloat16Pair *A, size_t lda,
-                                                            const BFloat16Pair *panel, size_t rows,
-                                                            size_t columns, size_t depth, bool add) {
+// few. Every eighth step prefetches the next lines of what is `ahead`.
+static inline __attribute__((always_inline)) void
+pair_tile(int height, float *C, size_t ldc, const BFloat16Pair *A, size_t lda, const BFloat16Pair *panel,
+          size_t rows, size_t columns, size_t depth, bool add, Ahead ahead) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
     const BFloat16Pair *a[TILE_ROWS];
     for (int i = 0; i < height; i++) {
@@ -6435,7 +6453,10 @@ static inline __attribute__((always_inline)) void pair_tile(int height, float *C
             __builtin_prefetch(C + smaller((size_t)i, rows - 1) * ldc + j, 1);
     }
     for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
-        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 12 * TILE_COLUMNS + j);
+        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 48 * TILE_COLUMNS + j);
+        for (size_t line = 0; line < LINES && k % 8 == 0; line++)
+            __builtin_prefetch(ahead.from + line * ahead.across, 0, 2); // 2: into the second-level cache
+        ahead.from += k % 8 == 0 ? ahead.along : 0;
         for (int i = 0; i < height; i++)
             for (int v = 0; v < TILE_VECTORS; v++)
                 sum[i][v] = dot_pairs(sum[i][v], a[i][k] - (PairVector){0}, ((const PairVector *)panel)[v]);
@@ -6443,25 +6464,38 @@ static inline __attribute__((always_inline)) void pair_tile(int height, float *C
     store_tile(C, ldc, sum, smaller(rows, (size_t)height), columns, add);
 }
 
-// One block of C, DEPTH steps at a time.
+// What the tile that begins at row x prefetches: a sixteenth of the floats that steps k .. k + depth - 1 of the
+// panel at column j will be packed from. (At the edges of B that reaches beyond it, which does no harm.)
+static Ahead ahead_of(const Product *p, size_t j, size_t k, size_t depth, size_t x) {
+    const size_t part = smaller(x / TILE_ROWS, 15), rows = (depth + 7) / 8;
+    if (p->transpose_b) return (Ahead){p->B + (j + part * LINES) * p->ldb + 2 * k, p->ldb, 16};
+    return (Ahead){p->B + (2 * k + part * rows) * p->ldb + j, 16, p->ldb};
+}
+
+// One block of C. Its thread packs DEPTH steps of a panel, and all rows of the block use them.
 static void pair_block(const void *product, size_t block) {
+    static _Thread_local _Alignas(64) BFloat16Pair panel[DEPTH * TILE_COLUMNS];
     const PairProduct *q = product;
     const Product *p = &q->p;
     const size_t row = block / p->blocks_across * p->rows, end = smaller(row + p->rows, p->M);
     const size_t column = block % p->blocks_across * p->columns, right = smaller(column + p->columns, p->N);
-    for (size_t i = row; i < end; i += PAIR_GROUP)
-        for (size_t j = column; j < right; j += TILE_COLUMNS)
-            for (size_t k = 0; k < q->steps; k += DEPTH)
-                for (size_t x = i; x < end && x < i + PAIR_GROUP; x += TILE_ROWS)
-                    pair_tile(TILE_ROWS, p->C + x * p->ldc + j, p->ldc, q->a + x * q->lda + k, q->lda,
-                              q->b + j / TILE_COLUMNS * q->panel_size + k * TILE_COLUMNS, end - x, right - j,
-                              smaller(DEPTH, q->steps - k), p->accumulate || k > 0);
+    for (size_t k = 0; k < q->steps; k += DEPTH)
+        for (size_t j = column; j < right; j += TILE_COLUMNS) {
+            const size_t depth = smaller(DEPTH, q->steps - k);
+            const bool last = j + TILE_COLUMNS >= right;
+            const size_t next_j = last ? column : j + TILE_COLUMNS, next_k = last ? k + DEPTH : k;
+            pack_panel(panel, p, j, k, depth);
+            for (size_t x = row; x < end; x += TILE_ROWS)
+                pair_tile(TILE_ROWS, p->C + x * p->ldc + j, p->ldc, q->a + x * q->lda + k, q->lda, panel,
+                          end - x, right - j, depth, p->accumulate || k > 0,
+                          ahead_of(p, next_j, next_k, depth, x - row));
+        }
 }
 
 #ifndef USE_AMX
 #define amx_block pair_block
 #else
-// The same by tiles of AMX. B's tiles lie three in a panel (of 48 columns), or two.
+// The same by tiles of AMX, from panels that are packed already. They hold three tiles of B each, or two.
 static void amx_block(const void *product, size_t block) {
     const PairProduct *q = product;
     const Product *p = &q->p;
@@ -6485,29 +6519,31 @@ static void amx_block(const void *product, size_t block) {
 }
 #endif
 
-// Packs and multiplies a piece. With `same_b` op(B) is packed already.
+// Packs and multiplies a piece. With `same_b` AMX finds op(B) packed already.
 static void multiply_piece(PairProduct *q, bool same_b, size_t threads) {
     Product *p = &q->p;
-    const size_t panels = (p->N + TILE_COLUMNS - 1) / TILE_COLUMNS, most = 6; // panels of a block
+    const size_t panels = (p->N + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    const size_t most = amx_allowed ? 6 : 16; // panels of a block
     p->blocks_across = ((panels + most - 1) / most + threads - 1) / threads * threads;
     p->columns = (panels + p->blocks_across - 1) / p->blocks_across * TILE_COLUMNS;
     p->blocks_across = (p->N + p->columns - 1) / p->columns;
-    p->rows = threads == 1 ? p->M : smaller(p->M, 5 * PAIR_GROUP);
+    const bool all_rows = amx_allowed ? threads == 1 : p->blocks_across >= threads; // else too few blocks
+    p->rows = all_rows ? p->M : smaller(p->M, 5 * PAIR_GROUP);
     const size_t blocks = p->blocks_across * ((p->M + p->rows - 1) / p->rows);
     share_out(pack_a, q, (p->M + PAIR_GROUP - 1) / PAIR_GROUP, threads);
-    if (!same_b) share_out(pack_b, q, panels, threads);
+    if (amx_allowed && !same_b) share_out(pack_b, q, panels, threads);
     share_out(amx_allowed ? amx_block : pair_block, q, blocks, threads);
 }
 
 // Sets the layout of packed operands and returns how many pairs they take. Rows are an odd number of cache
 // lines apart, since multiples of 4 KB would push each other out of the cache.
 static size_t pair_layout(PairProduct *q, size_t M, size_t N, size_t K) {
-    const size_t steps = (smaller(K, 2 * STRIPE) + 31) / 32 * 16,
-                 columns = smaller(N, STRIPE) + 2 * TILE_COLUMNS;
+    const size_t steps = (smaller(K, 2 * STRIPE) + 31) / 32 * 16;
+    const size_t panels = amx_allowed ? smaller(N, STRIPE) / TILE_COLUMNS + 2 : 0;
     q->lda = (steps / 16 | 1) * 16;
     q->panel_size = steps * TILE_COLUMNS + 16;
     q->size_a = (smaller(M, STRIPE) + PAIR_GROUP) * q->lda;
-    return q->size_a + columns / TILE_COLUMNS * q->panel_size;
+    return q->size_a + panels * q->panel_size;
 }
 
 // Any product, piece by piece. A thread that works alone, in a parallel region, packs into memory of its own;
@@ -6592,8 +6628,8 @@ static size_t copy_count = 0, copy_capacity = 0;
 
 // The copy of the array in which B lies; NULL when there is none.
 static const Copy *find_copy(const float *B) {
-    for (const Copy *copy = copies; copy < copies + copy_count; copy++)
-        if (B >= copy->from && B < copy->from + copy->size) return copy;
+    for (size_t i = 0; i < copy_count; i++)
+        if (B >= copies[i].from && B < copies[i].from + copies[i].size) return &copies[i];
     return NULL;
 }
 
@@ -6651,15 +6687,16 @@ static void few_pairs_packed(const void *product, size_t panel) {
                        *b = (const BFloat16Pair *)q->b + panel * q->panel_size;
     const size_t column = panel * TILE_COLUMNS, columns = p->N - column, steps = (p->K + 1) / 2,
                  lda = q->lda / 2;
+    const Ahead nothing = {(const float *)b, 0, 0};
     float *C = p->C + column;
     if (p->M == 1)
-        pair_tile(1, C, p->ldc, a, lda, b, 1, columns, steps, p->accumulate);
+        pair_tile(1, C, p->ldc, a, lda, b, 1, columns, steps, p->accumulate, nothing);
     else if (p->M <= 4)
-        pair_tile(4, C, p->ldc, a, lda, b, p->M, columns, steps, p->accumulate);
+        pair_tile(4, C, p->ldc, a, lda, b, p->M, columns, steps, p->accumulate, nothing);
     else
         for (size_t i = 0; i < p->M; i += TILE_ROWS)
             pair_tile(TILE_ROWS, C + i * p->ldc, p->ldc, a + i * lda, lda, b, p->M - i, columns, steps,
-                      p->accumulate);
+                      p->accumulate, nothing);
 }
 
 static inline float float_of(BFloat16 x) {
