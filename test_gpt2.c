@@ -4152,7 +4152,6 @@ static const struct {
     {2, "unknown option --;", "--"},
     {2, "'-' is not an option", "-"},
     {2, "--train is given twice", "--train a.txt --steps 3 -i b.txt"},
-    {2, "--val is given twice", "--val=a.txt --val=a.txt"},
     {2, "--stop is given twice", "--generate 1 --stop a --stop b"},
     {2, "--epsilon 0: a number from 1e-30", "--epsilon 0"},
     {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
@@ -5136,6 +5135,111 @@ static void test_prompts(void) {
     check(count_of(all.data, "<|endoftext|>\n") == 5, "3 prompts, 2 samples each: %s", all.data);
     free(all.data);
     expect_refusal(2, "not both", "--init $D/run --generate 3 --prompt a --prompts $D/prompts.txt");
+}
+
+// Trains, once, D/asked: it answers the four questions of asked.jsonl by heart. Returns what was printed then.
+static const char *make_asked(void) {
+    static Text printed;
+    make_inputs();
+    if (printed.data) return printed.data;
+    write_text(
+        "asked.jsonl",
+        "{\"prompt\": \"a\", \"completion\": \" cat\"}\n{\"prompt\": \"b\", \"completion\": \" the \"}\n"
+        "{\"prompt\": \"c\", \"completion\": \"\\n\\\"d\\\"\"}\n{\"prompt\": \"e\", \"completion\": \"\"}\n"
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"f\"}, {\"role\": \"assistant\", \"content\": "
+        "\"g\"}]}\n");
+    write_text("others.jsonl", "{\"prompt\": \"a\", \"completion\": \" cut\"}\n{\"prompt\": \"c\", "
+                               "\"completion\": \"\\n\\\"d\\\"\"}\n"
+                               "{\"text\": \"cat\"}\n");
+    expect_run(
+        0, &printed,
+        "$TINY --train $D/asked.jsonl --val $D/asked.jsonl --val $D/others.jsonl --steps 200 --val-every 200 "
+        "--sample-every 100 --sample-tokens 9 --schedule constant --quiet --out $D/asked");
+    return printed.data;
+}
+
+// --eval with several --val: a row for each, as alone, and one for all. In training they count together, and exact
+// match stands in log.csv. --sample-every shows a held-out prompt with both answers.
+static void test_several_val(void) {
+    const char *printed = make_asked();
+    check(count_of(printed, "--- held-out example ") == 2 &&
+              strstr(printed, "--- held-out example 2 at step 200 ---\n"
+                              "prompt    \"b\"\n"
+                              "expected  \" the \"\n"
+                              "given     \" the \"\n---\n"),
+          "--sample-every: %s", printed);
+    Text rows, one;
+    double loss[3], exact[3], alone;
+    unsigned tokens[3], examples[3];
+    expect_run(0, &rows,
+               "--init $D/asked --eval --val $D/asked.jsonl --val $D/others.jsonl --matmul builtin");
+    const char *at = rows.data, *line;
+    size_t length, width = 0;
+    for (int i = 0; i < 3 && next_line(&at, rows.data + rows.size, &line, &length); i++) {
+        int read =
+            sscanf(line, "loss %lf perplexity %*f accuracy %*f %% of %u tokens exact match %lf %% of %u",
+                   &loss[i], &tokens[i], &exact[i], &examples[i]);
+        const char *in = strstr(line, "  in ");
+        check(read == 4 && in && (i == 0 || (size_t)(in - line) == width), "row %d of %s", i, rows.data);
+        if (read != 4 || !in) return;
+        width = (size_t)(in - line);
+    }
+    check(tokens[2] == tokens[0] + tokens[1] && examples[0] == 4 && examples[1] == 3 && examples[2] == 7 &&
+              fabs(loss[2] - (loss[0] * tokens[0] + loss[1] * tokens[1]) / tokens[2]) < 2e-6 &&
+              exact[0] == 100 && fabs(exact[1] - 100. / 3) < 0.01 && fabs(exact[2] - 500. / 7) < 0.01,
+          "rows: %s", rows.data);
+    expect_run(0, &one, "--init $D/asked --eval --val $D/others.jsonl --matmul builtin");
+    check(sscanf(one.data, "loss %lf", &alone) == 1 && alone == loss[1], "alone %s, among others %g",
+          one.data, loss[1]);
+    Text log = read_file(in_tests("asked/log.csv"));
+    const char *last = strstr(log.data, "\n200,50,val,");
+    check(last && fabs(atof(last + strlen("\n200,50,val,")) - loss[2]) < 1e-5 && strstr(last, ",0.714286\n"),
+          "the log of a training with two --val: %s", last ? last : log.data);
+    free(rows.data), free(one.data), free(log.data);
+}
+
+// --predictions: a JSON line for each example, consistent with --eval's figures; written whole or not at all.
+static void test_predictions(void) {
+    make_asked();
+    Text printed, again;
+    const char *words = "--init $D/asked --eval --val $D/asked.jsonl --val $D/others.jsonl --matmul builtin";
+    expect_run(0, &printed, words);
+    expect_run(0, &again, path_of("%s --predictions $D/said.jsonl", words));
+    check(strcmp(printed.data, again.data) == 0, "--predictions changes --eval: %s", again.data);
+    static const char *const wanted[][3] = {{"a", " cat", " cat"},       {"b", " the ", " the "},
+                                            {"c", "\n\"d\"", "\n\"d\""}, {"f<|endoftext|>", "g", "g"},
+                                            {"a", " cut", " cat"},       {"c", "\n\"d\"", "\n\"d\""},
+                                            {NULL, "cat", NULL}};
+    Text file = read_file(in_tests("said.jsonl"));
+    const char *at = file.data, *line;
+    size_t length, count = 0;
+    double loss = 0, sum = 0, tokens = 0;
+    for (; next_line(&at, file.data + file.size, &line, &length) && count < 7; count++) {
+        Json *json = json_parse(line, length, "said.jsonl");
+        const char *const *w = wanted[count];
+        bool right = w[2] && strcmp(w[1], w[2]) == 0;
+        check((w[0] ? json_is_text(json_get(json, "prompt"), w[0]) &&
+                          json_is_text(json_get(json, "completion"), w[1]) &&
+                          json_is_text(json_get(json, "prediction"), w[2])
+                    : json_is_text(json_get(json, "text"), w[1]) && !json_get(json, "prediction")) &&
+                  json_is_true(json, "exact_match", !right, "said.jsonl") == right,
+              "line %zu: %.*s", count + 1, (int)length, line);
+        static const int scored[] = {5, 4, 5, 2,
+                                     5, 5, 4}; // with the end of text; "the" is one token, "he" is none
+        sum += scored[count] * json_number(json, "loss", NAN, "said.jsonl");
+        tokens += scored[count];
+        json_free(json);
+    }
+    const char *total = strrchr(printed.data, '\n') ? strstr(printed.data, "others.jsonl\n") : NULL;
+    check(count == 7 && total && sscanf(total, "others.jsonl\nloss %lf", &loss) == 1 &&
+              fabs(loss - sum / tokens) < 2e-6,
+          "%zu lines, mean loss %g, --eval: %s", count, sum / tokens, printed.data);
+    uint64_t before = fingerprint(in_tests("said.jsonl"));
+    expect_run(1, NULL, path_of("%s --val $D/none.jsonl --predictions $D/said.jsonl", words));
+    check(fingerprint(in_tests("said.jsonl")) == before, "a failed --eval changed older predictions");
+    unlink(in_tests("said.jsonl.tmp"));
+    expect_refusal(2, "--predictions does not apply to training", "--predictions x --train $D/text.txt");
+    free(file.data), free(printed.data), free(again.data);
 }
 
 // Waits until the log of a run has this many lines, or the run has ended.
@@ -6156,6 +6260,8 @@ static const struct {
     {"a run: --freeze and --overfit", test_freeze_and_overfit},
     {"a run: --generate, --prompt -, --stop while text streams", test_generate},
     {"a run: --prompts, --answer-only", test_prompts},
+    {"a run: several --val, held-out samples, exact match in the log", test_several_val},
+    {"a run: --predictions", test_predictions},
     {"a talk: answers in a pipe, /reset, a full context", test_talk},
     {"a talk: on a terminal, ^C and ^D", test_talk_on_terminal},
     {"resume: the same run to the bit after any signal", test_resume},

@@ -4446,10 +4446,10 @@ static void report_losses(const Dataset *data, int seq_len) {
          data->path, data->count, seq_len, data->lost_end, data->lost_beginning, data->skipped);
 }
 
-// Loads a file, or all files that a glob matches. tokenizer may be NULL when there are only shards.
-static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size) {
-    Dataset *data = xcalloc(1, sizeof *data);
-    data->path = pattern;
+// Adds the examples of a file, or of all files that a glob matches.
+static void dataset_read(Dataset *data, const char *pattern, Tokenizer *tokenizer, int seq_len,
+                         int vocab_size) {
+    const size_t before = data->count;
     glob_t found = find_files(pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
         const char *path = found.gl_pathv[i];
@@ -4470,9 +4470,24 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
         if (!is_shard) check_tokens(tokenizer, &source->ids, vocab_size, path);
     }
     globfree(&found);
+    if (data->count == before) die("%s: holds no example to learn from", pattern);
+}
+
+// Loads all files that the patterns name. tokenizer may be NULL when there are only shards.
+static Dataset *dataset_load_all(const Patterns *patterns, Tokenizer *tokenizer, int seq_len,
+                                 int vocab_size) {
+    Dataset *data = xcalloc(1, sizeof *data);
+    data->path = patterns->items[0];
+    for (size_t i = 0; i < patterns->size; i++) {
+        if (i > 0) data->path = xprintf("%s, %s", data->path, patterns->items[i]);
+        dataset_read(data, patterns->items[i], tokenizer, seq_len, vocab_size);
+    }
     report_losses(data, seq_len);
-    if (data->count == 0) die("%s: holds no example to learn from", pattern);
     return data;
+}
+
+static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size) {
+    return dataset_load_all(&(Patterns){&pattern, 1, 1}, tokenizer, seq_len, vocab_size);
 }
 
 // Splits the last part off as a dataset of its own, at least one example. It lives no longer than the whole.
@@ -4542,6 +4557,44 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
     }
 }
 
+// An example taken apart: its last stretch of scored tokens is the answer that is expected, all before it is the
+// prompt. A text that is scored from its beginning has no prompt.
+typedef struct {
+    Ids prompt, answer; // the answer without the end of text
+    bool has_prompt;
+    bool ends;        // the end of text is expected behind the answer
+    bool one_stretch; // nothing else is scored
+    Text asked, expected;
+} Question;
+
+static Question question_of(const Dataset *data, const Example *example, const Tokenizer *tokenizer) {
+    Question q = {0};
+    int end = example->size, begin;
+    while (end > 1 && dataset_token(data, example, end - 1) < 0) end--;
+    for (begin = end; begin > 1 && dataset_token(data, example, begin - 1) >= 0;) begin--;
+    q.one_stretch = example->targets == end - begin;
+    q.ends = end > begin && dataset_token(data, example, end - 1) == tokenizer->end_of_text;
+    text_append(&q.asked, "", 0);
+    text_append(&q.expected, "", 0);
+    for (int i = 0; i < begin; i++) {
+        int token = dataset_token(data, example, i);
+        ids_push(&q.prompt, token < 0 ? ~token : token);
+        if (i > 0 || q.prompt.data[0] != tokenizer->end_of_text)
+            tokenizer_decode(tokenizer, &q.asked, q.prompt.data[i]);
+    }
+    for (int i = begin; i < end - q.ends; i++) {
+        ids_push(&q.answer, dataset_token(data, example, i));
+        tokenizer_decode(tokenizer, &q.expected, q.answer.data[i - begin]);
+    }
+    q.has_prompt = q.asked.size > 0 && dataset_token(data, example, 0) < 0;
+    return q;
+}
+
+static void question_free(Question *q) {
+    free(q->prompt.data), free(q->answer.data);
+    free(q->asked.data), free(q->expected.data);
+}
+
 // #####################################################################################################
 // PART IV. Running it
 // #####################################################################################################
@@ -4564,16 +4617,23 @@ static double now(void) {
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
-    const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *prompts, *stop;
+    const char *init, *tokenizer, *train, *out, *predictions, *warmup_steps, *prompt, *prompts, *stop;
     double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm;
     double dropout, temperature, top_p, repetition_penalty;
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
     long schedule, matmul, precision; // numbers of their choices
-    Patterns no_decay, freeze;
+    Patterns no_decay, freeze, val;
     bool resume, overfit, eval, plan, plain, recompute, quiet, help, chat, answer_only;
 } Options;
+
+// What --predictions writes.
+typedef struct {
+    FILE *file;
+    Cache cache;      // of the text that is generated
+    size_t different; // examples whose text says something else than their exact match
+} Predictions;
 
 // What a run is made of.
 typedef struct {
@@ -4586,10 +4646,11 @@ typedef struct {
     Dataset *train, *val; // val may be NULL
     Activations activations;
     long warmup, steps_per_epoch;
-    double started; // on the clock of now(), less the time that was spent before a resume
-    FILE *log;      // OUT/log.csv
-    Batch *batches; // (--accumulate) of the update that is taken
-    size_t *order;  // of the examples in epoch order_epoch; NULL: in none yet
+    double started;           // on the clock of now(), less the time that was spent before a resume
+    FILE *log;                // OUT/log.csv
+    Predictions *predictions; // NULL: only figures are wanted
+    Batch *batches;           // (--accumulate) of the update that is taken
+    size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
     double accuracy;                // of the last update
@@ -4607,6 +4668,7 @@ typedef struct {
     double accuracy; // share of scored tokens whose logit was the highest
     double exact;    // share of examples with all scored tokens right: greedy generation would give them
     size_t targets, examples;
+    size_t prompted; // the same examples, if exact match makes sense there; else 0
 } Evaluation;
 
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
@@ -4643,6 +4705,51 @@ static const Tensor *find_not_finite(const Model *model) {
     return NULL;
 }
 
+// Writes text as a JSON string: bytes that are not UTF-8, such as a part of a character, become U+FFFD.
+static void write_json_text(FILE *file, const Text *text) {
+    Text valid = {0};
+    for (size_t at = 0, length; at < text->size; at += length ? length : 1) {
+        unsigned code;
+        length = (size_t)utf8_read(text->data + at, text->size - at, &code);
+        text_append(&valid, length ? text->data + at : "\xef\xbf\xbd", length ? length : 3);
+    }
+    json_write_string(file, valid.data ? valid.data : "", valid.size);
+    free(valid.data);
+}
+
+// What the model itself writes behind the prompt: always the likeliest token, up to `most` of them.
+static Sample answer_greedily(const Run *run, Cache *cache, const Question *q, size_t most) {
+    const Sampling greedy = {.top_p = 1, .repetition_penalty = 1, .silent = true};
+    Sample answer = {0};
+    cache->past = 0;
+    continue_prompt(run->model, run->tokenizer, &q->prompt, (int)most, cache, &run->ends, &greedy, &answer);
+    return answer;
+}
+
+// Writes the line of one example: a prompt and its answers, or a text. Its tokens have this mean loss; `exact`:
+// all that are scored were the likeliest behind the right ones before them. Then greedy generation gives the
+// same text, unless two logits are so near that rounding decides: such examples are counted.
+static void write_prediction(Run *run, const Example *example, double loss, bool exact) {
+    Predictions *p = run->predictions;
+    Question q = question_of(run->val, example, run->tokenizer);
+    fprintf(p->file, q.has_prompt ? "{\"prompt\": " : "{\"text\": ");
+    write_json_text(p->file, q.has_prompt ? &q.asked : &q.expected);
+    if (q.has_prompt) {
+        const size_t size = q.answer.size, tokens = (size_t)run->options->sample_tokens;
+        Sample answer = answer_greedily(run, &p->cache, &q, size >= tokens ? size + 1 : tokens);
+        bool same = (q.ends ? answer.ids.size == size : answer.ids.size >= size) &&
+                    memcmp(answer.ids.data, q.answer.data, size * sizeof(int)) == 0;
+        fprintf(p->file, ", \"completion\": ");
+        write_json_text(p->file, &q.expected);
+        fprintf(p->file, ", \"prediction\": ");
+        write_json_text(p->file, &answer.text);
+        p->different += q.one_stretch && same != exact;
+        sample_free(&answer);
+    }
+    fprintf(p->file, ", \"loss\": %.9g, \"exact_match\": %s}\n", loss, exact ? "true" : "false");
+    question_free(&q);
+}
+
 // Mean loss, accuracy and exact match over run->val, or its first --val-batches batches.
 static Evaluation evaluate(Run *run) {
     const Options *options = run->options;
@@ -4660,13 +4767,17 @@ static Evaluation evaluate(Run *run) {
         loss += classifier(run->model, a, &batch, false, 0, false);
         result.targets += (size_t)batch.targets;
         for (int s = 0, i = 0; s < batch.sequences; s++) {
+            const Example *example = &run->val->examples[begin + (size_t)s];
             bool all = true;
+            double own = 0;
             for (; i < batch.targets && a->scored[i] < batch.first_row[s + 1]; i++) {
                 hits += a->correct[i];
                 all = all && a->correct[i];
+                own += a->loss[i];
             }
             exact += all;
             result.examples++;
+            if (run->predictions) write_prediction(run, example, own / fmax(1, example->targets), all);
         }
     }
     batch_free(&batch);
@@ -4680,6 +4791,7 @@ static Evaluation evaluate(Run *run) {
     result.loss = loss / targets;
     result.accuracy = (double)hits / targets;
     result.exact = result.examples ? (double)exact / (double)result.examples : 0;
+    result.prompted = run->val->prompts ? result.examples : 0;
     return result;
 }
 
@@ -4891,12 +5003,40 @@ static int first_token(const Run *run) {
     return end >= 0 && end < run->model->config.vocab_size ? end : 0;
 }
 
+// Shows a held-out prompt, another one each time, with the answer that is expected and the greedy one. Returns
+// false if the example whose turn it is has no prompt.
+static bool print_answer(const Run *run) {
+    if (!run->val || !run->val->prompts || !run->tokenizer) return false;
+    const size_t index = (size_t)(run->step / run->options->sample_every - 1) % run->val->count;
+    Question q = question_of(run->val, &run->val->examples[index], run->tokenizer);
+    const bool has_prompt = q.has_prompt;
+    if (has_prompt) {
+        Cache cache = cache_new(run->model, 1);
+        Sample answer = answer_greedily(run, &cache, &q, (size_t)run->options->sample_tokens);
+        const Text *texts[] = {&q.asked, &q.expected, &answer.text};
+        cache_free(&cache);
+        end_progress();
+        printf("--- held-out example %zu at step %ld ---", index + 1, run->step);
+        for (int i = 0; i < 3; i++) {
+            printf(i == 0 ? "\nprompt    " : i == 1 ? "\nexpected  " : "\ngiven     ");
+            write_json_text(stdout, texts[i]);
+        }
+        printf("\n---\n");
+        sample_free(&answer);
+    }
+    question_free(&q);
+    return has_prompt;
+}
+
 // Shows what the model writes at the start of a text.
 static void print_sample(const Run *run) {
+    if (!run->tokenizer || print_answer(run)) return;
     Ids prompt = {0};
     Sample output = {0};
-    Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL, 1, false};
-    if (!run->tokenizer) return;
+    const Sampling sampling = {.temperature = 1,
+                               .top_p = 1,
+                               .seed = (uint64_t)run->options->seed + (uint64_t)run->step,
+                               .repetition_penalty = 1};
     ids_push(&prompt, first_token(run));
     end_progress();
     printf("--- sample at step %ld ---\n", run->step);
@@ -5089,7 +5229,7 @@ static const Option option_table[] = {
     {"tokenizer", 0, WORD, FIELD(tokenizer), "", 0, 0, ANY | START, "WHAT", "folder with vocab.json + merges.txt, or a merges file (default: the model folder's)"},
     {"plain", 0, FLAG, FIELD(plain), "", 0, 0, ANY, NULL, "added tokens in text, <|endoftext|> among them, are ordinary text"},
     {"train", 'i', WORD, FIELD(train), "", 0, 0, TRAIN | ONCE, "PATH", ".txt, .jsonl or llm.c .bin; a quoted glob takes several"},
-    {"val", 'j', WORD, FIELD(val), "", 0, 0, TRAIN | EVAL | ONCE, "PATH", "the same, to evaluate on"},
+    {"val", 'j', LIST, FIELD(val), "none", 0, 0, TRAIN | EVAL, "PATH", "the same, to evaluate on; may be given several times (default: see the next one)"},
     {"val-fraction", 0, REAL, FIELD(val_fraction), "0.05", 0, 0.9, TRAIN, "X", "without --val, this part of --train is split off its end"},
     {"out", 'o', WORD, FIELD(out), "out", 0, 0, TRAIN | NOT_SAVED, "DIR", "checkpoints, log.csv and the final model"},
     {"resume", 'y', FLAG, FIELD(resume), "", 0, 0, TRAIN | NOT_SAVED, NULL, "go on from the newest checkpoint in --out, if there is one"},
@@ -5116,13 +5256,14 @@ static const Option option_table[] = {
     {.help = "Evaluation, samples, checkpoints"},
     {"val-every", 'v', COUNT, FIELD(val_every), "0", 1, 1e9, TRAIN, "N", "evaluate every N steps (default: 20 times a run)"},
     {"val-batches", 'm', COUNT, FIELD(val_batches), "0", 1, 1e9, TRAIN | EVAL, "N", "on so many batches (default: all)"},
-    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample every N steps (default: never)"},
-    {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN, "N", "its length"},
+    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample, or a held-out prompt with its answers, every N steps (default: never)"},
+    {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN | EVAL, "N", "its length, and that of a prediction, at most"},
     {"save-every", 'n', COUNT, FIELD(save_every), "0", 1, 1e9, TRAIN, "N", "save a checkpoint every N steps (default: at each evaluation)"},
     {"keep", 0, COUNT, FIELD(keep), "2", 1, 1e6, TRAIN, "N", "how many checkpoints stay, and the best one besides"},
     {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss (default: never)"},
     {.help = "Instead of training"},
     {"eval", 0, FLAG, FIELD(eval), "", 0, 0, EVAL | NOT_SAVED, NULL, "loss, perplexity, accuracy and exact match of --val"},
+    {"predictions", 0, WORD, FIELD(predictions), "", 0, 0, EVAL | NOT_SAVED | ONCE, "FILE", "with --eval: a JSON line for each example: prompt, completion, prediction (greedy), loss, exact_match"},
     {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | CHAT | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
     {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "how the text begins; - reads standard input"},
     {"prompts", 0, WORD, FIELD(prompts), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "FILE", "a prompt in each line; - reads standard input"},
@@ -5562,8 +5703,8 @@ static Run start_run(Options *options, const char *checkpoint) {
         if (count_parameters(run.model, true) == 0) die_usage("--freeze leaves nothing to train");
         run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
     }
-    if (options->val[0])
-        run.val = dataset_load(options->val, run.tokenizer, (int)options->seq_len, config->vocab_size);
+    if (options->val.size > 0 && !options->eval)
+        run.val = dataset_load_all(&options->val, run.tokenizer, (int)options->seq_len, config->vocab_size);
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
@@ -5821,18 +5962,69 @@ static int run_training(Options *options, int argc, char **argv) {
     return end_run(&run, train(&run));
 }
 
-static int run_evaluation(Options *options) {
-    if (!options->val[0]) die_usage("--eval needs --val FILE");
-    Run run = start_run(options, NULL);
-    Evaluation e = evaluate(&run);
-    printf("loss %.6f  perplexity %.4f  accuracy %.3f %%  of %zu tokens", e.loss, exp(e.loss),
-           100 * e.accuracy, e.targets);
-    if (run.val->prompts) printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
-    printf("  in %s", options->val);
-    if (run.val->lost_end + run.val->lost_beginning + run.val->skipped > 0)
-        printf(" (of %zu the end was cut off, of %zu the beginning; %zu skipped)", run.val->lost_end,
-               run.val->lost_beginning, run.val->skipped);
+// Prints the figures of one row; those of several have columns.
+static void print_evaluation(const Evaluation *e, const char *where, bool column) {
+    printf("loss %*.6f  perplexity %*.4f  accuracy %*.3f %%  of %*zu tokens", column * 9, e->loss,
+           column * 11, exp(e->loss), column * 7, 100 * e->accuracy, column * 9, e->targets);
+    if (e->prompted)
+        printf("  exact match %*.2f %%  of %*zu examples", column * 6, 100 * e->exact, column * 6,
+               e->prompted);
+    else if (column)
+        printf("%48s", "");
+    printf("  in %s", where);
+}
+
+// Evaluates run->val, prints its row, and adds its figures to the sums in `all`.
+static void evaluate_file(Run *run, Evaluation *all, bool column) {
+    const Dataset *val = run->val;
+    Evaluation e = evaluate(run);
+    print_evaluation(&e, val->path, column);
+    if (val->lost_end + val->lost_beginning + val->skipped > 0)
+        printf(" (of %zu the end was cut off, of %zu the beginning; %zu skipped)", val->lost_end,
+               val->lost_beginning, val->skipped);
     printf("\n");
+    all->loss += e.loss * (double)e.targets;
+    all->accuracy += e.accuracy * (double)e.targets;
+    all->exact += e.exact * (double)e.prompted;
+    all->targets += e.targets;
+    all->examples += e.examples;
+    all->prompted += e.prompted;
+}
+
+// --eval: a row for each --val and, for several, one for all their examples together.
+static int run_evaluation(Options *options) {
+    const char *path = options->predictions;
+    const size_t files = options->val.size;
+    if (files == 0) die_usage("--eval needs --val FILE");
+    Run run = start_run(options, NULL);
+    Evaluation all = {0};
+    Predictions predictions = {0};
+    if (*path) {
+        if (!run.tokenizer) die("%s: --predictions need a tokenizer; say --tokenizer FOLDER", options->init);
+        predictions = (Predictions){create_file(path), cache_new(run.model, 1), 0};
+        run.predictions = &predictions;
+    }
+    for (size_t i = 0; i < files; i++) {
+        dataset_free(run.val);
+        run.val = dataset_load(options->val.items[i], run.tokenizer, (int)options->seq_len,
+                               run.model->config.vocab_size);
+        evaluate_file(&run, &all, files > 1);
+    }
+    if (files > 1) {
+        all.loss /= (double)all.targets;
+        all.accuracy /= (double)all.targets;
+        all.exact /= fmax(1, (double)all.prompted);
+        print_evaluation(&all, "all", true);
+        printf("\n");
+    }
+    if (*path) {
+        cache_free(&predictions.cache);
+        finish_file(predictions.file, path);
+        if (predictions.different > 0)
+            warn("%s: %zu predictions differ from what exact_match says: two logits there are so near that "
+                 "rounding decides",
+                 path, predictions.different);
+    }
     return end_run(&run, 0);
 }
 

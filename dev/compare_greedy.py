@@ -45,8 +45,8 @@ def continue_in_transformers(model, tokenizer, penalty):
         rows = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1]:].tolist()
     else:
         batches = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
-        rows = [model.generate(**batch, **settings, repetition_penalty=penalty)[0, batch["input_ids"].shape[1]:].tolist()
-                for batch in batches]
+        rows = [model.generate(**batch, **settings, repetition_penalty=penalty)[0, batch["input_ids"].shape[1]:]
+                .tolist() for batch in batches]
     return [row[:row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows]
 
 

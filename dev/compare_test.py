@@ -25,10 +25,10 @@ import sys
 import time
 
 import checks
+import compare_answers
 import compare_finetune
 import compare_folders
 import compare_greedy
-import compare_talk
 import compare_tokens
 import compare_words
 import numpy as np
@@ -254,7 +254,7 @@ def main():
     compare_words.compare(args.seed)
     compare_finetune.compare()
     compare_greedy.compare()
-    compare_talk.compare()
+    compare_answers.compare()
     ok, _, why = run(sys.executable, "dev/compare_pytorch.py", "--quick", show=True)
     check(ok, "dev/compare_pytorch.py --quick", why)
     ok, _, why = run("sh", "dev/recipe/run.sh", "--quick")

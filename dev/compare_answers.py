@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Compares --chat with the same talk in transformers: greedy answers, with and without a repetition penalty.
+"""Compares --chat with the same talk in transformers, with and without a repetition penalty, and --predictions with
+the loss and the greedy answer that transformers gives for each example.
 
-  dev/compare_talk.py      usually through dev/compare_test.sh, which sets all up
+  dev/compare_answers.py      usually through dev/compare_test.sh, which sets all up
 
 A model is trained on {"messages"}: short talks that data/stories' questions make. The other side joins the turns by
 the end of text, as DialoGPT's page does it, and forgets the oldest ones by the rule that section 10 states.
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -63,6 +65,71 @@ def talk_in_transformers(model, tokenizer, turns, penalty):
     return answers, forgotten
 
 
+def example_in_transformers(model, tokenizer, before, answer, scored):
+    """Mean loss of `answer` (ids) behind `before`, as far as scored, whether all of it is the likeliest, and the text
+    that is generated behind `before`."""
+    eos = tokenizer.eos_token_id
+    ids = torch.tensor([before + answer])
+    labels = torch.tensor([[-100] * len(before) + [t if s else -100 for t, s in zip(answer, scored)]])
+    with torch.no_grad():
+        out = model(ids, labels=labels)
+    hits = out.logits[0, :-1].argmax(-1) == ids[0, 1:]
+    exact = bool(hits[labels[0, 1:] != -100].all())
+    begin = len(before) + max((i + 1 for i, s in enumerate(scored) if not s), default=0)
+    row = model.generate(ids[:, :begin], attention_mask=torch.ones_like(ids[:, :begin]), max_new_tokens=20,
+                         do_sample=False, pad_token_id=eos)[0, begin:].tolist()
+    return out.loss.item(), exact, tokenizer.decode(row[:row.index(eos)] if eos in row else row)
+
+
+def compare_predictions(model, tokenizer, folder):
+    """Pairs, texts and talks: what --predictions says of each."""
+    def encode(text):
+        return tokenizer(text)["input_ids"]
+    eos, data, lines = tokenizer.eos_token_id, f"{WORK}/asked.jsonl", []
+    wanted = []  # (keys of the line, text behind which it is generated or None, loss, exact, generated)
+    pairs = questions(1242)[1212:]
+    for number, pair in enumerate(pairs):
+        prompt, answer = pair["prompt"].strip(), pair["completion"].strip()
+        if number % 5 == 3:
+            lines.append({"text": prompt})
+            ids = encode(prompt) + [eos]
+            wanted.append((prompt, None, *example_in_transformers(model, tokenizer, [eos], ids, [1] * len(ids))))
+        elif number % 5 == 4:
+            earlier = pairs[number - 1]
+            turns = [earlier["prompt"].strip(), earlier["completion"].strip(), prompt, answer]
+            lines.append({"messages": [{"role": "user" if i % 2 == 0 else "assistant", "content": turn}
+                                       for i, turn in enumerate(turns)]})
+            coded = [encode(turn) + [eos] for turn in turns]
+            scored = [i % 2 for i in range(1, 4) for _ in coded[i]]
+            wanted.append((answer, tokenizer.decode(sum(coded[:3], [])),
+                           *example_in_transformers(model, tokenizer, coded[0], sum(coded[1:], []), scored)))
+        else:  # the end of text behind the question belongs to the prompt: so the model was trained
+            lines.append({"prompt": prompt + "<|endoftext|>", "completion": answer})
+            ids = encode(answer) + [eos]
+            wanted.append((answer, prompt + "<|endoftext|>", *example_in_transformers(
+                model, tokenizer, encode(prompt) + [eos], ids, [1] * len(ids))))
+    with open(data, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    printed = must_run("./train_gpt2", "--init", folder, "--eval", "--val", data, "--predictions", f"{WORK}/said.jsonl",
+                       "--sample-tokens", "20", "--quiet").decode()
+    with open(f"{WORK}/said.jsonl") as file:
+        said = [json.loads(line) for line in file]
+    wrong = []
+    for ours, (text, prompt, loss, exact, generated) in zip(said, wanted):
+        same = ours["exact_match"] == exact and abs(ours["loss"] - loss) < 1e-4 * loss
+        if prompt is None:
+            same = same and ours["text"] == text
+        else:
+            same = same and (ours["prompt"], ours["completion"], ours["prediction"]) == (prompt, text, generated)
+        if not same:
+            wrong.append(f"{ours} instead of {(text, prompt, loss, exact, generated)}")
+    right = sum(line["exact_match"] for line in said)
+    check(not wrong and len(said) == len(lines) and 0 < right < len(said),
+          f"--predictions: {len(said)} examples, {right} right", "; ".join(wrong[:2]))
+    share = float(re.search(r"exact match +([\d.]+) %", printed).group(1))
+    check(abs(share - 100 * right / len(said)) < 0.006, f"--predictions: --eval says exact match {share} %")
+
+
 def compare():
     _, vocabulary = checks.stories("stories")
     folder = f"{WORK}/talker"
@@ -84,6 +151,7 @@ def compare():
               f"{name}: {len(wanted)} answers, {len(set(wanted))} different ones, e.g. {wanted[0]!r}", why)
         check(result.stderr.count("forgotten") == forgotten > 1, f"{name}: the oldest turns went {forgotten} times",
               result.stderr)
+    compare_predictions(model, tokenizer, folder)
 
 
 if __name__ == "__main__":
