@@ -5145,7 +5145,7 @@ static const char *make_asked(void) {
     write_text(
         "asked.jsonl",
         "{\"prompt\": \"a\", \"completion\": \" cat\"}\n{\"prompt\": \"b\", \"completion\": \" the \"}\n"
-        "{\"prompt\": \"c\", \"completion\": \"\\n\\\"d\\\"\"}\n{\"prompt\": \"e\", \"completion\": \"\"}\n"
+        "{\"prompt\": \"c\", \"completion\": \"\\n\\\"d\\\"\"}\n"
         "{\"messages\": [{\"role\": \"user\", \"content\": \"f\"}, {\"role\": \"assistant\", \"content\": "
         "\"g\"}]}\n");
     write_text("others.jsonl", "{\"prompt\": \"a\", \"completion\": \" cut\"}\n{\"prompt\": \"c\", "
@@ -5192,8 +5192,8 @@ static void test_several_val(void) {
     check(sscanf(one.data, "loss %lf", &alone) == 1 && alone == loss[1], "alone %s, among others %g",
           one.data, loss[1]);
     Text log = read_file(in_tests("asked/log.csv"));
-    const char *last = strstr(log.data, "\n200,50,val,");
-    check(last && fabs(atof(last + strlen("\n200,50,val,")) - loss[2]) < 1e-5 && strstr(last, ",0.714286\n"),
+    const char *last = strstr(log.data, "\n200,100,val,");
+    check(last && fabs(atof(last + strlen("\n200,100,val,")) - loss[2]) < 1e-5 && strstr(last, ",0.714286\n"),
           "the log of a training with two --val: %s", last ? last : log.data);
     free(rows.data), free(one.data), free(log.data);
 }
