@@ -4130,6 +4130,19 @@ static void make_wrong_inputs(void) {
     write_text("other.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"b\"}\n");
     write_text("d.txt", "abc");
     make_folder(in_tests("folder.txt"));
+    make_folder(in_tests("folder"));
+    make_folder(in_tests("halfway"));
+    make_folder(in_tests("halfway/checkpoint-000010"));
+    make_folder(in_tests("pointer"));
+    static const char *const others[] = {"array.json", "table.parquet", "notes.md", "text.txt.gz",
+                                         "model.gguf"};
+    for (int i = 0; i < 5; i++) write_text(others[i], i == 4 ? "GGUF" : "[1]");
+    static const char *const pointers[] = {"pointer.txt", "pointer.bin", "pointer/model.safetensors"};
+    for (int i = 0; i < 3; i++)
+        write_text(pointers[i], "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n");
+    Text kept = read_file(in_tests("model/config.json"));
+    write_text("pointer/config.json", kept.data);
+    free(kept.data);
 }
 
 // What is wrong on the command line or in a file that it names: exit status, part of the one line that is
@@ -4138,9 +4151,19 @@ static const struct {
     int status;
     const char *error, *words;
 } wrong_input[] = {
-    {2, "unknown option --lerning-rate; --help lists all", "--lerning-rate 1"},
+    {2, "unknown option --lerning-rate; the nearest is --learning-rate, --help lists all",
+     "--lerning-rate 1"},
+    {2, "unknown option --learning_rate=1; the nearest is --learning-rate,", "--learning_rate=1"},
+    {2, "unknown option --batchsize; the nearest is --batch-size,", "--batchsize 3"},
+    {2, "unknown option --ferquency-of-printing-things; --help lists all", "--ferquency-of-printing-things"},
+    {2, "unknown option --trian; the nearest is --train,", "--trian a.txt"},
     {2, "unknown option --something-else", "--something-else"},
     {2, "unknown option -Z", "-Z"},
+    {2, "-train: a name is written with two dashes: --train", "-train $D/text.txt"},
+    {2, "-steps=5: a name is written with two dashes: --steps", "-steps=5"},
+    {2, "text.txt' is left over: if the shell has made several names of a pattern, quote it: --train '*.txt'",
+     "--train $D/short.txt $D/text.txt"},
+    {2, ".txt' is left over", "--val $D/*.txt"},
     {2, "unknown option -Z;", "-Z5"},
     {2, "unknown option -Z;", "-yZ"},
     {2, "--quiet takes no value", "--quiet=1"},
@@ -4182,11 +4205,36 @@ static const struct {
     {1, "none-*.txt: no such file", "$TINY --train '$D/none-*.txt'"},
     {1, "none/merges.txt: cannot be opened", "--tokenizer $D/none/merges.txt --train $D/text.txt"},
     {1, "none: no such model folder", "--init $D/none --train $D/text.txt"},
+    {1, "gpt2: is not here; this downloads it: make gpt2", "--init gpt2 --generate 3"},
+    {1, "gpt2-xl: is not here; this downloads it: make gpt2-xl",
+     "--init openai-community/gpt2-xl --eval --val $D/val.txt"},
+    {1, "distilgpt2: is not here; this downloads it: hf download distilbert/distilgpt2 --local-dir distilgpt2",
+     "--init distilbert/distilgpt2 --chat"},
+    {1, "d5: no such model folder", "--init d5 --train $D/text.txt"},
+    {1, "model.safetensors: a file: --init takes the folder that it lies in",
+     "--init $D/model/model.safetensors --generate 1"},
+    {1, "model.gguf: a file for llama.cpp, which cannot be trained: --init takes the folder",
+     "--init $D/model.gguf --generate 1"},
+    {1, "folder.txt: has no config.json", "--init $D/folder.txt --generate 1"},
+    {1, "halfway: has no model yet, but checkpoints, such as", "--init $D/halfway --generate 1"},
+    {1, "pointer/model.safetensors: a pointer of Git LFS, not the file itself: git lfs pull fetches it",
+     "--init $D/pointer --generate 1"},
+    {1, "pointer.txt: a pointer of Git LFS", "$TINY --train $D/pointer.txt"},
+    {1, "pointer.bin: a pointer of Git LFS", "$TINY --train $D/pointer.bin"},
+    {1, "folder: a folder: name its files, as in '", "$TINY --train $D/folder"},
+    {1, "array.json: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '",
+     "$TINY --train $D/array.json"},
+    {1, "table.parquet: a table; this makes examples of it: python3 data/convert.py '",
+     "$TINY --train $D/table.parquet"},
+    {1, "notes.md: .txt, .jsonl or .bin expected; if it is plain text, give it such a name: cp '",
+     "$TINY --train $D/notes.md"},
+    {1, "text.txt.gz: packed: gunzip '", "$TINY --train $D/text.txt.gz"},
     {1, "cut off", "--init $D/cut --eval --val $D/val.txt"},
     {1, "transformer.wte.weight has shape [259, 16], expected [259, 8]",
      "--init $D/narrow --tokenizer $D/merges.txt --generate 1"},
-    {1, "ends in .txt, .jsonl or .bin", "$TINY --train $D/table.csv"},
-    {1, "folder.txt: cannot be read: Is a directory", "$TINY --train $D/folder.txt"},
+    {1, "table.csv: a table; this makes examples of it: python3 data/convert.py '",
+     "$TINY --train $D/table.csv"},
+    {1, "folder.txt: a folder: name its files", "$TINY --train $D/folder.txt"},
     {1, "empty.txt: holds no example", "$TINY --train $D/empty.txt"},
     {1,
      "bad.jsonl:3: not valid JSON at line 1, "
@@ -4224,6 +4272,12 @@ static void test_wrong_input(void) {
         free(words);
     }
     check(fingerprint(temporary_folder()) == before, "wrong input changed files");
+    Text usage;
+    expect_run(2, &usage, "");
+    check(count_of(usage.data, "\n") < 12 && strstr(usage.data, "--train FILE") &&
+              strstr(usage.data, "--help"),
+          "without a word: %s", usage.data);
+    free(usage.data);
 }
 
 // Are two values of an option the same?
@@ -4335,6 +4389,12 @@ static void test_plan(void) {
           "--plan: %s", plan.data);
     check(strstr(plan.data, "freezing saves 0.0 MB") != NULL, "--plan does not say what freezing saves");
     check(fingerprint(temporary_folder()) == before, "--plan writes");
+    free(plan.data);
+    // Without data: batches of whole sequences. Weights of 16 bits stay in their file.
+    expect_run(0, &plan, "$TINY --plan --batch-size 3 --seq-len 10 --freeze wpe --out $D/never");
+    check(strstr(plan.data, "trained 7456,") && strstr(plan.data, "(30 rows)") &&
+              !strstr(plan.data, "updates of") && strstr(plan.data, "\n--train FILE adds"),
+          "--plan without --train: %s", plan.data);
     free(plan.data);
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --steps 40 --out $D/never");
     check(!strstr(plan.data, "freezing"), "--plan: nothing is frozen");
@@ -6007,6 +6067,11 @@ static void test_scarce_machine(void) {
 #else
     check(status == 0, "ulimit -v: status %d, %s", status, said.data);
 #endif
+    free(said.data);
+    status =
+        run_shell(&said, "ulimit -v 800000; $T --trainer --init d48 --matmul builtin --plan >$D/said 2>&1");
+    check(status == 0 && strstr(said.data, "weights 6230.4"), "--plan in little memory: status %d, %s",
+          status, said.data);
     free(said.data);
 #endif
 }

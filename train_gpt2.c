@@ -65,6 +65,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -2667,6 +2668,13 @@ static bool ends_with(const char *string, const char *ending) {
     return n >= m && strcmp(string + n - m, ending) == 0;
 }
 
+// Ends the program when a file's bytes are only a pointer, which git leaves in its place without Git LFS.
+static void refuse_pointer(const char *path, const char *bytes, size_t size) {
+    static const char begin[] = "version https://git-lfs";
+    if (size >= sizeof begin - 1 && memcmp(bytes, begin, sizeof begin - 1) == 0)
+        die("%s: a pointer of Git LFS, not the file itself: git lfs pull fetches it", path);
+}
+
 // Finds the line at *at, without its end, and moves *at behind it. Returns false at the end of the text.
 static bool next_line(const char **at, const char *end, const char **line, size_t *length) {
     if (*at >= end) return false;
@@ -3623,6 +3631,7 @@ static StoredTensor read_entry(const Json *entry, char *data, size_t data_size, 
 static SafeTensors safetensors_open(const char *path) {
     SafeTensors file = {.path = xstrdup(path), .mapping = map_file(path)};
     uint64_t length = 0;
+    refuse_pointer(path, file.mapping.data, file.mapping.size);
     if (file.mapping.size < 8)
         die("%s: not a safetensors file: %zu bytes, at least 8 expected", path, file.mapping.size);
     memcpy(&length, file.mapping.data, 8);
@@ -3729,8 +3738,8 @@ static float widen(uint16_t bits, bool is_bf16) {
 
 // Gives every tensor of the model its value and closes the file. If all are F32, the values stay in the
 // mapping; F16 and BF16 become float32. A tensor that is missing, misshaped or unknown ends the program;
-// causal masks, which old files have, are ignored.
-static void model_load_values(Model *model, SafeTensors *file) {
+// causal masks, which old files have, are ignored. Unless `with_values`, nothing is converted.
+static void model_load_values(Model *model, SafeTensors *file, bool with_values) {
     const char *path = file->path;
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
     bool mapped = true;
@@ -3750,8 +3759,8 @@ static void model_load_values(Model *model, SafeTensors *file) {
         if (i == model->tensor_count && !is_mask && strcmp(t->name, "lm_head.weight") != 0)
             die("%s: tensor %s is not one of this GPT-2's (%d layers)", path, t->name, model->config.n_layer);
     }
-    if (!mapped) model_allocate_values(model);
-    for (int i = 0; i < model->tensor_count; i++) {
+    if (!mapped && with_values) model_allocate_values(model);
+    for (int i = 0; i < model->tensor_count && (mapped || with_values); i++) {
         Tensor *tensor = &model->tensors[i];
         if (mapped) {
             tensor->value = (float *)stored[i]->data;
@@ -3854,8 +3863,8 @@ static bool head_differs(const SafeTensors *file) {
     return i < wte->count;
 }
 
-// Loads the weights of a model folder. (tokenizer_load loads its tokenizer.)
-static Model *model_load(const char *folder) {
+// Loads the weights of a model folder, or only checks them. (tokenizer_load loads its tokenizer.)
+static Model *model_open(const char *folder, bool with_values) {
     const char *config = path_of("%s/config.json", folder),
                *weights = path_of("%s/model.safetensors", folder);
     if (!file_exists(config))
@@ -3877,9 +3886,11 @@ static Model *model_load(const char *folder) {
         read.tie_word_embeddings = false;
     }
     Model *model = model_new(read);
-    model_load_values(model, &file);
+    model_load_values(model, &file, with_values);
     return model;
 }
+
+static Model *model_load(const char *folder) { return model_open(folder, true); }
 
 // Which of a tensor's three arrays a file holds.
 typedef enum { STORE_VALUE, STORE_EXP_AVG, STORE_EXP_AVG_SQ } Stored;
@@ -4255,6 +4266,7 @@ static size_t utf8_mark(const char *text, size_t size) {
 static Text read_utf8_file(const char *path, const char **start) {
     Text text = read_file(path);
     text_append(&text, "", 0); // an empty file has data, too
+    refuse_pointer(path, text.data, text.size);
     check_utf8(&(Utf8Check){path, 0, 1}, text.data, text.size, true);
     *start = text.data + utf8_mark(text.data, text.size);
     return text;
@@ -4292,6 +4304,7 @@ static void load_text(Dataset *data, Source *source, const char *path, Tokenizer
 static void load_shard(Dataset *data, Source *source, const char *path, int seq_len, int vocab_size) {
     source->shard = map_file(path);
     const int32_t *header = (const int32_t *)source->shard.data;
+    refuse_pointer(path, source->shard.data, source->shard.size);
     if (source->shard.size < 1024 || header[0] != 20240520 || header[1] != 1)
         die("%s: not a token shard of llm.c: header 20240520, 1 expected", path);
     size_t count = (source->shard.size - 1024) / 2;
@@ -4446,6 +4459,26 @@ static void report_losses(const Dataset *data, int seq_len) {
          data->path, data->count, seq_len, data->lost_end, data->lost_beginning, data->skipped);
 }
 
+// Does a name have this ending, in small or capital letters?
+static bool has_ending(const char *path, const char *ending) {
+    size_t n = strlen(path), m = strlen(ending);
+    return n >= m && strcasecmp(path + n - m, ending) == 0;
+}
+
+// Ends the program because a path is neither .txt, .jsonl nor .bin, and says how to get there.
+static void __attribute__((noreturn)) refuse_data(const char *path) {
+    if (is_folder(path)) die("%s: a folder: name its files, as in '%s/*.txt'", path, path);
+    if (has_ending(path, ".json"))
+        die("%s: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '%s' > '%sl'", path, path,
+            path);
+    if (has_ending(path, ".csv") || has_ending(path, ".tsv") || has_ending(path, ".parquet"))
+        die("%s: a table; this makes examples of it: python3 data/convert.py '%s' '%.*s.jsonl'", path, path,
+            (int)(strrchr(path, '.') - path), path);
+    if (has_ending(path, ".gz")) die("%s: packed: gunzip '%s'", path, path);
+    die("%s: .txt, .jsonl or .bin expected; if it is plain text, give it such a name: cp '%s' '%s.txt'", path,
+        path, path);
+}
+
 // Adds the examples of a file, or of all files that a glob matches.
 static void dataset_read(Dataset *data, const char *pattern, Tokenizer *tokenizer, int seq_len,
                          int vocab_size) {
@@ -4457,9 +4490,8 @@ static void dataset_read(Dataset *data, const char *pattern, Tokenizer *tokenize
             grow(data->sources, data->source_count + 1, &data->source_capacity, sizeof *data->sources);
         Source *source = &data->sources[data->source_count++];
         *source = (Source){0};
-        bool is_shard = ends_with(path, ".bin"), is_jsonl = ends_with(path, ".jsonl");
-        if (!is_shard && !is_jsonl && !ends_with(path, ".txt"))
-            die("%s: a name that ends in .txt, .jsonl or .bin expected", path);
+        bool is_shard = has_ending(path, ".bin"), is_jsonl = has_ending(path, ".jsonl");
+        if (is_folder(path) || (!is_shard && !is_jsonl && !has_ending(path, ".txt"))) refuse_data(path);
         if (!is_shard && !tokenizer) die("%s: text needs a tokenizer; say --tokenizer FOLDER", path);
         if (is_shard)
             load_shard(data, source, path, seq_len, vocab_size);
@@ -5408,20 +5440,55 @@ static const Option *find_option(const char *name, size_t length, char letter) {
     return NULL;
 }
 
+// How many letters must be added, taken away or changed to make one word of the other (Levenshtein distance).
+static size_t edit_distance(const char *a, size_t length, const char *b) {
+    size_t above[64], n = smaller(strlen(b), 63); // above[j]: from the letters of a so far to j letters of b
+    for (size_t j = 0; j <= n; j++) above[j] = j;
+    for (size_t i = 1; i <= length; i++)
+        for (size_t j = 1, diagonal = above[0]++, upper; j <= n; j++, diagonal = upper) {
+            upper = above[j];
+            above[j] = smaller(smaller(above[j], above[j - 1]) + 1, diagonal + (a[i - 1] != b[j - 1]));
+        }
+    return above[n];
+}
+
+// Ends the program because there is no such option; names the nearest one, if one is near.
+static void __attribute__((noreturn)) refuse_option(const char *word) {
+    const char *name = word + 2, *nearest = NULL;
+    const size_t length = strcspn(name, "=");
+    size_t best = length / 3 + 2; // so many letters are too many
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        size_t distance = option->name ? edit_distance(name, length, option->name) : SIZE_MAX;
+        if (distance < best) best = distance, nearest = option->name;
+    }
+    if (nearest) die_usage("unknown option %s; the nearest is --%s, --help lists all", word, nearest);
+    die_usage("unknown option %s; --help lists all", word);
+}
+
+// Ends the program because a word is no option where one must stand.
+static void __attribute__((noreturn)) refuse_word(const char *word) {
+    if (file_exists(word))
+        die_usage(
+            "'%s' is left over: if the shell has made several names of a pattern, quote it: --train '*.txt'",
+            word);
+    die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+}
+
 // Sets the options that words[1], ... give: --name value, --name=value, -n value, -nvalue; letters of FLAGs
 // may stand together, as in -yx5. A LIST's first word replaces what was there before.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words) {
     bool taken[OPTION_COUNT] = {false};
     for (int i = 1; i < count; i++) {
         const char *word = words[i], *rest = word + 1; // rest: what is still to be read of a word of letters
-        if (word[0] != '-' || !word[1])
-            die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+        if (word[0] != '-' || !word[1]) refuse_word(word);
         bool is_long = word[1] == '-';
+        if (!is_long && word[2] && find_option(rest, strcspn(rest, "="), 0))
+            die_usage("%s: a name is written with two dashes: -%.*s", word, (int)strcspn(word, "="), word);
         do {
             const char *name = is_long ? word + 2 : NULL;
             size_t length = is_long ? strcspn(name, "=") : 1;
             const Option *option = find_option(name, length, *rest);
-            if (!option && is_long) die_usage("unknown option %s; --help lists all", word);
+            if (!option && is_long) refuse_option(word);
             if (!option) die_usage("unknown option -%c; --help lists all", *rest);
             const char *value = !is_long ? rest + 1 : name[length] ? name + length + 1 : "";
             bool has_value = is_long ? name[length] != 0 : *value != 0;
@@ -5468,13 +5535,18 @@ static void parse_options(Options *options, const char *state, int argc, char **
                       option_table[i].modes & GENERATE ? "; it goes with --generate N" : "");
 }
 
+static void print_usage(FILE *file) {
+    fprintf(file,
+            "train_gpt2: train, fine-tune, evaluate and sample GPT-2 on CPU cores\n\n"
+            "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
+            "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
+            "  train_gpt2 --init DIR --eval --val FILE [options]        evaluate it\n"
+            "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n"
+            "  train_gpt2 --init DIR --chat                             talk to it\n");
+}
+
 static void print_help(void) {
-    printf("train_gpt2: train, fine-tune, evaluate and sample GPT-2 on CPU cores\n\n"
-           "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
-           "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
-           "  train_gpt2 --init DIR --eval --val FILE [options]        evaluate it\n"
-           "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n"
-           "  train_gpt2 --init DIR --chat                             talk to it\n");
+    print_usage(stdout);
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         if (!option->name) {
             printf("\n%s\n", option->help);
@@ -5616,7 +5688,7 @@ static const int *find_size(const char *name) {
     return NULL;
 }
 
-// Ends the program when a folder has weights in other formats only, and says how to convert them.
+// Ends the program when --init names no model folder that can be read, and says how to come by one.
 static void refuse_other_formats(const char *folder) {
     static const char *const others[] = {"pytorch_model.bin", "pytorch_model.bin.index.json",
                                          "model.safetensors.index.json", "ckpt.pt"};
@@ -5625,6 +5697,25 @@ static void refuse_other_formats(const char *folder) {
     if (found && !file_exists(path_of("%s/model.safetensors", folder)))
         die("%s: weights in another format; this converts them: python3 data/convert.py %s FOLDER", folder,
             folder);
+    const char *slash = strrchr(folder, '/'), *name = slash ? slash + 1 : folder;
+    if (ends_with(folder, ".gguf"))
+        die("%s: a file for llama.cpp, which cannot be trained: --init takes the folder that it was made "
+            "from",
+            folder);
+    if (file_exists(folder) && !is_folder(folder))
+        die("%s: a file: --init takes the folder that it lies in", folder);
+    bool is_gpt2 = strcmp(name, "gpt2") == 0 || strcmp(name, "gpt2-medium") == 0 ||
+                   strcmp(name, "gpt2-large") == 0 || strcmp(name, "gpt2-xl") == 0;
+    if (!file_exists(folder) && is_gpt2) die("%s: is not here; this downloads it: make %s", folder, name);
+    if (!file_exists(folder) && slash > folder && strchr(folder, '/') == slash && folder[0] != '.')
+        die("%s: is not here; this downloads it: hf download %s --local-dir %s", folder, folder, name);
+    if (!is_folder(folder) || file_exists(path_of("%s/config.json", folder))) return;
+    size_t count;
+    const long *steps = list_checkpoints(folder, &count);
+    if (count > 0)
+        die("%s: has no model yet, but checkpoints, such as %s", folder,
+            checkpoint_path(folder, steps[count - 1]));
+    die("%s: has no config.json: a folder with config.json and model.safetensors expected", folder);
 }
 
 // The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
@@ -5633,11 +5724,11 @@ static Tokenizer *load_tokenizer(const char *given, const char *folder) {
     return *given ? tokenizer_load(given) : tokenizer_files(folder, files) ? tokenizer_load(folder) : NULL;
 }
 
-// A model of a size of the table with random values, or (size NULL) the one in a folder.
+// A model of a size of the table with random values, or (size NULL) the one in a folder. --plan needs no values.
 static Model *start_model(const Options *options, const int *size, const char *folder,
                           const Tokenizer *tokenizer) {
     if (!size) {
-        Model *model = model_load(folder);
+        Model *model = model_open(folder, !options->plan);
         if (tokenizer && tokenizer->base_size > model->config.vocab_size)
             die("the tokenizer has %d entries, the model only %d: it is not this model's own",
                 tokenizer->base_size, model->config.vocab_size);
@@ -5655,7 +5746,7 @@ static Model *start_model(const Options *options, const int *size, const char *f
     config.n_inner = 4 * config.n_embd;
     check_config(config, "--init");
     Model *model = model_new(config);
-    model_initialise(model, (uint64_t)options->seed);
+    if (!options->plan) model_initialise(model, (uint64_t)options->seed);
     return model;
 }
 
@@ -5696,13 +5787,14 @@ static Run start_run(Options *options, const char *checkpoint) {
     if (options->seq_len > config->n_positions)
         die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
     if (!options->seq_len) options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
-    if (options->train[0]) {
+    if (options->train[0] || options->plan) {
         need_matches(run.model, "freeze", &options->freeze);
         need_matches(run.model, "no-decay", &options->no_decay);
         model_set_training(run.model, &options->freeze, &options->no_decay);
         if (count_parameters(run.model, true) == 0) die_usage("--freeze leaves nothing to train");
-        run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
     }
+    if (options->train[0])
+        run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
     if (options->val.size > 0 && !options->eval)
         run.val = dataset_load_all(&options->val, run.tokenizer, (int)options->seq_len, config->vocab_size);
     else if (run.train && options->val_fraction > 0)
@@ -5827,6 +5919,10 @@ static void print_plan(const Run *run) {
     size_t rows, targets;
     print_tensors(run->model);
     print_memory(run);
+    if (!run->train) {
+        printf("\n--train FILE adds the number of updates, the learning rates and the first example\n");
+        return;
+    }
     dataset_size(run->train, &rows, &targets);
     printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
     if (run->val) {
@@ -5933,12 +6029,14 @@ static int run_training(Options *options, int argc, char **argv) {
             die_usage("%s: a run cannot change how it began: %s. Choose another --out for a new one",
                       options->out, changes);
     }
-    if (!options->train[0])
+    if (!options->train[0] && !options->plan)
         die_usage("nothing to train on: say --train FILE (.txt, .jsonl or .bin); --help shows examples");
     Run run = start_run(options, checkpoint);
     if (checkpoint) changes = changed_options(options, &before, ANY);
-    set_lengths(&run, options);
-    const int rows = largest_batch(run.train, options->batch_size, (int)options->seq_len);
+    if (run.train) set_lengths(&run, options);
+    const double full = (double)options->batch_size * (double)options->seq_len; // rows of whole sequences
+    const int rows = run.train ? largest_batch(run.train, options->batch_size, (int)options->seq_len)
+                               : (int)fmin(full, INT_MAX);
     const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
     run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
     if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
@@ -6166,6 +6264,11 @@ static int train_gpt2_main(int argc, char **argv) {
     Options options;
     int status = 0;
     keep_standard_streams();
+    if (argc < 2) {
+        print_usage(stderr);
+        fprintf(stderr, "\n--help lists all options; `make train` shows a whole run\n");
+        return 2;
+    }
     parse_options(&options, NULL, argc, argv);
     if (options.help) {
         print_help();
