@@ -6252,7 +6252,7 @@ pair_tile(int height, float *C, size_t ldc, const BFloat16Pair *A, size_t lda, c
             __builtin_prefetch(C + smaller((size_t)i, rows - 1) * ldc + j, 1);
     }
     for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
-        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 12 * TILE_COLUMNS + j);
+        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 48 * TILE_COLUMNS + j);
         for (size_t line = 0; line < LINES && k % 8 == 0; line++)
             __builtin_prefetch(ahead.from + line * ahead.across, 0, 2); // 2: into the second-level cache
         ahead.from += k % 8 == 0 ? ahead.along : 0;
