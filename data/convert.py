@@ -75,14 +75,14 @@ def needed(path, *modules):
         fail(f"{path}: needs {error.name}: pip install {' '.join(module.split('.')[0] for module in modules)}")
 
 
-def read_json(path):
+def read_json(path, kind=dict, wanted="an object {...}"):
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except (ValueError, RecursionError) as error:
         fail(f"{path}: not JSON: {error}")
-    if not isinstance(value, dict):
-        fail(f"{path}: an object {{...}} expected")
+    if not isinstance(value, kind):
+        fail(f"{path}: {wanted} expected")
     return value
 
 
@@ -615,13 +615,10 @@ def read_parquet(path):
 
 
 def read_list(path):
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            rows = json.load(file)
-    except (ValueError, RecursionError) as error:
-        fail(f"{path}: not JSON: {error}")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        fail(f"{path}: a list of objects [{{...}}, ...] expected")
+    rows = read_json(path, list, "a list of objects [{...}, ...]")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            fail(f"{path}: row {number}: an object {{...}} expected")
     return rows
 
 

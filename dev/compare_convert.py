@@ -579,6 +579,7 @@ def test_tables(work):
             ("an empty file", "b.csv", "", "no row with anything to learn", ""),
             ("Latin-1", "b.csv", (good + "é,ü\n").encode("latin1"), "iconv -f latin1", ""),
             ("a list that is none", "b.json", "{}", "a list of objects", ""),
+            ("a list of something else", "b.json", '[{"text": "x"}, 1]', "row 2: an object", ""),
             ("no JSON", "b.json", "[", "not JSON", ""),
             ("a talk without roles", "b.json", '[{"messages": [{"content": "x"}]}]', "row 1: messages: a list", ""),
             ("half a character", "b.json", '[{"text": "\\ud800"}]', "row 1: has half a character", ""),
