@@ -2292,7 +2292,9 @@ typedef struct {
     int top_k;          // only the k most likely tokens; 0: all
     double top_p;       // only the most likely tokens that together reach this probability; 1: all
     uint64_t seed;
-    const char *stop; // a sample ends before this text; NULL: no such text
+    const char *stop;          // a sample ends before this text; NULL: no such text
+    double repetition_penalty; // above 1: what the text has already becomes less likely; 1: no change
+    bool silent;               // a single sample is not printed while it is made
 } Sampling;
 
 // What follows the prompt in one sample: its tokens, and their text up to where it ends.
@@ -2317,6 +2319,17 @@ static void refresh_copy(const float *from, size_t size); // this, wherever the 
 static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N); // copies op(B) (K, N)
 static void drop_copies(void);
 
+// Keeps copies of all weights that products multiply by.
+static void keep_packed_copies(const Model *model) {
+    const Tensor *head = model_head(model);
+    keep_packed_copy(head->value, true, head->shape[1], head->shape[0]);
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        if (t->dims == 2 && kind_is_per_layer(t->kind))
+            keep_packed_copy(t->value, false, t->shape[0], t->shape[1]);
+    }
+}
+
 // Writes the keys and values of a batch behind those of the earlier tokens; returns where attention finds
 // them all.
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
@@ -2337,26 +2350,24 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
 }
 
-// An empty cache for so many samples of up to n_positions tokens.
-static Cache cache_new(const Config *config, int samples) {
+// An empty cache for so many samples of up to n_positions tokens; and copies of all weights that products
+// multiply by, for as long as the cache lives.
+static Cache cache_new(const Model *model, int samples) {
+    const Config *config = &model->config;
     const size_t size = (size_t)config->n_layer * samples * config->n_positions * 2 * config->n_embd;
     Cache cache = {.sequences = samples, .positions = config->n_positions, .NH = config->n_head};
     cache.HS = config->n_embd / config->n_head;
     cache.first_key = xmalloc((size_t)samples * sizeof(int));
     cache.memory = xfloats(size);
     keep_copy(cache.memory, size);
+    keep_packed_copies(model);
     return cache;
 }
 
-// Keeps copies of all weights that products multiply by.
-static void keep_packed_copies(const Model *model) {
-    const Tensor *head = model_head(model);
-    keep_packed_copy(head->value, true, head->shape[1], head->shape[0]);
-    for (int i = 0; i < model->tensor_count; i++) {
-        const Tensor *t = &model->tensors[i];
-        if (t->dims == 2 && kind_is_per_layer(t->kind))
-            keep_packed_copy(t->value, false, t->shape[0], t->shape[1]);
-    }
+static void cache_free(Cache *cache) {
+    drop_copies();
+    free(cache->first_key);
+    free(cache->memory);
 }
 
 typedef struct {
@@ -2445,6 +2456,20 @@ static void stream_text(const Text *text, size_t *printed, const char *stop, boo
     *printed = size;
 }
 
+// Makes the tokens that a text has already less likely, as transformers does: each one's logit, however often
+// the token came, is divided by the penalty where it is positive and multiplied by it where it is negative.
+static void penalise_repetition(float *logits, int V, double penalty, const Ids *prompt, const Ids *own) {
+    if (penalty == 1) return;
+    bool *done = xcalloc((size_t)V, sizeof *done);
+    for (size_t i = 0; i < prompt->size + own->size; i++) {
+        int token = i < prompt->size ? prompt->data[i] : own->data[i - prompt->size];
+        float *logit = &logits[token];
+        if (!done[token]) *logit = *logit < 0 ? *logit * (float)penalty : *logit / (float)penalty;
+        done[token] = true;
+    }
+    free(done);
+}
+
 // Draws a token from logits (V). One that the tokenizer does not have is never drawn: the embedding may have
 // more rows than there are tokens, to be a multiple of 64, say.
 static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sampling *sampling, float draw,
@@ -2454,73 +2479,152 @@ static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sa
     return sample_token(logits, V, sampling, draw, candidates);
 }
 
-// Continues the prompt by up to `count` tokens, in `samples` different ways at once, in outputs[0] to
-// outputs[samples - 1], which are empty before. A sample ends at one of the ids in `ends` or at
-// sampling->stop. When the context is full, the model goes on with its last half. Without a tokenizer there
-// is no text, only ids; with one, a single sample is printed as it comes.
-static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
-                     int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
-    const Config *config = &model->config;
-    const int V = config->vocab_size, P = config->n_positions;
-    Activations a = {0};
-    Batch batch = {0};
-    Cache cache = cache_new(config, samples);
-    keep_packed_copies(model);
+// Texts in the making: what generation keeps from one token to the next.
+typedef struct {
+    const Model *model;
+    const Ids *prompt;
+    Sample *outputs;
+    int *running, alive; // which samples have not ended, and how many
+    int *last_row;       // (alive) the row from which the next token of each comes
+    size_t seen;         // tokens of each sample that the model has seen
+    Cache *cache;
+    Activations activations;
+    Batch batch;
+} Writing;
+
+// Runs the model on what it has not seen yet of each running sample of `size` tokens: first of all the prompt,
+// then one token at a time. When the context is full, it goes on with the last half.
+static void read_on(Writing *w, size_t size) {
+    const Config *config = &w->model->config;
+    Cache *cache = w->cache;
+    if (cache->past + (int)(size - w->seen) > config->n_positions) { // a longer prompt comes here, too
+        cache->past = 0;
+        w->seen = size - (size_t)(config->n_positions > 1 ? config->n_positions / 2 : 1);
+    }
+    batch_clear(&w->batch);
+    for (int n = 0; n < w->alive; n++) {
+        const int *own = w->outputs[w->running[n]].ids.data;
+        for (size_t i = w->seen; i < size; i++)
+            batch_add_row(&w->batch, i < w->prompt->size ? w->prompt->data[i] : own[i - w->prompt->size],
+                          cache->past + (int)(i - w->seen), -1);
+        batch_end_sequence(&w->batch);
+        w->last_row[n] = w->batch.rows - 1;
+        cache->first_key[n] = w->running[n] * 2 * config->n_head * config->n_positions;
+    }
+    activations_reserve(&w->activations, w->model, w->batch.rows, KEEP_NOTHING);
+    model_forward(w->model, &w->activations, &w->batch, cache, (Dropout){0});
+    cache->past += w->batch.first_row[1];
+    w->seen = size;
+}
+
+static volatile sig_atomic_t stop_signal = 0; // the signal that asks for an end; 0: none has come
+
+// Continues the prompt by up to `count` tokens, in as many different ways at once as the cache has sequences,
+// in outputs[0], outputs[1] ..., which are empty before. A sample ends at one of the ids in `ends`, at
+// sampling->stop, or at a signal. Without a tokenizer there is no text, only ids; with one, a single sample is
+// printed as it comes. The cache may hold the first tokens of the prompt already.
+static void continue_prompt(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
+                            Cache *cache, const Ids *ends, const Sampling *sampling, Sample *outputs) {
+    const int V = model->config.vocab_size, samples = cache->sequences;
+    const bool print = samples == 1 && !sampling->silent;
+    Writing w = {.model = model, .prompt = prompt, .outputs = outputs, .alive = samples, .cache = cache};
+    w.seen = (size_t)cache->past;
+    w.running = xmalloc((size_t)samples * sizeof(int));
+    w.last_row = xmalloc((size_t)samples * sizeof(int));
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
-    int *running = xmalloc((size_t)samples * sizeof(int)); // the samples that have not ended
-    int *last_row = xmalloc((size_t)samples * sizeof(int));
+    size_t printed = 0;
     for (int s = 0; s < samples; s++) {
-        running[s] = s;
+        w.running[s] = s;
         text_append(&outputs[s].text, "", 0);
     }
-    size_t printed = 0, seen = 0; // tokens of each sample that the model has seen
-    for (int made = 0, alive = samples; made < count && alive > 0; made++) {
-        size_t size = prompt->size + (size_t)made;
-        if (cache.past + (int)(size - seen) > P) { // full, or a prompt that is longer than the context
-            cache.past = 0;
-            seen = size - (size_t)(P > 1 ? P / 2 : 1);
-        }
-        batch_clear(&batch);
-        for (int n = 0; n < alive; n++) {
-            const int *own = outputs[running[n]].ids.data;
-            for (size_t i = seen; i < size; i++)
-                batch_add_row(&batch, i < prompt->size ? prompt->data[i] : own[i - prompt->size],
-                              cache.past + (int)(i - seen), -1);
-            batch_end_sequence(&batch);
-            last_row[n] = batch.rows - 1;
-            cache.first_key[n] = running[n] * 2 * config->n_head * P;
-        }
-        activations_reserve(&a, model, batch.rows, KEEP_NOTHING);
-        model_forward(model, &a, &batch, &cache, (Dropout){0});
-        cache.past += batch.first_row[1];
-        seen = size;
+    for (int made = 0; made < count && w.alive > 0 && !stop_signal; made++) {
         int still = 0;
-        for (int n = 0; n < alive; n++) {
-            const int s = running[n], row = n % LOGIT_ROWS;
-            if (row == 0)
-                head_forward(model, &a, last_row + n, alive - n < LOGIT_ROWS ? alive - n : LOGIT_ROWS);
+        read_on(&w, prompt->size + (size_t)made);
+        for (int n = 0; n < w.alive; n++) {
+            const int s = w.running[n], left = w.alive - n;
+            if (n % LOGIT_ROWS == 0)
+                head_forward(model, &w.activations, w.last_row + n, left < LOGIT_ROWS ? left : LOGIT_ROWS);
+            float *logits = w.activations.logits + (size_t)(n % LOGIT_ROWS) * V;
+            penalise_repetition(logits, V, sampling->repetition_penalty, prompt, &outputs[s].ids);
             float draw = random_uniform(random_stream(sampling->seed, (uint64_t)s), (uint64_t)made);
-            int token = draw_token(a.logits + (size_t)row * V, V, tokenizer, sampling, draw, candidates);
+            int token = draw_token(logits, V, tokenizer, sampling, draw, candidates);
             if (!ids_have(ends, token) && sample_append(&outputs[s], token, tokenizer, sampling->stop))
-                running[still++] = s;
+                w.running[still++] = s;
         }
-        alive = still;
-        if (samples == 1)
-            stream_text(&outputs[0].text, &printed, sampling->stop, alive == 0 || made == count - 1);
+        w.alive = still;
+        if (print) stream_text(&outputs[0].text, &printed, sampling->stop, still == 0 || made == count - 1);
     }
-    drop_copies();
-    free(running);
-    free(last_row);
+    if (print) stream_text(&outputs[0].text, &printed, sampling->stop, true); // a signal may have come
+    free(w.running);
+    free(w.last_row);
     free(candidates);
-    free(cache.first_key);
-    free(cache.memory);
-    batch_free(&batch);
-    activations_free(&a);
+    batch_free(&w.batch);
+    activations_free(&w.activations);
+}
+
+// The same with a cache that is made for this prompt alone.
+static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
+                     int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
+    Cache cache = cache_new(model, samples);
+    continue_prompt(model, tokenizer, prompt, count, &cache, ends, sampling, outputs);
+    cache_free(&cache);
 }
 
 static void sample_free(Sample *sample) {
     free(sample->ids.data);
     free(sample->text.data);
+}
+
+// A talk as DialoGPT, GPT-2's model for conversations, has it: turn, end of text, answer, end of text, ... All
+// of it is the prompt of the next answer. The cache keeps the keys and values of what was said, so each answer
+// only costs the new tokens.
+typedef struct {
+    Ids ids;
+    Ids begins; // where the turns of the user begin in `ids`
+    Cache cache;
+} Talk;
+
+static void talk_add(Talk *talk, const Ids *turn, int end_of_text) {
+    for (size_t i = 0; i < turn->size; i++) ids_push(&talk->ids, turn->data[i]);
+    ids_push(&talk->ids, end_of_text);
+}
+
+// Forgets the first `count` tokens; count = talk->ids.size: all.
+static void talk_forget(Talk *talk, size_t count) {
+    size_t kept = 0;
+    talk->ids.size -= count;
+    memmove(talk->ids.data, talk->ids.data + count, talk->ids.size * sizeof(int));
+    for (size_t i = 0; i < talk->begins.size; i++)
+        if (talk->begins.data[i] >= (int)count) talk->begins.data[kept++] = talk->begins.data[i] - (int)count;
+    talk->begins.size = kept;
+    talk->cache.past = 0;
+}
+
+// Makes room for an answer of `room` tokens when the context is full: the oldest turns go, each with its
+// answer, until the others take no more than half of the context. If the newest turn alone is too long, its
+// beginning goes. Says so.
+static void talk_make_room(Talk *talk, size_t room) {
+    const size_t P = (size_t)talk->cache.positions, size = talk->ids.size, turns = talk->begins.size;
+    if (size + room <= P) return;
+    size_t first = 0, count;
+    while (count = (size_t)talk->begins.data[first],
+           first + 1 < turns && (size - count > P / 2 || size - count + room > P))
+        first++;
+    if (size - count + room > P) count = size + room - P;
+    warn("the context of %zu tokens is full: the oldest %zu tokens of the talk are forgotten", P, count);
+    talk_forget(talk, count);
+}
+
+// Adds a turn and its answer of up to `most` tokens, which is printed as it comes, to the talk.
+static void talk_answer(Talk *talk, const Model *model, const Tokenizer *tokenizer, const Ids *turn, int most,
+                        const Ids *ends, const Sampling *sampling) {
+    Sample answer = {0};
+    ids_push(&talk->begins, (int)talk->ids.size);
+    talk_add(talk, turn, tokenizer->end_of_text);
+    talk_make_room(talk, (size_t)most);
+    continue_prompt(model, tokenizer, &talk->ids, most, &talk->cache, ends, sampling, &answer);
+    talk_add(talk, &answer.ids, tokenizer->end_of_text);
+    sample_free(&answer);
 }
 
 // #####################################################################################################
@@ -2561,6 +2665,13 @@ static bool is_folder(const char *path) {
 static bool ends_with(const char *string, const char *ending) {
     size_t n = strlen(string), m = strlen(ending);
     return n >= m && strcmp(string + n - m, ending) == 0;
+}
+
+// Ends the program when a file's bytes are only a pointer, which git leaves in its place without Git LFS.
+static void refuse_pointer(const char *path, const char *bytes, size_t size) {
+    static const char begin[] = "version https://git-lfs";
+    if (size >= sizeof begin - 1 && memcmp(bytes, begin, sizeof begin - 1) == 0)
+        die("%s: a pointer of Git LFS, not the file itself: git lfs pull fetches it", path);
 }
 
 // Finds the line at *at, without its end, and moves *at behind it. Returns false at the end of the text.
@@ -3519,6 +3630,7 @@ static StoredTensor read_entry(const Json *entry, char *data, size_t data_size, 
 static SafeTensors safetensors_open(const char *path) {
     SafeTensors file = {.path = xstrdup(path), .mapping = map_file(path)};
     uint64_t length = 0;
+    refuse_pointer(path, file.mapping.data, file.mapping.size);
     if (file.mapping.size < 8)
         die("%s: not a safetensors file: %zu bytes, at least 8 expected", path, file.mapping.size);
     memcpy(&length, file.mapping.data, 8);
@@ -3625,8 +3737,8 @@ static float widen(uint16_t bits, bool is_bf16) {
 
 // Gives every tensor of the model its value and closes the file. If all are F32, the values stay in the
 // mapping; F16 and BF16 become float32. A tensor that is missing, misshaped or unknown ends the program;
-// causal masks, which old files have, are ignored.
-static void model_load_values(Model *model, SafeTensors *file) {
+// causal masks, which old files have, are ignored. Unless `with_values`, nothing is converted.
+static void model_load_values(Model *model, SafeTensors *file, bool with_values) {
     const char *path = file->path;
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
     bool mapped = true;
@@ -3646,8 +3758,8 @@ static void model_load_values(Model *model, SafeTensors *file) {
         if (i == model->tensor_count && !is_mask && strcmp(t->name, "lm_head.weight") != 0)
             die("%s: tensor %s is not one of this GPT-2's (%d layers)", path, t->name, model->config.n_layer);
     }
-    if (!mapped) model_allocate_values(model);
-    for (int i = 0; i < model->tensor_count; i++) {
+    if (!mapped && with_values) model_allocate_values(model);
+    for (int i = 0; i < model->tensor_count && (mapped || with_values); i++) {
         Tensor *tensor = &model->tensors[i];
         if (mapped) {
             tensor->value = (float *)stored[i]->data;
@@ -3750,8 +3862,8 @@ static bool head_differs(const SafeTensors *file) {
     return i < wte->count;
 }
 
-// Loads the weights of a model folder. (tokenizer_load loads its tokenizer.)
-static Model *model_load(const char *folder) {
+// Loads the weights of a model folder, or only checks them. (tokenizer_load loads its tokenizer.)
+static Model *model_open(const char *folder, bool with_values) {
     const char *config = path_of("%s/config.json", folder),
                *weights = path_of("%s/model.safetensors", folder);
     if (!file_exists(config))
@@ -3773,9 +3885,11 @@ static Model *model_load(const char *folder) {
         read.tie_word_embeddings = false;
     }
     Model *model = model_new(read);
-    model_load_values(model, &file);
+    model_load_values(model, &file, with_values);
     return model;
 }
+
+static Model *model_load(const char *folder) { return model_open(folder, true); }
 
 // Which of a tensor's three arrays a file holds.
 typedef enum { STORE_VALUE, STORE_EXP_AVG, STORE_EXP_AVG_SQ } Stored;
@@ -4151,6 +4265,7 @@ static size_t utf8_mark(const char *text, size_t size) {
 static Text read_utf8_file(const char *path, const char **start) {
     Text text = read_file(path);
     text_append(&text, "", 0); // an empty file has data, too
+    refuse_pointer(path, text.data, text.size);
     check_utf8(&(Utf8Check){path, 0, 1}, text.data, text.size, true);
     *start = text.data + utf8_mark(text.data, text.size);
     return text;
@@ -4188,6 +4303,7 @@ static void load_text(Dataset *data, Source *source, const char *path, Tokenizer
 static void load_shard(Dataset *data, Source *source, const char *path, int seq_len, int vocab_size) {
     source->shard = map_file(path);
     const int32_t *header = (const int32_t *)source->shard.data;
+    refuse_pointer(path, source->shard.data, source->shard.size);
     if (source->shard.size < 1024 || header[0] != 20240520 || header[1] != 1)
         die("%s: not a token shard of llm.c: header 20240520, 1 expected", path);
     size_t count = (source->shard.size - 1024) / 2;
@@ -4342,10 +4458,30 @@ static void report_losses(const Dataset *data, int seq_len) {
          data->path, data->count, seq_len, data->lost_end, data->lost_beginning, data->skipped);
 }
 
-// Loads a file, or all files that a glob matches. tokenizer may be NULL when there are only shards.
-static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size) {
-    Dataset *data = xcalloc(1, sizeof *data);
-    data->path = pattern;
+// Does a name have this ending, in small or capital letters?
+static bool has_ending(const char *path, const char *ending) {
+    size_t n = strlen(path), m = strlen(ending);
+    return n >= m && strcasecmp(path + n - m, ending) == 0;
+}
+
+// Ends the program because a path is neither .txt, .jsonl nor .bin, and says how to get there.
+static void __attribute__((noreturn)) refuse_data(const char *path) {
+    if (is_folder(path)) die("%s: a folder: name its files, as in '%s/*.txt'", path, path);
+    if (has_ending(path, ".json"))
+        die("%s: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '%s' > '%sl'", path, path,
+            path);
+    if (has_ending(path, ".csv") || has_ending(path, ".tsv") || has_ending(path, ".parquet"))
+        die("%s: a table; this makes examples of it: python3 data/convert.py '%s' '%.*s.jsonl'", path, path,
+            (int)(strrchr(path, '.') - path), path);
+    if (has_ending(path, ".gz")) die("%s: packed: gunzip '%s'", path, path);
+    die("%s: .txt, .jsonl or .bin expected; if it is plain text, give it such a name: cp '%s' '%s.txt'", path,
+        path, path);
+}
+
+// Adds the examples of a file, or of all files that a glob matches.
+static void dataset_read(Dataset *data, const char *pattern, Tokenizer *tokenizer, int seq_len,
+                         int vocab_size) {
+    const size_t before = data->count;
     glob_t found = find_files(pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
         const char *path = found.gl_pathv[i];
@@ -4353,9 +4489,8 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
             grow(data->sources, data->source_count + 1, &data->source_capacity, sizeof *data->sources);
         Source *source = &data->sources[data->source_count++];
         *source = (Source){0};
-        bool is_shard = ends_with(path, ".bin"), is_jsonl = ends_with(path, ".jsonl");
-        if (!is_shard && !is_jsonl && !ends_with(path, ".txt"))
-            die("%s: a name that ends in .txt, .jsonl or .bin expected", path);
+        bool is_shard = has_ending(path, ".bin"), is_jsonl = has_ending(path, ".jsonl");
+        if (is_folder(path) || (!is_shard && !is_jsonl && !has_ending(path, ".txt"))) refuse_data(path);
         if (!is_shard && !tokenizer) die("%s: text needs a tokenizer; say --tokenizer FOLDER", path);
         if (is_shard)
             load_shard(data, source, path, seq_len, vocab_size);
@@ -4366,9 +4501,24 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
         if (!is_shard) check_tokens(tokenizer, &source->ids, vocab_size, path);
     }
     globfree(&found);
+    if (data->count == before) die("%s: holds no example to learn from", pattern);
+}
+
+// Loads all files that the patterns name. tokenizer may be NULL when there are only shards.
+static Dataset *dataset_load_all(const Patterns *patterns, Tokenizer *tokenizer, int seq_len,
+                                 int vocab_size) {
+    Dataset *data = xcalloc(1, sizeof *data);
+    data->path = patterns->items[0];
+    for (size_t i = 0; i < patterns->size; i++) {
+        if (i > 0) data->path = xprintf("%s, %s", data->path, patterns->items[i]);
+        dataset_read(data, patterns->items[i], tokenizer, seq_len, vocab_size);
+    }
     report_losses(data, seq_len);
-    if (data->count == 0) die("%s: holds no example to learn from", pattern);
     return data;
+}
+
+static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size) {
+    return dataset_load_all(&(Patterns){&pattern, 1, 1}, tokenizer, seq_len, vocab_size);
 }
 
 // Splits the last part off as a dataset of its own, at least one example. It lives no longer than the whole.
@@ -4438,6 +4588,44 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
     }
 }
 
+// An example taken apart: its last stretch of scored tokens is the answer that is expected, all before it is the
+// prompt. A text that is scored from its beginning has no prompt.
+typedef struct {
+    Ids prompt, answer; // the answer without the end of text
+    bool has_prompt;
+    bool ends;        // the end of text is expected behind the answer
+    bool one_stretch; // nothing else is scored
+    Text asked, expected;
+} Question;
+
+static Question question_of(const Dataset *data, const Example *example, const Tokenizer *tokenizer) {
+    Question q = {0};
+    int end = example->size, begin;
+    while (end > 1 && dataset_token(data, example, end - 1) < 0) end--;
+    for (begin = end; begin > 1 && dataset_token(data, example, begin - 1) >= 0;) begin--;
+    q.one_stretch = example->targets == end - begin;
+    q.ends = end > begin && dataset_token(data, example, end - 1) == tokenizer->end_of_text;
+    text_append(&q.asked, "", 0);
+    text_append(&q.expected, "", 0);
+    for (int i = 0; i < begin; i++) {
+        int token = dataset_token(data, example, i);
+        ids_push(&q.prompt, token < 0 ? ~token : token);
+        if (i > 0 || q.prompt.data[0] != tokenizer->end_of_text)
+            tokenizer_decode(tokenizer, &q.asked, q.prompt.data[i]);
+    }
+    for (int i = begin; i < end - q.ends; i++) {
+        ids_push(&q.answer, dataset_token(data, example, i));
+        tokenizer_decode(tokenizer, &q.expected, q.answer.data[i - begin]);
+    }
+    q.has_prompt = q.asked.size > 0 && dataset_token(data, example, 0) < 0;
+    return q;
+}
+
+static void question_free(Question *q) {
+    free(q->prompt.data), free(q->answer.data);
+    free(q->asked.data), free(q->expected.data);
+}
+
 // #####################################################################################################
 // PART IV. Running it
 // #####################################################################################################
@@ -4460,16 +4648,23 @@ static double now(void) {
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
-    const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *stop;
+    const char *init, *tokenizer, *train, *out, *predictions, *warmup_steps, *prompt, *prompts, *stop;
     double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm;
-    double dropout, temperature, top_p;
+    double dropout, temperature, top_p, repetition_penalty;
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
     long schedule, matmul, precision; // numbers of their choices
-    Patterns no_decay, freeze;
-    bool resume, overfit, eval, plan, plain, recompute, quiet, help;
+    Patterns no_decay, freeze, val;
+    bool resume, overfit, eval, plan, plain, recompute, quiet, help, chat, answer_only;
 } Options;
+
+// What --predictions writes.
+typedef struct {
+    FILE *file;
+    Cache cache;      // of the text that is generated
+    size_t different; // examples whose text says something else than their exact match
+} Predictions;
 
 // What a run is made of.
 typedef struct {
@@ -4482,10 +4677,11 @@ typedef struct {
     Dataset *train, *val; // val may be NULL
     Activations activations;
     long warmup, steps_per_epoch;
-    double started; // on the clock of now(), less the time that was spent before a resume
-    FILE *log;      // OUT/log.csv
-    Batch *batches; // (--accumulate) of the update that is taken
-    size_t *order;  // of the examples in epoch order_epoch; NULL: in none yet
+    double started;           // on the clock of now(), less the time that was spent before a resume
+    FILE *log;                // OUT/log.csv
+    Predictions *predictions; // NULL: only figures are wanted
+    Batch *batches;           // (--accumulate) of the update that is taken
+    size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
     double accuracy;                // of the last update
@@ -4503,9 +4699,8 @@ typedef struct {
     double accuracy; // share of scored tokens whose logit was the highest
     double exact;    // share of examples with all scored tokens right: greedy generation would give them
     size_t targets, examples;
+    size_t prompted; // the same examples, if exact match makes sense there; else 0
 } Evaluation;
-
-static volatile sig_atomic_t stop_signal = 0;
 
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
 
@@ -4541,6 +4736,51 @@ static const Tensor *find_not_finite(const Model *model) {
     return NULL;
 }
 
+// Writes text as a JSON string: bytes that are not UTF-8, such as a part of a character, become U+FFFD.
+static void write_json_text(FILE *file, const Text *text) {
+    Text valid = {0};
+    for (size_t at = 0, length; at < text->size; at += length ? length : 1) {
+        unsigned code;
+        length = (size_t)utf8_read(text->data + at, text->size - at, &code);
+        text_append(&valid, length ? text->data + at : "\xef\xbf\xbd", length ? length : 3);
+    }
+    json_write_string(file, valid.data ? valid.data : "", valid.size);
+    free(valid.data);
+}
+
+// What the model itself writes behind the prompt: always the likeliest token, up to `most` of them.
+static Sample answer_greedily(const Run *run, Cache *cache, const Question *q, size_t most) {
+    const Sampling greedy = {.top_p = 1, .repetition_penalty = 1, .silent = true};
+    Sample answer = {0};
+    cache->past = 0;
+    continue_prompt(run->model, run->tokenizer, &q->prompt, (int)most, cache, &run->ends, &greedy, &answer);
+    return answer;
+}
+
+// Writes the line of one example: a prompt and its answers, or a text. Its tokens have this mean loss; `exact`:
+// all that are scored were the likeliest behind the right ones before them. Then greedy generation gives the
+// same text, unless two logits are so near that rounding decides: such examples are counted.
+static void write_prediction(Run *run, const Example *example, double loss, bool exact) {
+    Predictions *p = run->predictions;
+    Question q = question_of(run->val, example, run->tokenizer);
+    fprintf(p->file, q.has_prompt ? "{\"prompt\": " : "{\"text\": ");
+    write_json_text(p->file, q.has_prompt ? &q.asked : &q.expected);
+    if (q.has_prompt) {
+        const size_t size = q.answer.size, tokens = (size_t)run->options->sample_tokens;
+        Sample answer = answer_greedily(run, &p->cache, &q, size >= tokens ? size + 1 : tokens);
+        bool same = (q.ends ? answer.ids.size == size : answer.ids.size >= size) &&
+                    memcmp(answer.ids.data, q.answer.data, size * sizeof(int)) == 0;
+        fprintf(p->file, ", \"completion\": ");
+        write_json_text(p->file, &q.expected);
+        fprintf(p->file, ", \"prediction\": ");
+        write_json_text(p->file, &answer.text);
+        p->different += q.one_stretch && same != exact;
+        sample_free(&answer);
+    }
+    fprintf(p->file, ", \"loss\": %.9g, \"exact_match\": %s}\n", loss, exact ? "true" : "false");
+    question_free(&q);
+}
+
 // Mean loss, accuracy and exact match over run->val, or its first --val-batches batches.
 static Evaluation evaluate(Run *run) {
     const Options *options = run->options;
@@ -4558,13 +4798,17 @@ static Evaluation evaluate(Run *run) {
         loss += classifier(run->model, a, &batch, false, 0, false);
         result.targets += (size_t)batch.targets;
         for (int s = 0, i = 0; s < batch.sequences; s++) {
+            const Example *example = &run->val->examples[begin + (size_t)s];
             bool all = true;
+            double own = 0;
             for (; i < batch.targets && a->scored[i] < batch.first_row[s + 1]; i++) {
                 hits += a->correct[i];
                 all = all && a->correct[i];
+                own += a->loss[i];
             }
             exact += all;
             result.examples++;
+            if (run->predictions) write_prediction(run, example, own / fmax(1, example->targets), all);
         }
     }
     batch_free(&batch);
@@ -4578,6 +4822,7 @@ static Evaluation evaluate(Run *run) {
     result.loss = loss / targets;
     result.accuracy = (double)hits / targets;
     result.exact = result.examples ? (double)exact / (double)result.examples : 0;
+    result.prompted = run->val->prompts ? result.examples : 0;
     return result;
 }
 
@@ -4670,7 +4915,8 @@ static void begin_log(const Run *run) {
     if (ftruncate(fileno(run->log), (off_t)kept) != 0 || fseek(run->log, 0, SEEK_END) != 0)
         die("%s/log.csv: cannot be shortened: %s", run->options->out, strerror(errno));
     if (kept == 0)
-        write_log(run, "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n");
+        write_log(run, "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds,"
+                       "exact_match\n");
 }
 
 // ---- saving ----
@@ -4788,12 +5034,40 @@ static int first_token(const Run *run) {
     return end >= 0 && end < run->model->config.vocab_size ? end : 0;
 }
 
+// Shows a held-out prompt, another one each time, with the answer that is expected and the greedy one. Returns
+// false if the example whose turn it is has no prompt.
+static bool print_answer(const Run *run) {
+    if (!run->val || !run->val->prompts || !run->tokenizer) return false;
+    const size_t index = (size_t)(run->step / run->options->sample_every - 1) % run->val->count;
+    Question q = question_of(run->val, &run->val->examples[index], run->tokenizer);
+    const bool has_prompt = q.has_prompt;
+    if (has_prompt) {
+        Cache cache = cache_new(run->model, 1);
+        Sample answer = answer_greedily(run, &cache, &q, (size_t)run->options->sample_tokens);
+        const Text *texts[] = {&q.asked, &q.expected, &answer.text};
+        cache_free(&cache);
+        end_progress();
+        printf("--- held-out example %zu at step %ld ---", index + 1, run->step);
+        for (int i = 0; i < 3; i++) {
+            printf(i == 0 ? "\nprompt    " : i == 1 ? "\nexpected  " : "\ngiven     ");
+            write_json_text(stdout, texts[i]);
+        }
+        printf("\n---\n");
+        sample_free(&answer);
+    }
+    question_free(&q);
+    return has_prompt;
+}
+
 // Shows what the model writes at the start of a text.
 static void print_sample(const Run *run) {
+    if (!run->tokenizer || print_answer(run)) return;
     Ids prompt = {0};
     Sample output = {0};
-    Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
-    if (!run->tokenizer) return;
+    const Sampling sampling = {.temperature = 1,
+                               .top_p = 1,
+                               .seed = (uint64_t)run->options->seed + (uint64_t)run->step,
+                               .repetition_penalty = 1};
     ids_push(&prompt, first_token(run));
     end_progress();
     printf("--- sample at step %ld ---\n", run->step);
@@ -4815,8 +5089,10 @@ static bool evaluate_and_judge(Run *run) {
     if (run->val->prompts) printf("  exact match %.2f %% of %zu", 100 * e.exact, e.examples);
     printf("\n");
     fflush(stdout);
-    write_log(run, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
-              e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
+    char exact[32] = ""; // windows of a text have none
+    if (run->val->prompts) snprintf(exact, sizeof exact, "%.6g", e.exact);
+    write_log(run, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f,%s\n", run->step, epoch_of(run, run->step), e.loss,
+              e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started, exact);
     run->evaluated_step = run->step;
     if (run->step == 0) return false;
     run->unsaved = true;
@@ -4879,7 +5155,7 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
     }
     double seconds = now() - begin;
     run->accuracy = update.accuracy;
-    write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
+    write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
               update.loss, update.accuracy, update.learning_rate, update.norm, (double)update.rows / seconds,
               now() - run->started);
     show_update(run, &update, seconds);
@@ -4958,7 +5234,7 @@ static int train(Run *run) {
 typedef enum { FLAG, COUNT, REAL, WORD, CHOICE, LIST } OptionKind;
 // Where an option applies; NOT_SAVED: a checkpoint does not remember it; START: it only counts when a run
 // begins; ONCE: given twice it is refused, since the user may believe that both count.
-enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8, START = 16, ONCE = 32 };
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, CHAT = 8, ANY = 15, NOT_SAVED = 16, START = 32, ONCE = 64 };
 
 typedef struct {
     const char *name;
@@ -4984,7 +5260,7 @@ static const Option option_table[] = {
     {"tokenizer", 0, WORD, FIELD(tokenizer), "", 0, 0, ANY | START, "WHAT", "folder with vocab.json + merges.txt, or a merges file (default: the model folder's)"},
     {"plain", 0, FLAG, FIELD(plain), "", 0, 0, ANY, NULL, "added tokens in text, <|endoftext|> among them, are ordinary text"},
     {"train", 'i', WORD, FIELD(train), "", 0, 0, TRAIN | ONCE, "PATH", ".txt, .jsonl or llm.c .bin; a quoted glob takes several"},
-    {"val", 'j', WORD, FIELD(val), "", 0, 0, TRAIN | EVAL | ONCE, "PATH", "the same, to evaluate on"},
+    {"val", 'j', LIST, FIELD(val), "none", 0, 0, TRAIN | EVAL, "PATH", "the same, to evaluate on; may be given several times (default: see the next one)"},
     {"val-fraction", 0, REAL, FIELD(val_fraction), "0.05", 0, 0.9, TRAIN, "X", "without --val, this part of --train is split off its end"},
     {"out", 'o', WORD, FIELD(out), "out", 0, 0, TRAIN | NOT_SAVED, "DIR", "checkpoints, log.csv and the final model"},
     {"resume", 'y', FLAG, FIELD(resume), "", 0, 0, TRAIN | NOT_SAVED, NULL, "go on from the newest checkpoint in --out, if there is one"},
@@ -5011,20 +5287,25 @@ static const Option option_table[] = {
     {.help = "Evaluation, samples, checkpoints"},
     {"val-every", 'v', COUNT, FIELD(val_every), "0", 1, 1e9, TRAIN, "N", "evaluate every N steps (default: 20 times a run)"},
     {"val-batches", 'm', COUNT, FIELD(val_batches), "0", 1, 1e9, TRAIN | EVAL, "N", "on so many batches (default: all)"},
-    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample every N steps (default: never)"},
-    {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN, "N", "its length"},
+    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample, or a held-out prompt with its answers, every N steps (default: never)"},
+    {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN | EVAL, "N", "its length, and that of a prediction, at most"},
     {"save-every", 'n', COUNT, FIELD(save_every), "0", 1, 1e9, TRAIN, "N", "save a checkpoint every N steps (default: at each evaluation)"},
     {"keep", 0, COUNT, FIELD(keep), "2", 1, 1e6, TRAIN, "N", "how many checkpoints stay, and the best one besides"},
     {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss (default: never)"},
     {.help = "Instead of training"},
     {"eval", 0, FLAG, FIELD(eval), "", 0, 0, EVAL | NOT_SAVED, NULL, "loss, perplexity, accuracy and exact match of --val"},
-    {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
+    {"predictions", 0, WORD, FIELD(predictions), "", 0, 0, EVAL | NOT_SAVED | ONCE, "FILE", "with --eval: a JSON line for each example: prompt, completion, prediction (greedy), loss, exact_match"},
+    {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | CHAT | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
     {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "how the text begins; - reads standard input"},
-    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
-    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
-    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
+    {"prompts", 0, WORD, FIELD(prompts), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "FILE", "a prompt in each line; - reads standard input"},
+    {"answer-only", 0, FLAG, FIELD(answer_only), "", 0, 0, GENERATE | NOT_SAVED, NULL, "print what follows the prompt without the prompt"},
+    {"chat", 0, FLAG, FIELD(chat), "", 0, 0, CHAT | NOT_SAVED, NULL, "talk to --init, answers of up to --generate N tokens (default: a quarter of the context)"},
+    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | CHAT | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
+    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | CHAT | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
+    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | CHAT | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
+    {"repetition-penalty", 0, REAL, FIELD(repetition_penalty), "1", 1e-3, 1e3, GENERATE | CHAT | NOT_SAVED, "X", "above 1: tokens that the text has already are less likely, as in transformers"},
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
-    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
+    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | CHAT | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
@@ -5158,20 +5439,55 @@ static const Option *find_option(const char *name, size_t length, char letter) {
     return NULL;
 }
 
+// How many letters must be added, taken away or changed to make one word of the other (Levenshtein distance).
+static size_t edit_distance(const char *a, size_t length, const char *b) {
+    size_t above[64], n = smaller(strlen(b), 63); // above[j]: from the letters of a so far to j letters of b
+    for (size_t j = 0; j <= n; j++) above[j] = j;
+    for (size_t i = 1; i <= length; i++)
+        for (size_t j = 1, diagonal = above[0]++, upper; j <= n; j++, diagonal = upper) {
+            upper = above[j];
+            above[j] = smaller(smaller(above[j], above[j - 1]) + 1, diagonal + (a[i - 1] != b[j - 1]));
+        }
+    return above[n];
+}
+
+// Ends the program because there is no such option; names the nearest one, if one is near.
+static void __attribute__((noreturn)) refuse_option(const char *word) {
+    const char *name = word + 2, *nearest = NULL;
+    const size_t length = strcspn(name, "=");
+    size_t best = length / 3 + 2; // so many letters are too many
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        size_t distance = option->name ? edit_distance(name, length, option->name) : SIZE_MAX;
+        if (distance < best) best = distance, nearest = option->name;
+    }
+    if (nearest) die_usage("unknown option %s; the nearest is --%s, --help lists all", word, nearest);
+    die_usage("unknown option %s; --help lists all", word);
+}
+
+// Ends the program because a word is no option where one must stand.
+static void __attribute__((noreturn)) refuse_word(const char *word) {
+    if (file_exists(word))
+        die_usage(
+            "'%s' is left over: if the shell has made several names of a pattern, quote it: --train '*.txt'",
+            word);
+    die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+}
+
 // Sets the options that words[1], ... give: --name value, --name=value, -n value, -nvalue; letters of FLAGs
 // may stand together, as in -yx5. A LIST's first word replaces what was there before.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words) {
     bool taken[OPTION_COUNT] = {false};
     for (int i = 1; i < count; i++) {
         const char *word = words[i], *rest = word + 1; // rest: what is still to be read of a word of letters
-        if (word[0] != '-' || !word[1])
-            die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+        if (word[0] != '-' || !word[1]) refuse_word(word);
         bool is_long = word[1] == '-';
+        if (!is_long && word[2] && find_option(rest, strcspn(rest, "="), 0))
+            die_usage("%s: a name is written with two dashes: -%.*s", word, (int)strcspn(word, "="), word);
         do {
             const char *name = is_long ? word + 2 : NULL;
             size_t length = is_long ? strcspn(name, "=") : 1;
             const Option *option = find_option(name, length, *rest);
-            if (!option && is_long) die_usage("unknown option %s; --help lists all", word);
+            if (!option && is_long) refuse_option(word);
             if (!option) die_usage("unknown option -%c; --help lists all", *rest);
             const char *value = !is_long ? rest + 1 : name[length] ? name + length + 1 : "";
             bool has_value = is_long ? name[length] != 0 : *value != 0;
@@ -5207,20 +5523,29 @@ static void parse_options(Options *options, const char *state, int argc, char **
     take_words(options, given, (int)words.size, (char *const *)words.items);
     json_free(json);
     take_words(options, given, argc, argv);
-    int mode = options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
-    const char *mode_name = options->generate ? "--generate" : options->eval ? "--eval" : "training";
+    int mode = options->chat ? CHAT : options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
+    const char *mode_name = options->chat       ? "--chat"
+                            : options->generate ? "--generate"
+                            : options->eval     ? "--eval"
+                                                : "training";
     for (int i = 0; i < OPTION_COUNT && !options->help; i++)
         if (given[i] && !(option_table[i].modes & mode))
             die_usage("--%s does not apply to %s%s", option_table[i].name, mode_name,
                       option_table[i].modes & GENERATE ? "; it goes with --generate N" : "");
 }
 
+static void print_usage(FILE *file) {
+    fprintf(file,
+            "train_gpt2: train, fine-tune, evaluate and sample GPT-2 on CPU cores\n\n"
+            "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
+            "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
+            "  train_gpt2 --init DIR --eval --val FILE [options]        evaluate it\n"
+            "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n"
+            "  train_gpt2 --init DIR --chat                             talk to it\n");
+}
+
 static void print_help(void) {
-    printf("train_gpt2: train, fine-tune, evaluate and sample GPT-2 on CPU cores\n\n"
-           "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
-           "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
-           "  train_gpt2 --init DIR --eval --val FILE [options]        evaluate it\n"
-           "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n");
+    print_usage(stdout);
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         if (!option->name) {
             printf("\n%s\n", option->help);
@@ -5362,7 +5687,7 @@ static const int *find_size(const char *name) {
     return NULL;
 }
 
-// Ends the program when a folder has weights in other formats only, and says how to convert them.
+// Ends the program when --init names no model folder that can be read, and says how to come by one.
 static void refuse_other_formats(const char *folder) {
     static const char *const others[] = {"pytorch_model.bin", "pytorch_model.bin.index.json",
                                          "model.safetensors.index.json", "ckpt.pt"};
@@ -5371,6 +5696,25 @@ static void refuse_other_formats(const char *folder) {
     if (found && !file_exists(path_of("%s/model.safetensors", folder)))
         die("%s: weights in another format; this converts them: python3 data/convert.py %s FOLDER", folder,
             folder);
+    const char *slash = strrchr(folder, '/'), *name = slash ? slash + 1 : folder;
+    if (ends_with(folder, ".gguf"))
+        die("%s: a file for llama.cpp, which cannot be trained: --init takes the folder that it was made "
+            "from",
+            folder);
+    if (file_exists(folder) && !is_folder(folder))
+        die("%s: a file: --init takes the folder that it lies in", folder);
+    bool is_gpt2 = strcmp(name, "gpt2") == 0 || strcmp(name, "gpt2-medium") == 0 ||
+                   strcmp(name, "gpt2-large") == 0 || strcmp(name, "gpt2-xl") == 0;
+    if (!file_exists(folder) && is_gpt2) die("%s: is not here; this downloads it: make %s", folder, name);
+    if (!file_exists(folder) && slash > folder && strchr(folder, '/') == slash && folder[0] != '.')
+        die("%s: is not here; this downloads it: hf download %s --local-dir %s", folder, folder, name);
+    if (!is_folder(folder) || file_exists(path_of("%s/config.json", folder))) return;
+    size_t count;
+    const long *steps = list_checkpoints(folder, &count);
+    if (count > 0)
+        die("%s: has no model yet, but checkpoints, such as %s", folder,
+            checkpoint_path(folder, steps[count - 1]));
+    die("%s: has no config.json: a folder with config.json and model.safetensors expected", folder);
 }
 
 // The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
@@ -5379,11 +5723,11 @@ static Tokenizer *load_tokenizer(const char *given, const char *folder) {
     return *given ? tokenizer_load(given) : tokenizer_files(folder, files) ? tokenizer_load(folder) : NULL;
 }
 
-// A model of a size of the table with random values, or (size NULL) the one in a folder.
+// A model of a size of the table with random values, or (size NULL) the one in a folder. --plan needs no values.
 static Model *start_model(const Options *options, const int *size, const char *folder,
                           const Tokenizer *tokenizer) {
     if (!size) {
-        Model *model = model_load(folder);
+        Model *model = model_open(folder, !options->plan);
         if (tokenizer && tokenizer->base_size > model->config.vocab_size)
             die("the tokenizer has %d entries, the model only %d: it is not this model's own",
                 tokenizer->base_size, model->config.vocab_size);
@@ -5401,7 +5745,7 @@ static Model *start_model(const Options *options, const int *size, const char *f
     config.n_inner = 4 * config.n_embd;
     check_config(config, "--init");
     Model *model = model_new(config);
-    model_initialise(model, (uint64_t)options->seed);
+    if (!options->plan) model_initialise(model, (uint64_t)options->seed);
     return model;
 }
 
@@ -5442,15 +5786,16 @@ static Run start_run(Options *options, const char *checkpoint) {
     if (options->seq_len > config->n_positions)
         die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
     if (!options->seq_len) options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
-    if (options->train[0]) {
+    if (options->train[0] || options->plan) {
         need_matches(run.model, "freeze", &options->freeze);
         need_matches(run.model, "no-decay", &options->no_decay);
         model_set_training(run.model, &options->freeze, &options->no_decay);
         if (count_parameters(run.model, true) == 0) die_usage("--freeze leaves nothing to train");
-        run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
     }
-    if (options->val[0])
-        run.val = dataset_load(options->val, run.tokenizer, (int)options->seq_len, config->vocab_size);
+    if (options->train[0])
+        run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
+    if (options->val.size > 0 && !options->eval)
+        run.val = dataset_load_all(&options->val, run.tokenizer, (int)options->seq_len, config->vocab_size);
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
@@ -5573,6 +5918,10 @@ static void print_plan(const Run *run) {
     size_t rows, targets;
     print_tensors(run->model);
     print_memory(run);
+    if (!run->train) {
+        printf("\n--train FILE adds the number of updates, the learning rates and the first example\n");
+        return;
+    }
     dataset_size(run->train, &rows, &targets);
     printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
     if (run->val) {
@@ -5679,12 +6028,14 @@ static int run_training(Options *options, int argc, char **argv) {
             die_usage("%s: a run cannot change how it began: %s. Choose another --out for a new one",
                       options->out, changes);
     }
-    if (!options->train[0])
+    if (!options->train[0] && !options->plan)
         die_usage("nothing to train on: say --train FILE (.txt, .jsonl or .bin); --help shows examples");
     Run run = start_run(options, checkpoint);
     if (checkpoint) changes = changed_options(options, &before, ANY);
-    set_lengths(&run, options);
-    const int rows = largest_batch(run.train, options->batch_size, (int)options->seq_len);
+    if (run.train) set_lengths(&run, options);
+    const double full = (double)options->batch_size * (double)options->seq_len; // rows of whole sequences
+    const int rows = run.train ? largest_batch(run.train, options->batch_size, (int)options->seq_len)
+                               : (int)fmin(full, INT_MAX);
     const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
     run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
     if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
@@ -5708,55 +6059,193 @@ static int run_training(Options *options, int argc, char **argv) {
     return end_run(&run, train(&run));
 }
 
-static int run_evaluation(Options *options) {
-    if (!options->val[0]) die_usage("--eval needs --val FILE");
-    Run run = start_run(options, NULL);
-    Evaluation e = evaluate(&run);
-    printf("loss %.6f  perplexity %.4f  accuracy %.3f %%  of %zu tokens", e.loss, exp(e.loss),
-           100 * e.accuracy, e.targets);
-    if (run.val->prompts) printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
-    printf("  in %s", options->val);
-    if (run.val->lost_end + run.val->lost_beginning + run.val->skipped > 0)
-        printf(" (of %zu the end was cut off, of %zu the beginning; %zu skipped)", run.val->lost_end,
-               run.val->lost_beginning, run.val->skipped);
+// Prints the figures of one row; those of several have columns.
+static void print_evaluation(const Evaluation *e, const char *where, bool column) {
+    printf("loss %*.6f  perplexity %*.4f  accuracy %*.3f %%  of %*zu tokens", column * 9, e->loss,
+           column * 11, exp(e->loss), column * 7, 100 * e->accuracy, column * 9, e->targets);
+    if (e->prompted)
+        printf("  exact match %*.2f %%  of %*zu examples", column * 6, 100 * e->exact, column * 6,
+               e->prompted);
+    else if (column)
+        printf("%48s", "");
+    printf("  in %s", where);
+}
+
+// Evaluates run->val, prints its row, and adds its figures to the sums in `all`.
+static void evaluate_file(Run *run, Evaluation *all, bool column) {
+    const Dataset *val = run->val;
+    Evaluation e = evaluate(run);
+    print_evaluation(&e, val->path, column);
+    if (val->lost_end + val->lost_beginning + val->skipped > 0)
+        printf(" (of %zu the end was cut off, of %zu the beginning; %zu skipped)", val->lost_end,
+               val->lost_beginning, val->skipped);
     printf("\n");
+    all->loss += e.loss * (double)e.targets;
+    all->accuracy += e.accuracy * (double)e.targets;
+    all->exact += e.exact * (double)e.prompted;
+    all->targets += e.targets;
+    all->examples += e.examples;
+    all->prompted += e.prompted;
+}
+
+// --eval: a row for each --val and, for several, one for all their examples together.
+static int run_evaluation(Options *options) {
+    const char *path = options->predictions;
+    const size_t files = options->val.size;
+    if (files == 0) die_usage("--eval needs --val FILE");
+    Run run = start_run(options, NULL);
+    Evaluation all = {0};
+    Predictions predictions = {0};
+    if (*path) {
+        if (!run.tokenizer) die("%s: --predictions need a tokenizer; say --tokenizer FOLDER", options->init);
+        predictions = (Predictions){create_file(path), cache_new(run.model, 1), 0};
+        run.predictions = &predictions;
+    }
+    for (size_t i = 0; i < files; i++) {
+        dataset_free(run.val);
+        run.val = dataset_load(options->val.items[i], run.tokenizer, (int)options->seq_len,
+                               run.model->config.vocab_size);
+        evaluate_file(&run, &all, files > 1);
+    }
+    if (files > 1) {
+        all.loss /= (double)all.targets;
+        all.accuracy /= (double)all.targets;
+        all.exact /= fmax(1, (double)all.prompted);
+        print_evaluation(&all, "all", true);
+        printf("\n");
+    }
+    if (*path) {
+        cache_free(&predictions.cache);
+        finish_file(predictions.file, path);
+        if (predictions.different > 0)
+            warn("%s: %zu predictions differ from what exact_match says: two logits there are so near that "
+                 "rounding decides",
+                 path, predictions.different);
+    }
     return end_run(&run, 0);
 }
 
-static int run_generation(Options *options) {
+static Sampling sampling_of(const Options *options) {
+    return (Sampling){.temperature = options->temperature,
+                      .top_k = (int)options->top_k,
+                      .top_p = options->top_p,
+                      .seed = (uint64_t)options->seed,
+                      .stop = options->stop[0] ? options->stop : NULL,
+                      .repetition_penalty = options->repetition_penalty};
+}
+
+// Starts a run that needs a tokenizer.
+static Run start_writing(Options *options) {
     Run run = start_run(options, NULL);
-    const Tokenizer *tokenizer = run.tokenizer;
-    if (!tokenizer)
+    if (!run.tokenizer)
         die("%s: has no tokenizer (vocab.json and merges.txt); say --tokenizer FOLDER", options->init);
-    Text text = {0};
-    if (strcmp(options->prompt, "-") == 0)
-        text = read_file("-");
-    else
-        text_append(&text, options->prompt, strlen(options->prompt));
+    return run;
+}
+
+// Continues one prompt, number `index`, and prints it (unless --answer-only) with what follows. Several samples
+// are separated as the documents of a text file.
+static void write_samples(const Run *run, Cache *cache, const char *text, size_t size, size_t index) {
+    const Options *options = run->options;
+    const size_t shown = options->answer_only ? 0 : size;
+    const bool stream = options->samples == 1;
     Ids prompt = {0};
     Sample *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
-    tokenizer_encode(run.tokenizer, &prompt, text.data, text.size);
-    check_tokens(tokenizer, &prompt, run.model->config.vocab_size, "--prompt");
-    if (prompt.size == 0) ids_push(&prompt, first_token(&run));
-    Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed,
-                         options->stop[0] ? options->stop : NULL};
-    bool stream = options->samples == 1;
+    Sampling sampling = sampling_of(options);
+    sampling.seed += index;
+    tokenizer_encode(run->tokenizer, &prompt, text, size);
+    check_tokens(run->tokenizer, &prompt, run->model->config.vocab_size, "--prompt");
+    if (prompt.size == 0) ids_push(&prompt, first_token(run));
     if (stream) {
-        fwrite(text.data, 1, text.size, stdout);
+        fwrite(text, 1, shown, stdout);
         fflush(stdout);
     }
-    generate(run.model, tokenizer, &prompt, (int)options->generate, (int)options->samples, &run.ends,
-             &sampling, outputs);
+    cache->past = 0;
+    continue_prompt(run->model, run->tokenizer, &prompt, (int)options->generate, cache, &run->ends, &sampling,
+                    outputs);
     for (long s = 0; s < options->samples; s++) {
         const Text *sample = &outputs[s].text;
-        char end = sample->size ? sample->data[sample->size - 1] : text.size ? text.data[text.size - 1] : 0;
-        if (!stream) { // separated as the documents of a text file
-            printf("%s", s ? "<|endoftext|>\n" : "");
-            fwrite(text.data, 1, text.size, stdout);
+        char end = sample->size ? sample->data[sample->size - 1] : shown ? text[shown - 1] : 0;
+        if (!stream) {
+            printf("%s", s || index ? "<|endoftext|>\n" : "");
+            fwrite(text, 1, shown, stdout);
             fwrite(sample->data, 1, sample->size, stdout);
         }
         printf("%s", stream || end != '\n' ? "\n" : "");
+        sample_free(&outputs[s]);
     }
+    free(outputs);
+    free(prompt.data);
+}
+
+static int run_generation(Options *options) {
+    if (options->prompt[0] && options->prompts[0]) die_usage("--prompt or --prompts expected, not both");
+    Run run = start_writing(options);
+    Cache cache = cache_new(run.model, (int)options->samples);
+    Text text = {0};
+    if (options->prompts[0]) {
+        const char *at, *line;
+        text = read_utf8_file(options->prompts, &at);
+        for (size_t length, index = 0; next_line(&at, text.data + text.size, &line, &length); index++)
+            write_samples(&run, &cache, line, length, index);
+    } else {
+        if (strcmp(options->prompt, "-") == 0)
+            text = read_file("-");
+        else
+            text_append(&text, options->prompt, strlen(options->prompt));
+        write_samples(&run, &cache, text.data, text.size, 0);
+    }
+    cache_free(&cache);
+    free(text.data);
+    return end_run(&run, 0);
+}
+
+// Reads the next turn, without its newline; false: the input has ended. Empty lines are passed over, and after
+// /reset nothing of the talk is known any more.
+static bool read_turn(Talk *talk, Text *turn, bool on_terminal) {
+    static const char reset[] = "/reset";
+    for (;;) {
+        if (on_terminal) printf("> ");
+        fflush(stdout);
+        ssize_t size = getline(&turn->data, &turn->capacity, stdin);
+        if (size < 0 && ferror(stdin)) die("standard input: cannot be read: %s", strerror(errno));
+        if (size < 0) return false;
+        while (size > 0 && (turn->data[size - 1] == '\n' || turn->data[size - 1] == '\r')) size--;
+        turn->size = (size_t)size;
+        const bool forgets = turn->size == sizeof reset - 1 && memcmp(turn->data, reset, turn->size) == 0;
+        if (size > 0 && !forgets) return true;
+        if (forgets) talk_forget(talk, talk->ids.size);
+    }
+}
+
+// --chat: turns come from a terminal, whose own line editing serves, or from a pipe, one a line. ^C (SIGINT)
+// ends an answer; while a turn is typed it has its usual meaning and ends the program, as ^D does.
+static int run_chat(Options *options) {
+    Run run = start_writing(options);
+    const bool on_terminal = isatty(0), ignored = signal(SIGINT, SIG_DFL) == SIG_IGN;
+    const int P = run.model->config.n_positions;
+    const long most = options->generate ? options->generate : P > 4 ? P / 4 : 1;
+    if (run.tokenizer->end_of_text < 0 || run.tokenizer->end_of_text >= run.model->config.vocab_size)
+        die("%s: a talk needs a tokenizer with an end of text, which the model must know", options->init);
+    if (most >= P) die_usage("--generate %ld: a context of %d tokens has no room for such answers", most, P);
+    Talk talk = {.cache = cache_new(run.model, 1)};
+    Sampling sampling = sampling_of(options);
+    Text line = {0};
+    if (on_terminal && !options->quiet)
+        printf("A turn a line. /reset forgets the talk, ^C ends an answer, ^D the program.\n");
+    for (; read_turn(&talk, &line, on_terminal); sampling.seed++) {
+        Ids turn = {0};
+        tokenizer_encode(run.tokenizer, &turn, line.data, line.size);
+        check_tokens(run.tokenizer, &turn, run.model->config.vocab_size, "this turn");
+        if (!ignored) sigaction(SIGINT, &(struct sigaction){.sa_handler = remember_signal}, NULL);
+        talk_answer(&talk, run.model, run.tokenizer, &turn, (int)most, &run.ends, &sampling);
+        if (!ignored) signal(SIGINT, SIG_DFL);
+        stop_signal = 0;
+        putchar('\n');
+        free(turn.data);
+    }
+    if (on_terminal) putchar('\n');
+    cache_free(&talk.cache);
+    free(talk.ids.data), free(talk.begins.data), free(line.data);
     return end_run(&run, 0);
 }
 
@@ -5774,15 +6263,21 @@ static int train_gpt2_main(int argc, char **argv) {
     Options options;
     int status = 0;
     keep_standard_streams();
+    if (argc < 2) {
+        print_usage(stderr);
+        fprintf(stderr, "\n--help lists all options; `make train` shows a whole run\n");
+        return 2;
+    }
     parse_options(&options, NULL, argc, argv);
     if (options.help) {
         print_help();
     } else {
         set_threads(options.threads);
         pin_threads();
-        status = options.generate ? run_generation(&options)
-                 : options.eval   ? run_evaluation(&options)
-                                  : run_training(&options, argc, argv);
+        status = options.chat       ? run_chat(&options)
+                 : options.generate ? run_generation(&options)
+                 : options.eval     ? run_evaluation(&options)
+                                    : run_training(&options, argc, argv);
     }
     if ((fflush(stdout) != 0 || ferror(stdout)) && status == 0)
         die("standard output: not all could be written: %s", strerror(errno));

@@ -25,6 +25,7 @@ import sys
 import time
 
 import checks
+import compare_answers
 import compare_finetune
 import compare_folders
 import compare_gguf
@@ -257,6 +258,7 @@ def main():
     compare_plot.compare()
     compare_finetune.compare()
     compare_greedy.compare()
+    compare_answers.compare()
     ok, _, why = run(sys.executable, "dev/compare_pytorch.py", "--quick", show=True)
     check(ok, "dev/compare_pytorch.py --quick", why)
     ok, _, why = run("sh", "dev/recipe/run.sh", "--quick")
