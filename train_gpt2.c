@@ -5999,7 +5999,7 @@ static void refuse_other_formats(const char *folder) {
     if (!file_exists(folder) && is_gpt2) die("%s: is not here; this downloads it: make %s", folder, name);
     if (!file_exists(folder) && slash > folder && strchr(folder, '/') == slash && folder[0] != '.')
         die("%s: is not here; this downloads it: hf download %s --local-dir %s", folder, folder, name);
-    if (!is_folder(folder) || file_exists(path_of("%s/config.json", folder))) return;
+    if (!is_folder(folder) || is_adapter(folder) || file_exists(path_of("%s/config.json", folder))) return;
     size_t count;
     const long *steps = list_checkpoints(folder, &count);
     if (count > 0)
