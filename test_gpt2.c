@@ -1599,9 +1599,10 @@ static void test_linear_and_layernorm(void) {
                        .weight = doubles(weight, weights),
                        .bias = doubles(bias, N),
                        .y = doubles(dy, R * N)};
+        const Tensor matrix = {.value = weight, .shape = {K, N}}, vector = {.value = bias};
         layer_loss(&layer);
         if (kind == 0) {
-            linear_forward(y, residual, x, weight, bias, R, K, N);
+            linear_forward(y, residual, x, &matrix, &vector, R);
             for (int i = 0; i < R * N; i++) layer.y[i] += residual[i];
         } else {
             layernorm_forward(y, mean, rstd, x, weight, bias, 1e-5f, R, N);
@@ -1618,7 +1619,9 @@ static void test_linear_and_layernorm(void) {
                 for (int i = 0; i < N; i++) dbias[i] = accumulate ? 7 : NAN;
                 float *w = wanted & 2 ? dweight : NULL, *b = wanted & 4 ? dbias : NULL;
                 if (kind == 0)
-                    linear_backward(wanted & 1 ? dx : NULL, w, b, dy, x, weight, accumulate, R, K, N);
+                    linear_backward(wanted & 1 ? dx : NULL, dy, x,
+                                    &(Tensor){.value = weight, .gradient = w, .shape = {K, N}},
+                                    &(Tensor){.value = bias, .gradient = b}, accumulate, R);
                 else
                     layernorm_backward(dx, w, b, dy, x, mean, rstd, weight, accumulate, R, N);
                 for (int i = 0; i < R * in; i++) dx[i] -= kind == 0 ? 0 : 3;
@@ -2425,8 +2428,8 @@ static void test_cache(void) {
 }
 
 // Greedy generation without a cache: every token from a full forward pass over the window. A full window goes
-// on from its last half, as does a prompt that is longer than the context.
-static void generate_slowly(const Model *model, const Ids *prompt, int count, Ids *output) {
+// on from its last half, as does a prompt that is longer than the context. A penalty concerns the whole text.
+static void generate_slowly(const Model *model, const Ids *prompt, int count, double penalty, Ids *output) {
     const int V = model->config.vocab_size, P = model->config.n_positions;
     Ids all = {0};
     size_t begin = 0;
@@ -2439,6 +2442,8 @@ static void generate_slowly(const Model *model, const Ids *prompt, int count, Id
         batch_end_sequence(&batch);
         float *logits = logits_of(model, &batch), *last = logits + (size_t)(batch.rows - 1) * V;
         int best = 0;
+        for (int v = 0; v < V; v++)
+            if (ids_have(&all, v)) last[v] = (float)(last[v] > 0 ? last[v] / penalty : last[v] * penalty);
         for (int v = 0; v < V; v++) best = last[v] > last[best] ? v : best;
         ids_push(&all, best);
         ids_push(output, best);
@@ -2464,19 +2469,21 @@ static void test_generation(void) {
         Ids prompt = {0}, slow = {0};
         Sample fast[3] = {0}, ended = {0}, drawn[4] = {0};
         for (int i = 0; i < cases[n][1]; i++) ids_push(&prompt, (int)(random_bits(n, i) % V));
-        generate_slowly(model, &prompt, COUNT, &slow);
-        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, fast);
+        generate_slowly(model, &prompt, COUNT, 1, &slow);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL, 1, false}, fast);
         for (int s = 0; s < 3; s++)
             check(begin_alike(&fast[s].ids, &slow, COUNT), "case %d: sample %d differs from the slow way", n,
                   s);
         int end = slow.data[COUNT / 2];
         size_t length = 0;
         while (slow.data[length] != end) length++;
-        generate(model, NULL, &prompt, COUNT, 1, &(Ids){&end, 1, 0}, &(Sampling){0, 0, 1, 1, NULL}, &ended);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){&end, 1, 0}, &(Sampling){0, 0, 1, 1, NULL, 1, false},
+                 &ended);
         check(begin_alike(&ended.ids, &slow, length), "case %d: %zu tokens before the end, not %zu", n,
               ended.ids.size, length);
-        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, drawn);
-        generate(model, NULL, &prompt, COUNT, 1, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, &drawn[3]);
+        generate(model, NULL, &prompt, COUNT, 3, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL, 1, false}, drawn);
+        generate(model, NULL, &prompt, COUNT, 1, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL, 1, false},
+                 &drawn[3]);
         check(begin_alike(&drawn[3].ids, &drawn[0].ids, COUNT),
               "case %d: a sample depends on how many there are", n);
         check(!begin_alike(&drawn[0].ids, &drawn[1].ids, COUNT) &&
@@ -2486,6 +2493,33 @@ static void test_generation(void) {
         for (int s = 0; s < 4; s++) sample_free(&drawn[s]), s < 3 ? sample_free(&fast[s]) : (void)0;
         model_free(model);
     }
+}
+
+// Greedy text with --repetition-penalty equals the slow one. Prompt and own tokens count, each once, those that
+// have left the context too.
+static void test_repetition(void) {
+    enum { V = 31, COUNT = 40 };
+    static const double penalties[] = {1, 1.02, 1.3, 5, 0.7};
+    Model *model = tiny_model(tiny_config(V, 16, 2, 2, 8, 32, true), 21, NULL);
+    Ids prompt = {0}, plain = {0};
+    for (int i = 0; i < 7; i++) ids_push(&prompt, (int)(random_bits(3, (uint64_t)i / 2) % V));
+    int different = 0;
+    for (int n = 0; n < 5; n++) {
+        Ids slow = {0};
+        Sample fast[2] = {0};
+        generate_slowly(model, &prompt, COUNT, penalties[n], &slow);
+        generate(model, NULL, &prompt, COUNT, 2, &(Ids){0},
+                 &(Sampling){0, 0, 1, 1, NULL, penalties[n], false}, fast);
+        for (int s = 0; s < 2; s++)
+            check(begin_alike(&fast[s].ids, &slow, COUNT), "penalty %g: sample %d differs", penalties[n], s);
+        if (n == 0) plain = slow;
+        different += !begin_alike(&plain, &slow, COUNT);
+        for (int s = 0; s < 2; s++) sample_free(&fast[s]);
+        if (n > 0) free(slow.data);
+    }
+    check(different >= 3, "only %d penalties changed the text", different);
+    free(prompt.data), free(plain.data);
+    model_free(model);
 }
 
 // The distribution that is asked for: softmax, the k most likely, and of those the fewest that together reach
@@ -2517,11 +2551,12 @@ static void wanted_probabilities(double *p, const float *logits, int V, const Sa
 // Draws at equal distances give each token its share, up to one draw at each end of it.
 static void test_sampling(void) {
     enum { N = 20000, V = 10 };
-    static const Sampling cases[] = {{1, 0, 1, 0, NULL},    {0.7, 0, 1, 0, NULL},   {1.5, 5, 1, 0, NULL},
-                                     {1, 0, 0.9, 0, NULL},  {1, 0, 0.5, 0, NULL},   {0.8, 6, 0.7, 0, NULL},
-                                     {1, 99, 1, 0, NULL},   {1, 1, 1, 0, NULL},     {0, 0, 1, 0, NULL},
-                                     {1, 0, 1e-9, 0, NULL}, {2, 3, 0.999, 0, NULL}, {1e-6, 0, 1, 0, NULL},
-                                     {1, 9, 0.5, 0, NULL},  {0, 5, 0.5, 0, NULL}};
+    static const Sampling cases[] = {
+        {1, 0, 1, 0, NULL, 1, false},    {0.7, 0, 1, 0, NULL, 1, false},   {1.5, 5, 1, 0, NULL, 1, false},
+        {1, 0, 0.9, 0, NULL, 1, false},  {1, 0, 0.5, 0, NULL, 1, false},   {0.8, 6, 0.7, 0, NULL, 1, false},
+        {1, 99, 1, 0, NULL, 1, false},   {1, 1, 1, 0, NULL, 1, false},     {0, 0, 1, 0, NULL, 1, false},
+        {1, 0, 1e-9, 0, NULL, 1, false}, {2, 3, 0.999, 0, NULL, 1, false}, {1e-6, 0, 1, 0, NULL, 1, false},
+        {1, 9, 0.5, 0, NULL, 1, false},  {0, 5, 0.5, 0, NULL, 1, false}};
     Candidate candidates[V];
     for (int set = 0; set < 5; set++) {
         float logits[V];
@@ -2810,7 +2845,7 @@ static void make_inputs(void) {
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
     Model *model = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, true});
     model_initialise(model, 5);
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("model"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("model"));
     model_free(model);
     tokenizer_free(tokenizer);
 }
@@ -3064,7 +3099,7 @@ static void test_model_folder(void) {
     const char *folder = in_tests("small");
     for (int tied = 0; tied < 2; tied++) {
         Model *model = small_model(tied);
-        model_save(model, NULL, &(KeptFiles){0}, folder);
+        model_save(model, NULL, &(KeptFiles){0}, NULL, folder);
         Model *loaded = model_load(folder);
         check(same_values(model, loaded), "values come back to the bit (tied: %d)", tied);
         check(memcmp(&model->config, &loaded->config, offsetof(Config, tie_word_embeddings)) == 0 &&
@@ -3080,7 +3115,7 @@ static void test_model_folder(void) {
     }
     Model *model = small_model(true);
     model->config.layer_norm_epsilon = 1.2345678e-5f; // takes all its digits
-    model_save(model, NULL, &(KeptFiles){0}, folder);
+    model_save(model, NULL, &(KeptFiles){0}, NULL, folder);
     check(config_read(in_tests("small/config.json")).layer_norm_epsilon == model->config.layer_norm_epsilon,
           "layer_norm_epsilon does not come back to the bit");
     model_free(model);
@@ -3122,7 +3157,7 @@ static void test_other_clothes(void) {
     for (int n = 0; n < 8; n++) {
         const int tied = n / 4, dtype = n % 4; // F32, F16, BF16, and the three mixed
         Model *model = small_model(tied);
-        model_save(model, NULL, &(KeptFiles){0}, folder);
+        model_save(model, NULL, &(KeptFiles){0}, NULL, folder);
         StoredTensor list[64];
         int count = 0;
         for (int i = 0; i < model->tensor_count; i++, count++) {
@@ -3467,7 +3502,7 @@ static void make_own_folder(const char *name, int rows, int token, const char *g
         model_tensor(model, LN_F_BIAS, 0)->value[i] = 3;
         model_tensor(model, WTE, 0)->value[16 * token + i] = 1; // the others are near 0
     }
-    model_save(model, NULL, &(KeptFiles){0}, folder);
+    model_save(model, NULL, &(KeptFiles){0}, NULL, folder);
     save_text(
         folder, "config.json",
         xprintf("{\"model_type\": \"gpt2\", \"torch_dtype\": \"float16\", \"vocab_size\": %d, "
@@ -3584,7 +3619,7 @@ static void test_for_convert(void) {
 static void test_stored_heads(void) {
     for (int only = 0; only < 2; only++) {
         Model *model = small_model(false);
-        model_save(model, NULL, &(KeptFiles){0}, in_tests("heads"));
+        model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("heads"));
         Model *as_tied = small_model(true);
         save_config(&as_tied->config, -1, in_tests("heads"));
         StoredTensor list[64];
@@ -3640,7 +3675,7 @@ static void child_same_model(void) {
 static void test_cut_weights(void) {
     Model *model = small_model(true);
     const char *weights = in_tests("small/model.safetensors");
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("small"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("small"));
     model_free(model);
     child_path = in_tests("small");
     Text good = read_file(weights);
@@ -3663,7 +3698,7 @@ static void test_cut_weights(void) {
 static void test_wrong_header(void) {
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
     Model *undamaged = small_model(true);
-    model_save(undamaged, NULL, &(KeptFiles){0}, folder);
+    model_save(undamaged, NULL, &(KeptFiles){0}, NULL, folder);
     model_free(undamaged);
     child_path = folder;
     Text good = read_file(weights), printed = {0};
@@ -3694,7 +3729,7 @@ static void test_wrong_header(void) {
 static void test_wrong_tensors(void) {
     const char *weights = in_tests("small/model.safetensors");
     Model *model = small_model(true);
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("small"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("small"));
     child_path = in_tests("small");
     const char *name = "transformer.h.1.mlp.c_fc.weight"; // [8, 24]
     save_changed((StoredTensor){name, "F32", 2, {24, 8}, 192, 768, NULL}, name);
@@ -4093,7 +4128,7 @@ static void make_wrong_inputs(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model->config.n_embd = 8; // does not fit the weights
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("narrow"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("narrow"));
     model_free(model);
     Text weights = read_file(in_tests("model/model.safetensors")),
          config = read_file(in_tests("model/config.json"));
@@ -4106,6 +4141,19 @@ static void make_wrong_inputs(void) {
     write_text("other.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"b\"}\n");
     write_text("d.txt", "abc");
     make_folder(in_tests("folder.txt"));
+    make_folder(in_tests("folder"));
+    make_folder(in_tests("halfway"));
+    make_folder(in_tests("halfway/checkpoint-000010"));
+    make_folder(in_tests("pointer"));
+    static const char *const others[] = {"array.json", "table.parquet", "notes.md", "text.txt.gz",
+                                         "model.gguf"};
+    for (int i = 0; i < 5; i++) write_text(others[i], i == 4 ? "GGUF" : "[1]");
+    static const char *const pointers[] = {"pointer.txt", "pointer.bin", "pointer/model.safetensors"};
+    for (int i = 0; i < 3; i++)
+        write_text(pointers[i], "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n");
+    Text kept = read_file(in_tests("model/config.json"));
+    write_text("pointer/config.json", kept.data);
+    free(kept.data);
 }
 
 // What is wrong on the command line or in a file that it names: exit status, part of the one line that is
@@ -4114,9 +4162,19 @@ static const struct {
     int status;
     const char *error, *words;
 } wrong_input[] = {
-    {2, "unknown option --lerning-rate; --help lists all", "--lerning-rate 1"},
+    {2, "unknown option --lerning-rate; the nearest is --learning-rate, --help lists all",
+     "--lerning-rate 1"},
+    {2, "unknown option --learning_rate=1; the nearest is --learning-rate,", "--learning_rate=1"},
+    {2, "unknown option --batchsize; the nearest is --batch-size,", "--batchsize 3"},
+    {2, "unknown option --ferquency-of-printing-things; --help lists all", "--ferquency-of-printing-things"},
+    {2, "unknown option --trian; the nearest is --train,", "--trian a.txt"},
     {2, "unknown option --something-else", "--something-else"},
     {2, "unknown option -Z", "-Z"},
+    {2, "-train: a name is written with two dashes: --train", "-train $D/text.txt"},
+    {2, "-steps=5: a name is written with two dashes: --steps", "-steps=5"},
+    {2, "text.txt' is left over: if the shell has made several names of a pattern, quote it: --train '*.txt'",
+     "--train $D/short.txt $D/text.txt"},
+    {2, ".txt' is left over", "--val $D/*.txt"},
     {2, "unknown option -Z;", "-Z5"},
     {2, "unknown option -Z;", "-yZ"},
     {2, "--quiet takes no value", "--quiet=1"},
@@ -4128,7 +4186,6 @@ static const struct {
     {2, "unknown option --;", "--"},
     {2, "'-' is not an option", "-"},
     {2, "--train is given twice", "--train a.txt --steps 3 -i b.txt"},
-    {2, "--val is given twice", "--val=a.txt --val=a.txt"},
     {2, "--stop is given twice", "--generate 1 --stop a --stop b"},
     {2, "--epsilon 0: a number from 1e-30", "--epsilon 0"},
     {2, "--steps 1.5: a whole number from 1", "--steps 1.5"},
@@ -4159,11 +4216,36 @@ static const struct {
     {1, "none-*.txt: no such file", "$TINY --train '$D/none-*.txt'"},
     {1, "none/merges.txt: cannot be opened", "--tokenizer $D/none/merges.txt --train $D/text.txt"},
     {1, "none: no such model folder", "--init $D/none --train $D/text.txt"},
+    {1, "gpt2: is not here; this downloads it: make gpt2", "--init gpt2 --generate 3"},
+    {1, "gpt2-xl: is not here; this downloads it: make gpt2-xl",
+     "--init openai-community/gpt2-xl --eval --val $D/val.txt"},
+    {1, "distilgpt2: is not here; this downloads it: hf download distilbert/distilgpt2 --local-dir distilgpt2",
+     "--init distilbert/distilgpt2 --chat"},
+    {1, "d5: no such model folder", "--init d5 --train $D/text.txt"},
+    {1, "model.safetensors: a file: --init takes the folder that it lies in",
+     "--init $D/model/model.safetensors --generate 1"},
+    {1, "model.gguf: a file for llama.cpp, which cannot be trained: --init takes the folder",
+     "--init $D/model.gguf --generate 1"},
+    {1, "folder.txt: has no config.json", "--init $D/folder.txt --generate 1"},
+    {1, "halfway: has no model yet, but checkpoints, such as", "--init $D/halfway --generate 1"},
+    {1, "pointer/model.safetensors: a pointer of Git LFS, not the file itself: git lfs pull fetches it",
+     "--init $D/pointer --generate 1"},
+    {1, "pointer.txt: a pointer of Git LFS", "$TINY --train $D/pointer.txt"},
+    {1, "pointer.bin: a pointer of Git LFS", "$TINY --train $D/pointer.bin"},
+    {1, "folder: a folder: name its files, as in '", "$TINY --train $D/folder"},
+    {1, "array.json: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '",
+     "$TINY --train $D/array.json"},
+    {1, "table.parquet: a table; this makes examples of it: python3 data/convert.py '",
+     "$TINY --train $D/table.parquet"},
+    {1, "notes.md: .txt, .jsonl or .bin expected; if it is plain text, give it such a name: cp '",
+     "$TINY --train $D/notes.md"},
+    {1, "text.txt.gz: packed: gunzip '", "$TINY --train $D/text.txt.gz"},
     {1, "cut off", "--init $D/cut --eval --val $D/val.txt"},
     {1, "transformer.wte.weight has shape [259, 16], expected [259, 8]",
      "--init $D/narrow --tokenizer $D/merges.txt --generate 1"},
-    {1, "ends in .txt, .jsonl or .bin", "$TINY --train $D/table.csv"},
-    {1, "folder.txt: cannot be read: Is a directory", "$TINY --train $D/folder.txt"},
+    {1, "table.csv: a table; this makes examples of it: python3 data/convert.py '",
+     "$TINY --train $D/table.csv"},
+    {1, "folder.txt: a folder: name its files", "$TINY --train $D/folder.txt"},
     {1, "empty.txt: holds no example", "$TINY --train $D/empty.txt"},
     {1,
      "bad.jsonl:3: not valid JSON at line 1, "
@@ -4201,6 +4283,12 @@ static void test_wrong_input(void) {
         free(words);
     }
     check(fingerprint(temporary_folder()) == before, "wrong input changed files");
+    Text usage;
+    expect_run(2, &usage, "");
+    check(count_of(usage.data, "\n") < 12 && strstr(usage.data, "--train FILE") &&
+              strstr(usage.data, "--help"),
+          "without a word: %s", usage.data);
+    free(usage.data);
 }
 
 // Are two values of an option the same?
@@ -4229,7 +4317,8 @@ static void check_option(const Option *option) {
     if (option->kind == REAL)
         snprintf(value, sizeof value, "%.17g", option->most / 1.37); // takes all its digits
     if (option->kind == CHOICE) snprintf(value, sizeof value, "%s", strrchr(option->argument, '|') + 1);
-    if (!(option->modes & TRAIN)) strcpy(mode, option->modes & EVAL ? "--eval" : "--generate 5");
+    if (!(option->modes & TRAIN))
+        strcpy(mode, option->modes & EVAL ? "--eval" : option->modes & GENERATE ? "--generate 5" : "--chat");
     Options initial, by_name, by_letter, again;
     set_defaults(&initial);
     snprintf(text, sizeof text, "%s --%s%s%s", mode, option->name, flag ? "" : "=", flag ? "" : value);
@@ -4311,6 +4400,12 @@ static void test_plan(void) {
           "--plan: %s", plan.data);
     check(strstr(plan.data, "freezing saves 0.0 MB") != NULL, "--plan does not say what freezing saves");
     check(fingerprint(temporary_folder()) == before, "--plan writes");
+    free(plan.data);
+    // Without data: batches of whole sequences. Weights of 16 bits stay in their file.
+    expect_run(0, &plan, "$TINY --plan --batch-size 3 --seq-len 10 --freeze wpe --out $D/never");
+    check(strstr(plan.data, "trained 7456,") && strstr(plan.data, "(30 rows)") &&
+              !strstr(plan.data, "updates of") && strstr(plan.data, "\n--train FILE adds"),
+          "--plan without --train: %s", plan.data);
     free(plan.data);
     expect_run(0, &plan, "$TINY --train $D/text.txt --plan --steps 40 --out $D/never");
     check(!strstr(plan.data, "freezing"), "--plan: nothing is frozen");
@@ -4553,13 +4648,14 @@ typedef struct {
     double loss;
 } LogLine;
 
-// Reads OUT/log.csv and checks its form: the header, nine columns, each step once and in order, seconds that
+// Reads OUT/log.csv and checks its form: the header, ten columns, each step once and in order, seconds that
 // never fall, and at an evaluation the rate of the update before. Returns how many lines. essence (unless
 // NULL) gets what must be the same after a resume: all but the timing, and of evaluations all but the rate.
 static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
     char *path = xprintf("%s/log.csv", in_tests(out));
     Text text = file_exists(path) ? read_file(path) : (Text){0};
-    const char *header = "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n";
+    const char *header =
+        "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds,exact_match\n";
     bool whole = text.data && strncmp(text.data, header, strlen(header)) == 0;
     size_t count = 0;
     long trained = 0, evaluated = -1;
@@ -4571,7 +4667,7 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
         int n = 0;
         while (n < 16 && (field = strsep(&rest, ","))) fields[n++] = field;
         LogLine *l = &lines[count++];
-        whole = n == 9 && (strcmp(fields[2], "val") == 0 || strcmp(fields[2], "train") == 0);
+        whole = n == 10 && (strcmp(fields[2], "val") == 0 || strcmp(fields[2], "train") == 0);
         if (!whole) break;
         *l = (LogLine){atol(fields[0]), fields[2][0] == 'v', atof(fields[3])};
         whole = l->val ? l->step > evaluated && l->step == trained && !*fields[6] : l->step == trained + 1;
@@ -4579,8 +4675,9 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
         seconds = atof(fields[8]);
         if (!l->val) rate = fields[5];
         *(l->val ? &evaluated : &trained) = l->step;
-        for (int i = 0; i < (l->val ? 5 : 7) && essence; i++) {
-            text_append(essence, fields[i], strlen(fields[i]));
+        for (int i = 0; i < (l->val ? 6 : 8) && essence; i++) { // the last of them is the exact match
+            const char *kept = fields[i == (l->val ? 5 : 7) ? 9 : i];
+            text_append(essence, kept, strlen(kept));
             text_append(essence, " ", 1);
         }
     }
@@ -4594,7 +4691,7 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
 static void test_without_tokenizer(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("bare"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("bare"));
     model_free(model);
     uint16_t shard[512 + 200] = {0};
     const int32_t header[3] = {20240520, 1, 200};
@@ -4630,7 +4727,7 @@ static void test_evaluate(void) {
         Ids prompt = {0}, greedy = {0};
         const int P = e % 2 ? 1 : 3; // tokens of the prompt
         for (int i = 0; i < P; i++) ids_push(&prompt, (int)(random_bits((uint64_t)e, (uint64_t)i) % V));
-        generate_slowly(model, &prompt, SIZE - P, &greedy);
+        generate_slowly(model, &prompt, SIZE - P, 1, &greedy);
         examples[e] = (Example){0, source.ids.size, SIZE, SIZE - P};
         for (int i = 0; i < P; i++) ids_push(&source.ids, ~prompt.data[i]); // not scored
         for (int i = 0; i < SIZE - P; i++) {
@@ -4705,7 +4802,7 @@ static void test_other_formats(void) {
     make_folder(in_tests("both")); // one that holds both is a model folder
     Model *model = model_load(in_tests("model"));
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("both"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("both"));
     tokenizer_free(tokenizer);
     model_free(model);
     write_text("both/pytorch_model.bin", "");
@@ -4725,7 +4822,7 @@ static void test_stop(void) {
     Ids prompt = {0};
     Sample whole[S] = {0};
     tokenizer_encode(tokenizer, &prompt, "the cat", 7);
-    generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL}, whole);
+    generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, NULL, 1, false}, whole);
     int shortened = 0;
     for (int n = 0; n < 24; n++) {
         char stop[8] = "the cat";
@@ -4734,7 +4831,8 @@ static void test_stop(void) {
         if (n > 0) snprintf(stop, sizeof stop, "%.*s", length, from->data + from->size / 2 + (size_t)n / 3);
         if (stop[0] == 0) continue;
         Sample ended[S] = {0};
-        generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, stop}, ended);
+        generate(model, tokenizer, &prompt, COUNT, S, &(Ids){0}, &(Sampling){1, 0, 1, 1, stop, 1, false},
+                 ended);
         for (int s = 0; s < S; s++) {
             size_t wanted = 0, size = whole[s].text.size, stop_size = strlen(stop);
             while (wanted + stop_size <= size && memcmp(whole[s].text.data + wanted, stop, stop_size) != 0)
@@ -4859,7 +4957,7 @@ static void test_no_prompt(void) {
     make_inputs();
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
     Model *model = tiny_model(tiny_config(tokenizer->vocab_size, 30, 2, 2, 8, 32, true), 3, NULL);
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("lively"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("lively"));
     Text printed;
     expect_run(0, &printed,
                "--init $D/lively --tokenizer $D/merges.txt --generate 20 --temperature 0 --matmul builtin");
@@ -4868,7 +4966,8 @@ static void test_no_prompt(void) {
         Sample sample = {0};
         ids_push(&prompt, other ? 0 : tokenizer->end_of_text);
         int kept = begin_capture();
-        generate(model, tokenizer, &prompt, 20, 1, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL}, &sample);
+        generate(model, tokenizer, &prompt, 20, 1, &(Ids){0}, &(Sampling){0, 0, 1, 1, NULL, 1, false},
+                 &sample);
         free(end_capture(kept).data);
         bool same = printed.size == sample.text.size + 1 &&
                     memcmp(printed.data, sample.text.data, sample.text.size) == 0;
@@ -4923,6 +5022,295 @@ static void test_generate(void) {
     free(words);
     free(printed.data);
     free(again.data);
+}
+
+// Runs `'test_gpt2' --trainer ARGUMENTS`, in words of a shell that may redirect its streams, for at most 60
+// seconds. Its exit status; what it left in $D/said is returned.
+static int __attribute__((format(printf, 2, 3))) run_shell(Text *said, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    char *words = NULL;
+    if (vasprintf(&words, format, arguments) < 0) die("out of memory");
+    va_end(arguments);
+    setenv("T", self_path, 1);
+    put_file(in_tests("said"), "", 0);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(60);
+        execl("/bin/sh", "sh", "-c", words, (char *)NULL);
+        _exit(127);
+    }
+    int status = wait_for(child);
+    free(words);
+    *said = read_file(in_tests("said"));
+    return status;
+}
+
+// A model in D/talker that never ends a text by itself when it is greedy, with a context of P tokens.
+static Model *make_talker(int P) {
+    make_inputs();
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Model *model = tiny_model(tiny_config(tokenizer->vocab_size, P, 2, 2, 8, 32, true), 3, NULL);
+    for (size_t i = 0; i < 8; i++)
+        model_tensor(model, WTE, 0)->value[(size_t)tokenizer->end_of_text * 8 + i] = 0;
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("talker"));
+    tokenizer_free(tokenizer);
+    return model;
+}
+
+// --chat in a pipe: each answer is what greedy generation gives behind the whole talk, turns joined by the end of
+// text; after /reset behind the new turn alone. A full context is said in one line.
+static void test_talk(void) {
+    static const char *const turns[] = {"the cat", "a dog?", "/reset", "the cat", "", "the bird", "a mat."};
+    Model *model = make_talker(60);
+    Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
+    Text wanted = {0}, printed;
+    Ids talk = {0};
+    for (int i = 0; i < 7; i++) {
+        if (turns[i][0] == '/') talk.size = 0;
+        if (turns[i][0] == '/' || !turns[i][0]) continue;
+        Ids answer = {0};
+        tokenizer_encode(tokenizer, &talk, turns[i], strlen(turns[i]));
+        ids_push(&talk, tokenizer->end_of_text);
+        generate_slowly(model, &talk, 8, 1, &answer);
+        for (size_t n = 0; n < answer.size; n++) {
+            ids_push(&talk, answer.data[n]);
+            tokenizer_decode(tokenizer, &wanted, answer.data[n]);
+        }
+        ids_push(&talk, tokenizer->end_of_text);
+        text_append(&wanted, "\n", 1);
+        free(answer.data);
+    }
+    const char *chat = "--chat --init $D/talker --generate 8 --temperature 0 --matmul builtin";
+    char *words = xprintf("$T --trainer %s >$D/answers 2>$D/said", chat);
+    int status =
+        run_shell(&printed, "printf 'the cat\n\na dog?\r\n/reset\nthe cat\nthe bird\na mat.' | %s", words);
+    Text answers = read_file(in_tests("answers"));
+    check(status == 0 && printed.size == 0, "--chat: status %d, %s", status, printed.data);
+    check(answers.size == wanted.size && memcmp(answers.data, wanted.data, wanted.size) == 0,
+          "--chat answers %s, not %s", answers.data, wanted.data);
+    free(printed.data), free(answers.data);
+    status = run_shell(&printed, "printf 'the cat sat\nthe dog\nthe cat met the bird\na\n' | %s", words);
+    check(status == 0 && one_error_line(&printed, "the context of 60 tokens is full: the oldest "),
+          "a talk over 60 tokens: status %d, %s", status, printed.data);
+    free(printed.data), free(words), free(wanted.data), free(talk.data);
+    expect_refusal(2, "--generate 60: a context of 60 tokens has no room",
+                   "--chat --init $D/talker --generate 60");
+    expect_refusal(2, "--samples does not apply to --chat", "--chat --init $D/talker --samples 2");
+    tokenizer_free(tokenizer);
+    model_free(model);
+}
+
+// A program on a pseudo-terminal that is its controlling one, so that a typed ^C becomes a signal.
+typedef struct {
+    int master;
+    pid_t child;
+    Text seen;
+} Session;
+
+// Reads until the terminal shows `text` (behind what was waited for before); false: it does not in 20 seconds.
+static bool shows(Session *session, const char *text) {
+    char buffer[4096];
+    for (double end = now() + 20; now() < end;) {
+        const char *found = session->seen.data ? strstr(session->seen.data, text) : NULL;
+        if (found) {
+            size_t rest = session->seen.size - (size_t)(found + strlen(text) - session->seen.data);
+            memmove(session->seen.data, found + strlen(text), rest + 1);
+            session->seen.size = rest;
+            return true;
+        }
+        struct pollfd ready = {session->master, POLLIN, 0};
+        ssize_t more = poll(&ready, 1, 1000) == 1 ? read(session->master, buffer, sizeof buffer) : 0;
+        if (more < 0) return false; // the program has ended
+        for (ssize_t i = 0; i < more; i++)
+            if (buffer[i]) text_append(&session->seen, buffer + i, 1);
+    }
+    return false;
+}
+
+static void type(const Session *session, const char *keys) {
+    check(write(session->master, keys, strlen(keys)) == (ssize_t)strlen(keys), "typing: %s", strerror(errno));
+}
+
+static Session start_session(const char *words) {
+    Session session = {.master = posix_openpt(O_RDWR | O_NOCTTY)};
+    if (session.master < 0 || grantpt(session.master) != 0 || unlockpt(session.master) != 0)
+        die("no pseudo-terminal: %s", strerror(errno));
+    char *name = xstrdup(ptsname(session.master)), *command = xprintf("exec $T --trainer %s", words);
+    setenv("T", self_path, 1);
+    fflush(stdout);
+    session.child = fork();
+    if (session.child == 0) {
+        setsid();
+        int terminal =
+            open(name, O_RDWR); // becomes the controlling one on Linux; elsewhere the next line does it
+        ioctl(terminal, TIOCSCTTY, 0);
+        for (int i = 0; i < 3; i++) dup2(terminal, i);
+        signal(SIGINT, SIG_DFL);
+        alarm(60);
+        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        _exit(127);
+    }
+    free(name), free(command);
+    return session;
+}
+
+// --chat on a terminal: a prompt, the terminal's own editing (a typed backspace), ^C that ends an answer and not the
+// program, ^D that ends it; and ^C at the prompt, which does too.
+static void test_talk_on_terminal(void) {
+    model_free(make_talker(200000));
+    const char *words = "--chat --init $D/talker --generate 190000 --temperature 0 --matmul builtin";
+    for (int way = 0; way < 2; way++) {
+        Session session = start_session(words);
+        check(shows(&session, "/reset") && shows(&session, "> "), "no prompt: %s",
+              session.seen.data ? session.seen.data : "");
+        for (int turn = 0; turn < 2; turn++) {
+            type(&session, turn ? "/resex\177t\nthe cat\n" : "the cats\177\n");
+            check(shows(&session, "\r\n") && (!turn || shows(&session, "> ")), "no echo: %s",
+                  session.seen.data);
+            usleep(100000);
+            type(&session, "\3");
+            check(shows(&session, "\r\n> "), "^C does not end an answer: %.200s", session.seen.data);
+        }
+        type(&session, way ? "the\3" : "\4");
+        int status = wait_for(session.child);
+        check(status == (way ? 128 + SIGINT : 0), "%s: status %d", way ? "^C" : "^D", status);
+        close(session.master);
+        free(session.seen.data);
+    }
+}
+
+// Prompts from a file, one a line, as one after the other; --answer-only leaves the prompt out.
+static void test_prompts(void) {
+    make_run();
+    Text one, all, wanted = {0};
+    static const char *const prompts[] = {"the cat", "", "a dog met"};
+    write_text("prompts.txt", "\xef\xbb\xbfthe cat\n\na dog met\r\n");
+    const char *words = "--init $D/run --generate 12 --temperature 0 --matmul builtin --answer-only";
+    for (int i = 0; i < 3; i++) {
+        char *line = xprintf("%s --prompt '%s'", words, prompts[i]);
+        expect_run(0, &one, line);
+        text_append(&wanted, one.data, one.size);
+        free(line), free(one.data);
+    }
+    expect_run(0, &one, "--init $D/run --generate 12 --temperature 0 --matmul builtin --prompt 'the cat'");
+    check(strncmp(one.data, "the cat", 7) == 0 && strncmp(one.data + 7, wanted.data, one.size - 7) == 0,
+          "--answer-only: %s is not the end of %s", wanted.data, one.data);
+    free(one.data);
+    expect_run(0, &all, path_of("%s --prompts $D/prompts.txt", words));
+    check(all.size == wanted.size && memcmp(all.data, wanted.data, all.size) == 0, "--prompts: %s, not %s",
+          all.data, wanted.data);
+    free(all.data), free(wanted.data);
+    expect_run(0, &all, path_of("%s --prompts $D/prompts.txt --samples 2", words));
+    check(count_of(all.data, "<|endoftext|>\n") == 5, "3 prompts, 2 samples each: %s", all.data);
+    free(all.data);
+    expect_refusal(2, "not both", "--init $D/run --generate 3 --prompt a --prompts $D/prompts.txt");
+}
+
+// Trains, once, D/asked: it answers the four questions of asked.jsonl by heart. Returns what was printed then.
+static const char *make_asked(void) {
+    static Text printed;
+    make_inputs();
+    if (printed.data) return printed.data;
+    write_text(
+        "asked.jsonl",
+        "{\"prompt\": \"a\", \"completion\": \" cat\"}\n{\"prompt\": \"b\", \"completion\": \" the \"}\n"
+        "{\"prompt\": \"c\", \"completion\": \"\\n\\\"d\\\"\"}\n"
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"f\"}, {\"role\": \"assistant\", \"content\": "
+        "\"g\"}]}\n");
+    write_text("others.jsonl", "{\"prompt\": \"a\", \"completion\": \" cut\"}\n{\"prompt\": \"c\", "
+                               "\"completion\": \"\\n\\\"d\\\"\"}\n"
+                               "{\"text\": \"cat\"}\n");
+    expect_run(
+        0, &printed,
+        "$TINY --train $D/asked.jsonl --val $D/asked.jsonl --val $D/others.jsonl --steps 200 --val-every 200 "
+        "--sample-every 100 --sample-tokens 9 --schedule constant --quiet --out $D/asked");
+    return printed.data;
+}
+
+// --eval with several --val: a row for each, as alone, and one for all. In training they count together, and exact
+// match stands in log.csv. --sample-every shows a held-out prompt with both answers.
+static void test_several_val(void) {
+    const char *printed = make_asked();
+    check(count_of(printed, "--- held-out example ") == 2 &&
+              strstr(printed, "--- held-out example 2 at step 200 ---\n"
+                              "prompt    \"b\"\n"
+                              "expected  \" the \"\n"
+                              "given     \" the \"\n---\n"),
+          "--sample-every: %s", printed);
+    Text rows, one;
+    double loss[3], exact[3], alone;
+    unsigned tokens[3], examples[3];
+    expect_run(0, &rows,
+               "--init $D/asked --eval --val $D/asked.jsonl --val $D/others.jsonl --matmul builtin");
+    const char *at = rows.data, *line;
+    size_t length, width = 0;
+    for (int i = 0; i < 3 && next_line(&at, rows.data + rows.size, &line, &length); i++) {
+        int read =
+            sscanf(line, "loss %lf perplexity %*f accuracy %*f %% of %u tokens exact match %lf %% of %u",
+                   &loss[i], &tokens[i], &exact[i], &examples[i]);
+        const char *in = strstr(line, "  in ");
+        check(read == 4 && in && (i == 0 || (size_t)(in - line) == width), "row %d of %s", i, rows.data);
+        if (read != 4 || !in) return;
+        width = (size_t)(in - line);
+    }
+    check(tokens[2] == tokens[0] + tokens[1] && examples[0] == 4 && examples[1] == 3 && examples[2] == 7 &&
+              fabs(loss[2] - (loss[0] * tokens[0] + loss[1] * tokens[1]) / tokens[2]) < 2e-6 &&
+              exact[0] == 100 && fabs(exact[1] - 100. / 3) < 0.01 && fabs(exact[2] - 500. / 7) < 0.01,
+          "rows: %s", rows.data);
+    expect_run(0, &one, "--init $D/asked --eval --val $D/others.jsonl --matmul builtin");
+    check(sscanf(one.data, "loss %lf", &alone) == 1 && alone == loss[1], "alone %s, among others %g",
+          one.data, loss[1]);
+    Text log = read_file(in_tests("asked/log.csv"));
+    const char *last = strstr(log.data, "\n200,100,val,");
+    check(last && fabs(atof(last + strlen("\n200,100,val,")) - loss[2]) < 1e-5 && strstr(last, ",0.714286\n"),
+          "the log of a training with two --val: %s", last ? last : log.data);
+    free(rows.data), free(one.data), free(log.data);
+}
+
+// --predictions: a JSON line for each example, consistent with --eval's figures; written whole or not at all.
+static void test_predictions(void) {
+    make_asked();
+    Text printed, again;
+    const char *words = "--init $D/asked --eval --val $D/asked.jsonl --val $D/others.jsonl --matmul builtin";
+    expect_run(0, &printed, words);
+    expect_run(0, &again, path_of("%s --predictions $D/said.jsonl", words));
+    check(strcmp(printed.data, again.data) == 0, "--predictions changes --eval: %s", again.data);
+    static const char *const wanted[][3] = {{"a", " cat", " cat"},       {"b", " the ", " the "},
+                                            {"c", "\n\"d\"", "\n\"d\""}, {"f<|endoftext|>", "g", "g"},
+                                            {"a", " cut", " cat"},       {"c", "\n\"d\"", "\n\"d\""},
+                                            {NULL, "cat", NULL}};
+    Text file = read_file(in_tests("said.jsonl"));
+    const char *at = file.data, *line;
+    size_t length, count = 0;
+    double loss = 0, sum = 0, tokens = 0;
+    for (; next_line(&at, file.data + file.size, &line, &length) && count < 7; count++) {
+        Json *json = json_parse(line, length, "said.jsonl");
+        const char *const *w = wanted[count];
+        bool right = w[2] && strcmp(w[1], w[2]) == 0;
+        check((w[0] ? json_is_text(json_get(json, "prompt"), w[0]) &&
+                          json_is_text(json_get(json, "completion"), w[1]) &&
+                          json_is_text(json_get(json, "prediction"), w[2])
+                    : json_is_text(json_get(json, "text"), w[1]) && !json_get(json, "prediction")) &&
+                  json_is_true(json, "exact_match", !right, "said.jsonl") == right,
+              "line %zu: %.*s", count + 1, (int)length, line);
+        static const int scored[] = {5, 4, 5, 2,
+                                     5, 5, 4}; // with the end of text; "the" is one token, "he" is none
+        sum += scored[count] * json_number(json, "loss", NAN, "said.jsonl");
+        tokens += scored[count];
+        json_free(json);
+    }
+    const char *total = strrchr(printed.data, '\n') ? strstr(printed.data, "others.jsonl\n") : NULL;
+    check(count == 7 && total && sscanf(total, "others.jsonl\nloss %lf", &loss) == 1 &&
+              fabs(loss - sum / tokens) < 2e-6,
+          "%zu lines, mean loss %g, --eval: %s", count, sum / tokens, printed.data);
+    uint64_t before = fingerprint(in_tests("said.jsonl"));
+    expect_run(1, NULL, path_of("%s --val $D/none.jsonl --predictions $D/said.jsonl", words));
+    check(fingerprint(in_tests("said.jsonl")) == before, "a failed --eval changed older predictions");
+    unlink(in_tests("said.jsonl.tmp"));
+    expect_refusal(2, "--predictions does not apply to training", "--predictions x --train $D/text.txt");
+    free(file.data), free(printed.data), free(again.data);
 }
 
 // Waits until the log of a run has this many lines, or the run has ended.
@@ -5224,7 +5612,7 @@ static void test_diverging(void) {
     for (size_t i = 0; i < steep->tensors[steep->tensor_count - 1].size; i++)
         model_tensor(steep, LM_HEAD, 0)->value[i] = random_bits(8, i) & 1 ? 3e38f : -3e38f;
     for (int i = 0; i < 16; i++) model_tensor(steep, LN_F_WEIGHT, 0)->value[i] = 1e-37f;
-    model_save(steep, tokenizer, &(KeptFiles){0}, in_tests("steep"));
+    model_save(steep, tokenizer, &(KeptFiles){0}, NULL, in_tests("steep"));
     model_free(steep);
     tokenizer_free(tokenizer);
     write_text("a.txt", "a");
@@ -5236,29 +5624,6 @@ static void test_diverging(void) {
 }
 
 // ---- whole runs: what is around the heart ----
-
-// Runs `'test_gpt2' --trainer ARGUMENTS`, in words of a shell that may redirect its streams, for at most 60
-// seconds. Its exit status; what it left in $D/said is returned.
-static int __attribute__((format(printf, 2, 3))) run_shell(Text *said, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    char *words = NULL;
-    if (vasprintf(&words, format, arguments) < 0) die("out of memory");
-    va_end(arguments);
-    setenv("T", self_path, 1);
-    put_file(in_tests("said"), "", 0);
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        alarm(60);
-        execl("/bin/sh", "sh", "-c", words, (char *)NULL);
-        _exit(127);
-    }
-    int status = wait_for(child);
-    free(words);
-    *said = read_file(in_tests("said"));
-    return status;
-}
 
 // Two runs in one --out: the second is refused with the first's process id, in whatever state the first is; when
 // it was killed the next one goes on at once.
@@ -5612,7 +5977,7 @@ static void test_not_finite(void) {
         if (i == 2)
             for (int t = 0; t < model->tensor_count; t++)
                 memset(model->tensors[t].value, 0, model->tensors[t].size * sizeof(float));
-        model_save(model, tokenizer, &(KeptFiles){0}, in_tests(i == 2 ? "zeros" : "nan"));
+        model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests(i == 2 ? "zeros" : "nan"));
         if (i == 2) break;
         expect_refusal(1, "val.txt: the loss is not finite, nor are all values of transformer.ln_f.weight",
                        "--init $D/nan --eval --val $D/val.txt --matmul builtin");
@@ -5640,7 +6005,7 @@ static void test_not_finite(void) {
     tokenizer = tokenizer_load(in_tests("merges.txt"));
     model = model_load(in_tests("model"));
     model_tensor(model, WPE, 0)->value[15 * 16] = 1e35f;
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("steep-end"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("steep-end"));
     model_free(model);
     tokenizer_free(tokenizer);
     expect_refusal(
@@ -5714,6 +6079,11 @@ static void test_scarce_machine(void) {
     check(status == 0, "ulimit -v: status %d, %s", status, said.data);
 #endif
     free(said.data);
+    status =
+        run_shell(&said, "ulimit -v 800000; $T --trainer --init d48 --matmul builtin --plan >$D/said 2>&1");
+    check(status == 0 && strstr(said.data, "weights 6230.4"), "--plan in little memory: status %d, %s",
+          status, said.data);
+    free(said.data);
 #endif
 }
 
@@ -5728,7 +6098,7 @@ static void test_denormals(void) {
     for (int c = 0; c < 16; c++) model_tensor(model, LN_F_WEIGHT, 0)->value[c] = 1e-39f;
     for (size_t i = 0; i < model_tensor(model, LM_HEAD, 0)->size; i++)
         model_tensor(model, LM_HEAD, 0)->value[i] *= 1e38f;
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("denormal"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("denormal"));
     double loss = 0, wanted = log(tokenizer->vocab_size);
     model_free(model);
     tokenizer_free(tokenizer);
@@ -5912,6 +6282,7 @@ static const struct {
     {"generation: greedy, past the context, several samples", test_generation},
     {"generation: --stop, in tokens and across them", test_stop},
     {"generation: sampling", test_sampling},
+    {"generation: --repetition-penalty", test_repetition},
     {"tensors: names, shapes, decay", test_tensor_table},
     {"tensors: initial values", test_initial_values},
     {"tensors: GPT-2's four sizes", test_parameter_counts},
@@ -5964,6 +6335,11 @@ static const struct {
     {"a run: log, loss, --eval, progress, --quiet", test_run},
     {"a run: --freeze and --overfit", test_freeze_and_overfit},
     {"a run: --generate, --prompt -, --stop while text streams", test_generate},
+    {"a run: --prompts, --answer-only", test_prompts},
+    {"a run: several --val, held-out samples, exact match in the log", test_several_val},
+    {"a run: --predictions", test_predictions},
+    {"a talk: answers in a pipe, /reset, a full context", test_talk},
+    {"a talk: on a terminal, ^C and ^D", test_talk_on_terminal},
     {"resume: the same run to the bit after any signal", test_resume},
     {"resume: the same run to the bit after kills", test_kills},
     {"resume: a run in bfloat16, to the bit", test_resumed_bfloat16},

@@ -92,9 +92,6 @@ static void omp_set_num_threads(int n) { (void)n; }
 #elif defined(USE_CBLAS)
 #include <cblas.h>
 #endif
-#if defined(USE_MPI)
-#include <mpi.h>
-#endif
 
 // #####################################################################################################
 // PART I. GPT-2
@@ -134,7 +131,7 @@ static void omp_set_num_threads(int n) { (void)n; }
 //
 // Three words have two meanings. The head is the last matrix, (V, C); an attention head is one of NH parts of
 // attention. A block is one of the L; a block of keys is at most 256 keys. A layer is a step of the
-// computation such as layernorm (section 5); in names from files (n_layer, `layer`) it is a block's number.
+// computation such as layernorm (section 5); in names that files share (n_layer, `layer`) it is a block.
 //
 // On a first reading, read the comment on matmul at the end of section 1, then go on at section 3.
 
@@ -158,7 +155,7 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) 
     va_end(arguments);
 }
 
-// Both end the program. die (status 1): a file, the machine or a number is bad. die_usage (2): the command is.
+// Both end the program. die (status 1): a file, the machine, a number is bad. die_usage (2): the command line.
 static void __attribute__((noreturn)) end_program(int status); // exit(), for all ranks (Part IV)
 #define die(...) (warn(__VA_ARGS__), end_program(1))
 #define die_usage(...) (warn(__VA_ARGS__), end_program(2))
@@ -247,12 +244,12 @@ static float largest_of(const float *x, int n); // the largest of x[0 .. n - 1].
 // =====================================================================================================
 // 2. Random numbers
 // =====================================================================================================
-// Training needs chance in three places: initial parameters, the order of examples (the texts to learn
-// from), and dropout (section 5). Usual generators have a state that each draw changes. These have none. A
-// random stream is an endless sequence of draws, named by a number, and its draw number `index` is a pure
-// function of both. So any draw can be made again, by any thread, and after an interruption.
+// Training needs chance in three places: initial parameters, the order of examples (the texts to learn from),
+// and dropout (section 5). Usual generators have a state that each draw changes. These have none. A random
+// stream is an endless sequence of draws, named by a number, and its draw number `index` is a pure function of
+// both. So any draw can be made again, by any thread, and after an interruption.
 
-// A hash: each bit of x changes about half the bits of the result. From SplitMix64 (Steele et al. 2014).
+// A hash: each bit of x changes about half the bits of the result. (SplitMix64: Steele, Lea, Flood 2014.)
 static uint64_t mix_bits(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -297,19 +294,18 @@ typedef struct {
 // Matrices are [in, out], as in y = xW + b; only the head is (V, C) and used transposed.
 //
 // Initial values: normal with deviation 0.02, as in Hugging Face's GPT-2. Each block adds two projections to
-// the residual stream, 2L in all. To keep their sum small, their deviation is divided by sqrt(2L) (Radford et
-// al. 2019, section 2.3).
+// the residual stream, 2L in all. To keep their sum small, their deviation is divided by sqrt(2L).
 //
 // The smallest GPT-2 has V = 50257, P = 1024, C = 768, F = 4C, L = NH = 12. wte has 38.60 million values, wpe
 // 0.79, each block 12 C² + 13 C = 7.088 million: 38.60 + 0.79 + 12 · 7.088 = 124.4 million in all.
-typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
+typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL, UNIFORM } Initial;
 
 // clang-format off
 enum {
     WTE, WPE,
     LN_1_WEIGHT, LN_1_BIAS, ATTN_WEIGHT, ATTN_BIAS, ATTN_PROJ_WEIGHT, ATTN_PROJ_BIAS,
     LN_2_WEIGHT, LN_2_BIAS, FC_WEIGHT, FC_BIAS, FC_PROJ_WEIGHT, FC_PROJ_BIAS,
-    LN_F_WEIGHT, LN_F_BIAS, LM_HEAD, TENSOR_KINDS
+    LN_F_WEIGHT, LN_F_BIAS, LM_HEAD, LORA_A, LORA_B, TENSOR_KINDS
 };
 
 static const struct {
@@ -333,11 +329,13 @@ static const struct {
     [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},            // last layernorm
     [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
     [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL},          // unless it is wte
+    [LORA_A]           = {"*.lora_A.weight",                      "RI", UNIFORM},         // section 9: beside a
+    [LORA_B]           = {"*.lora_B.weight",                      "OR", ZEROS},           // matrix named *
 };
 // clang-format on
-enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT }; // per layer
+enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT, LORA_ROOM = 4 * 2 }; // per layer
 
-typedef struct {
+typedef struct Tensor {
     char *name; // Hugging Face's, in full
     int kind, layer;
     int dims;
@@ -346,6 +344,8 @@ typedef struct {
     float *value;                // (size) in the model's own memory or mapped from its file
     float *gradient;             // (size) NULL when frozen, and so are the next two
     float *exp_avg, *exp_avg_sq; // (size) the optimizer's two moments, section 7
+    struct Tensor *adapter;      // with LoRA (section 9) a matrix has two more beside it, adapter[0] and [1]
+    float adapter_scale;
 } Tensor;
 
 // The bytes of a file, seen as memory. A write changes the memory only, never the file. Part III.
@@ -365,6 +365,8 @@ typedef struct {
     Mapping value_file;  // the model's file; a page is copied when training first writes to it
     float *training_memory; // holds gradients, and moments unless these are in moment_file
     Mapping moment_file;    // of a checkpoint, the saved state of an interrupted run
+    int lora_rank;          // 0: no adapters, the next two are not used
+    float lora_alpha, *adapter_memory;
 } Model;
 
 static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
@@ -377,7 +379,7 @@ static Tensor *model_tensor(const Model *model, int kind, int layer) {
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
-// The head (V, C). When it is tied, it is wte itself: the same rows turn tokens into vectors and make logits.
+// The head (V, C). When it is tied, it is wte itself: the rows that turn tokens into vectors make the logits.
 static Tensor *model_head(const Model *model) {
     return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
@@ -393,8 +395,9 @@ static Model *model_new(Config config) {
     Model *model = xcalloc(1, sizeof *model);
     model->config = config;
     model->lowest_trained = -1;
-    model->tensors = xcalloc((size_t)config.n_layer * BLOCK_TENSORS + TENSOR_KINDS, sizeof *model->tensors);
-    for (int kind = 0; kind < TENSOR_KINDS; kind++) {
+    model->tensors =
+        xcalloc((size_t)config.n_layer * (BLOCK_TENSORS + LORA_ROOM) + TENSOR_KINDS, sizeof *model->tensors);
+    for (int kind = 0; kind < LORA_A; kind++) {
         if (kind == LM_HEAD && config.tie_word_embeddings) continue;
         const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape;
         const char *star = strchr(name, '*');
@@ -417,6 +420,7 @@ static void model_free(Model *model) {
     for (int i = 0; i < model->tensor_count; i++) free(model->tensors[i].name);
     free(model->tensors);
     free(model->value_memory);
+    free(model->adapter_memory);
     free(model->training_memory);
     unmap_file(&model->value_file);
     unmap_file(&model->moment_file);
@@ -433,7 +437,7 @@ static void model_allocate_values(Model *model) {
     }
 }
 
-// A model to be trained from nothing. The same seed gives the same values, but for the last digits of log.
+// A model to be trained from nothing. The same seed gives the same values, up to the last digits of log().
 static void model_initialise(Model *model, uint64_t seed) {
     model_allocate_values(model);
     for (int i = 0; i < model->tensor_count; i++) {
@@ -468,9 +472,11 @@ static void model_set_training(Model *model, const Patterns *freeze, const Patte
     model->lowest_trained = model->config.n_layer;
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
-        tensor->frozen = patterns_match(freeze, tensor->name);
+        bool beside_adapters = model->lora_rank > 0 && tensor->kind < LORA_A;
+        tensor->frozen = beside_adapters || patterns_match(freeze, tensor->name);
         tensor->decay = !patterns_match(no_decay, tensor->name);
-        bool embedding = tensor->kind < LN_1_WEIGHT, after_blocks = tensor->kind >= LN_F_WEIGHT;
+        bool embedding = tensor->kind <= WPE,
+             after_blocks = tensor->kind >= LN_F_WEIGHT && tensor->kind <= LM_HEAD;
         int depth = embedding ? -1 : after_blocks ? model->config.n_layer : tensor->layer;
         if (!tensor->frozen && depth < model->lowest_trained) model->lowest_trained = depth;
     }
@@ -648,20 +654,26 @@ static void embedding_backward(float *dtable, const float *dx, const int *index,
 }
 
 // ---- linear ----
+static void lora_forward(float *y, const float *x, const Tensor *weight, int R); // section 9
+static void lora_backward(float *dx, const float *dy, const float *x, const Tensor *weight, bool accumulate,
+                          int R);
+
 // The workhorse: each of the N outputs is a weighted sum of all K inputs plus a constant, the bias. Row r of
 // y depends on row r of x only, and the weights are the same for all rows: one product of matrices.
 //   y = residual + x · weight + bias, with residual NULL for none
 //   y, residual (R, N); x (R, K); weight (K, N); bias (N)
 // Bias and residual are written into y first, and the product is added to them.
-static void linear_forward(float *y, const float *residual, const float *x, const float *weight,
-                           const float *bias, int R, int K, int N) {
+static void linear_forward(float *y, const float *residual, const float *x, const Tensor *weight,
+                           const Tensor *bias, int R) {
+    const int K = (int)weight->shape[0], N = (int)weight->shape[1];
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *to = y + (size_t)r * N;
-        const float *from = residual ? residual + (size_t)r * N : NULL;
-        for (int n = 0; n < N; n++) to[n] = from ? from[n] + bias[n] : bias[n];
+        const float *from = residual ? residual + (size_t)r * N : NULL, *b = bias->value;
+        for (int n = 0; n < N; n++) to[n] = from ? from[n] + b[n] : b[n];
     }
-    matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
+    matmul(y, N, x, K, false, weight->value, N, false, R, N, K, true);
+    if (weight->adapter) lora_forward(y, x, weight, R);
 }
 
 // Sums each column over all rows: the gradient of a bias, which acts on every row. With x, each dy[r, n] is
@@ -688,12 +700,14 @@ static void column_sums(float *out, const float *dy, const float *x, const float
 // From y = x · weight + bias follow
 //   dx = dy · weightᵀ,   dweight = xᵀ · dy,   dbias = column sums of dy
 //   dx (R, K) is overwritten; dweight, dbias are overwritten, or added to when accumulate.
-// Each of the three may be NULL, and then costs nothing.
-static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
-                            const float *weight, bool accumulate, int R, int K, int N) {
-    if (dweight) matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
-    if (dbias) column_sums(dbias, dy, NULL, NULL, NULL, accumulate, R, N);
-    if (dx) matmul(dx, K, dy, N, false, weight, N, true, R, K, N, false);
+// Without dx, x or bias (NULL), and without a gradient of weight or bias, that part is left out.
+static void linear_backward(float *dx, const float *dy, const float *x, const Tensor *weight,
+                            const Tensor *bias, bool accumulate, int R) {
+    const int K = (int)weight->shape[0], N = (int)weight->shape[1];
+    if (x && weight->gradient) matmul(weight->gradient, N, x, K, true, dy, N, false, K, N, R, accumulate);
+    if (bias && bias->gradient) column_sums(bias->gradient, dy, NULL, NULL, NULL, accumulate, R, N);
+    if (dx) matmul(dx, K, dy, N, false, weight->value, N, true, R, K, N, false);
+    if (weight->adapter) lora_backward(dx, dy, x, weight, accumulate, R);
 }
 
 // ---- layernorm ----
@@ -703,8 +717,7 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
 // channel's scale and centre (Ba, Kiros, Hinton 2016). rstd is the reciprocal standard deviation, 1 / (how
 // far numbers lie from the mean); eps avoids a division by 0.
 //   y = (x - mean) · rstd · weight + bias, per row;   rstd = 1 / sqrt(variance + eps)
-// For example x = 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, rstd 0.53; the row becomes -1.07,
-// -0.53, 0, 1.60.
+// For x = 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, rstd 0.53; it becomes -1.07, -0.53, 0, 1.60.
 //   x, y (R, C); mean, rstd (R) are kept for the backward pass; weight, bias (C)
 // y is not kept: where the backward pass wants it, this function computes it again.
 static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight,
@@ -730,8 +743,7 @@ static void layernorm_forward(float *y, float *mean, float *rstd, const float *x
 // n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
 //   dx += rstd · (g - average(g) - n · average(g · n))
 //   dweight = sum over rows of dy · n;   dbias = sum over rows of dy
-// dx is added to, because x is also used elsewhere (section 6). dweight and dbias are overwritten, or added
-// to when accumulate; they may be NULL.
+// dx is added to, as x is also used elsewhere (section 6); dweight and dbias only when accumulate, or are NULL.
 static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                                const float *mean, const float *rstd, const float *weight, bool accumulate,
                                int R, int C) {
@@ -851,8 +863,7 @@ static void attention_forward_tile(const Attention *a, int s, int head, int begi
     }
 
     // All queries of the tile see all keys before the tile: one product. The first tile has no such keys, and
-    // then the product writes 0 to out. Inside the tile a query sees the keys up to its own row: the loop
-    // skips the rest.
+    // then the product writes 0 to out. In the tile a query sees keys up to its own row: the loop skips others.
     float *out = a->out + (size_t)(first + begin) * C + head * HS;
     matmul(out, C, p, keys, false, v, ldk, false, queries, HS, before, false);
     for (int i = 0; i < queries; i++) {
@@ -1016,11 +1027,10 @@ static void cross_entropy(float *logits, float *loss, bool *correct, const int *
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
-// The layers in the order that makes them GPT-2 (Radford et al. 2019), as the start of Part I shows it.
+// The layers in the order that makes them GPT-2 (Radford et al. 2019), as on the first page of Part I.
 //
 // Since x is only added to, its gradient has one path back that no block weakens. For y = x + f(x) with dy =
-// 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; even where f has slope 0, the 0.5 arrives. That
-// is why deep models can be trained.
+// 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; with slope 0, 0.5 still arrives: so deep models train.
 //
 // The backward pass goes the same way back and needs what the forward pass computed. Of each block it finds
 // x, qkv, attention's output, middle and hidden (10 C floats per row when F = 4C), log_sum_exp, means and
@@ -1110,11 +1120,8 @@ static size_t activations_lay_out(Activations *a, const Model *model, int rows, 
     const Config *config = &model->config;
     a->rows = rows;
     a->keep = keep;
-    a->first_kept = 0;
-    if (keep == KEEP_NOTHING)
-        a->first_kept = config->n_layer;
-    else if (model->lowest_trained > 0)
-        a->first_kept = model->lowest_trained;
+    a->first_kept = keep == KEEP_NOTHING ? config->n_layer : model->lowest_trained;
+    if (a->first_kept < 0) a->first_kept = 0; // -1: the embeddings are trained as well
     a->scratch_size = attention_scratch(config->n_positions);
     a->block_size = block_lay_out(&(Block){0}, config, rows, NULL);
     const size_t kept = (size_t)(config->n_layer - a->first_kept);
@@ -1173,15 +1180,15 @@ static Dropout dropout_at(Dropout dropout, int layer, int place) {
     return dropout;
 }
 
-// y = residual + dropout(x · weight + bias): the projections, by which attention and MLP join the stream.
+// y = residual + dropout(x · weight + bias): the projections, which end attention and MLP.
 //   y, residual, projected (R, C); x (R, K)
 static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
-                        const Tensor *bias, float *projected, Dropout dropout, int R, int K, int C) {
+                        const Tensor *bias, float *projected, Dropout dropout, int R) {
     if (dropout.probability == 0) {
-        linear_forward(y, residual, x, weight->value, bias->value, R, K, C);
+        linear_forward(y, residual, x, weight, bias, R);
     } else {
-        linear_forward(projected, NULL, x, weight->value, bias->value, R, K, C);
-        dropout_add(y, residual, projected, dropout, R, C);
+        linear_forward(projected, NULL, x, weight, bias, R);
+        dropout_add(y, residual, projected, dropout, R, (int)weight->shape[1]);
     }
 }
 
@@ -1202,7 +1209,7 @@ static Attention block_attention(const Model *model, const Activations *a, const
 }
 
 // One block, from residual_at(layer) to residual_at(layer + 1). Without `finish` it ends with hidden: the
-// backward pass, which calls it to compute a block again, needs no more. With a cache, the batch continues its sequences.
+// backward pass calls it so, to compute a block again. With a cache, the batch continues its sequences.
 static void block_forward(const Model *model, Activations *a, const Batch *batch, int layer, Cache *cache,
                           Dropout dropout, bool finish) {
     const Config *config = &model->config;
@@ -1214,21 +1221,21 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
     // middle = x + dropout(attention(qkv) · c_proj + bias),   qkv = layernorm_1(x) · c_attn + bias
     layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, epsilon,
                       R, C);
-    linear_forward(b.qkv, NULL, a->normed, t[ATTN_WEIGHT].value, t[ATTN_BIAS].value, R, C, 3 * C);
+    linear_forward(b.qkv, NULL, a->normed, &t[ATTN_WEIGHT], &t[ATTN_BIAS], R);
     Attention attention = block_attention(model, a, batch, &b, layer, dropout);
     if (cache) attention.keys = cache_append(cache, batch, b.qkv, layer);
     attention_forward(&attention);
     join_stream(b.middle, b.x, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS], a->projected,
-                dropout_at(dropout, layer, DROP_PROJECTION), R, C, C);
+                dropout_at(dropout, layer, DROP_PROJECTION), R);
 
     // x = middle + dropout(gelu(hidden) · c_proj + bias),   hidden = layernorm_2(middle) · c_fc + bias
     layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
                       epsilon, R, C);
-    linear_forward(b.hidden, NULL, a->normed, t[FC_WEIGHT].value, t[FC_BIAS].value, R, C, F);
+    linear_forward(b.hidden, NULL, a->normed, &t[FC_WEIGHT], &t[FC_BIAS], R);
     if (!finish) return;
     gelu_forward(a->gelu, b.hidden, (size_t)R * F);
     join_stream(residual_at(a, model, layer + 1), b.middle, a->gelu, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS],
-                a->projected, dropout_at(dropout, layer, DROP_MLP), R, F, C);
+                a->projected, dropout_at(dropout, layer, DROP_MLP), R);
 }
 
 // Embeddings and all blocks: fills residual_at(L).
@@ -1308,41 +1315,37 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
     const int R = batch->rows, C = config->n_embd, F = config->n_inner;
     const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
     const Block b = block_at(a, model, layer);
-    float *d_projected = a->d_residual;                        // with dropout: d_residual after dropout
+    float *d_projected = dropout.probability > 0 ? a->projected : a->d_residual; // d_residual after dropout
     if (a->keep == KEEP_INPUTS && layer < config->n_layer - 1) // the last block's are still there
         block_forward(model, a, batch, layer, NULL, dropout, false);
 
     // x = middle + dropout(gelu(hidden) · c_proj + bias): first d_hidden gets the gradient of gelu(hidden)
     if (dropout.probability > 0)
-        dropout_add(d_projected = a->projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R,
-                    C);
-    linear_backward(a->d_hidden, NULL, t[FC_PROJ_BIAS].gradient, d_projected, NULL, t[FC_PROJ_WEIGHT].value,
-                    accumulate, R, F, C);
+        dropout_add(d_projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R, C);
+    linear_backward(a->d_hidden, d_projected, NULL, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS], accumulate, R);
     // then d_hidden becomes the gradient of hidden, and b.hidden becomes gelu(hidden), the input of c_proj
     gelu_backward(a->d_hidden, b.hidden, (size_t)R * F);
-    linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_projected, b.hidden, NULL, accumulate, R, F, C);
+    linear_backward(NULL, d_projected, b.hidden, &t[FC_PROJ_WEIGHT], NULL, accumulate, R);
     // hidden = layernorm_2(middle) · c_fc + bias
-    if (t[FC_WEIGHT].gradient)
+    if (t[FC_WEIGHT].gradient || t[FC_WEIGHT].adapter)
         layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
                           config->layer_norm_epsilon, R, C);
-    linear_backward(a->d_normed, t[FC_WEIGHT].gradient, t[FC_BIAS].gradient, a->d_hidden, a->normed,
-                    t[FC_WEIGHT].value, accumulate, R, C, F);
+    linear_backward(a->d_normed, a->d_hidden, a->normed, &t[FC_WEIGHT], &t[FC_BIAS], accumulate, R);
     layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
                        b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
 
-    // middle = x + dropout(attention(qkv) · c_proj + bias): d_normed gets the gradient of attention's output
+    // middle = x + dropout(attention(qkv) · c_proj + bias): d_normed gets the gradient of attention(qkv)
     if (dropout.probability > 0)
         dropout_add(d_projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
-    linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_projected,
-                    b.attention, t[ATTN_PROJ_WEIGHT].value, accumulate, R, C, C);
+    linear_backward(a->d_normed, d_projected, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS],
+                    accumulate, R);
     const Attention attention = block_attention(model, a, batch, &b, layer, dropout);
     attention_backward(&attention, a->d_qkv, a->d_normed);
     // qkv = layernorm_1(x) · c_attn + bias
-    if (t[ATTN_WEIGHT].gradient)
+    if (t[ATTN_WEIGHT].gradient || t[ATTN_WEIGHT].adapter)
         layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
                           config->layer_norm_epsilon, R, C);
-    linear_backward(a->d_normed, t[ATTN_WEIGHT].gradient, t[ATTN_BIAS].gradient, a->d_qkv, a->normed,
-                    t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
+    linear_backward(a->d_normed, a->d_qkv, a->normed, &t[ATTN_WEIGHT], &t[ATTN_BIAS], accumulate, R);
     layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
                        b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
 }
@@ -1437,7 +1440,7 @@ static double gradient_norm(const Model *model, const Tensor **not_finite) {
     return sqrt(total);
 }
 
-// The factor that brings the norm down to `largest` (0: no limit). PyTorch's clip_grad_norm_ adds the same 1e-6.
+// The factor that brings the norm down to `largest` (0: no limit); clip_grad_norm_ of PyTorch adds 1e-6, too.
 static float clip_factor(double norm, double largest) {
     return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
 }
@@ -1494,7 +1497,7 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
 // 8. One training step
 // =====================================================================================================
 // Everything comes together: forward, backward, update. A step may look at more examples than memory allows
-// at once. Then they come as several batches, called micro-batches, whose gradients add up before the update.
+// at once. Then they come as several batches, called micro-batches, whose gradients add up first.
 
 typedef struct {
     double loss;     // mean over the scored rows
@@ -1503,8 +1506,7 @@ typedef struct {
     size_t rows, targets;
 } Update;
 
-// Several processes, called ranks, may share out an update's examples (Part IV). Alone these change nothing.
-static double sum_over_ranks(double x);
+static double sum_over_ranks(double x); // ranks: processes that share out an update's examples. Part IV
 static void sum_gradients_over_ranks(const Model *model);
 
 // Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over all scored rows, those
@@ -1520,7 +1522,6 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
         update.rows += (size_t)batches[i].rows;
     }
     update.targets = (size_t)sum_over_ranks((double)update.targets);
-    update.rows = (size_t)sum_over_ranks((double)update.rows);
     if (update.targets == 0) return update;
 
     // Forward and backward: the first micro-batch overwrites the gradients, the others add to them.
@@ -1546,6 +1547,115 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
+}
+
+// =====================================================================================================
+// 9. LoRA
+// =====================================================================================================
+// To train all of a model takes four times its memory (values, gradients, two moments), and every task leaves
+// a whole new model behind. But what fine-tuning adds to a matrix W is simple, as it turned out: a product of
+// two thin matrices can stand for it. LoRA learns only these (Hu et al. 2021). W stays frozen, and beside it
+// goes a detour through r numbers per row, r being 1 to 32 or so and called the rank:
+//   y = x W + b + scale · (x Aᵀ) Bᵀ,   scale = alpha / r
+//   x (R, K); y (R, N); W (K, N); A (r, K); B (N, r)
+// Of the smallest GPT-2's c_attn, W has 768 · 2304 = 1.77 million values, A and B with r = 8 have 8 · (768 +
+// 2304) = 24,576. B begins at 0, so the detour adds nothing at first and the model begins as what it was. A
+// begins at random: if both were 0, so would be both gradients, and nothing would ever move. The user's alpha
+// says how much the detour weighs; divided by r, so that another rank does not need another learning rate.
+//
+// After training scale · (B A)ᵀ can be added to W itself. The merged model is as fast as before, and every
+// program can load it that knows GPT-2. Names, shapes, scale and initial values are those of PEFT, the
+// library in which most adapters are made, so that it loads ours and we load its.
+
+// Adds the pair A, B, without values, beside a matrix of a block.
+static void model_add_adapter(Model *model, Tensor *weight) {
+    const size_t r = (size_t)model->lora_rank,
+                 size_of[] = {['I'] = weight->shape[0], ['O'] = weight->shape[1], ['R'] = r};
+    weight->adapter = &model->tensors[model->tensor_count];
+    weight->adapter_scale = model->lora_alpha / (float)r;
+    for (int kind = LORA_A; kind <= LORA_B; kind++) {
+        Tensor *tensor = &model->tensors[model->tensor_count++];
+        const char *shape = tensor_table[kind].shape;
+        *tensor = (Tensor){.kind = kind, .layer = weight->layer, .dims = 2};
+        tensor->name = xprintf("%.*s%s", (int)(strlen(weight->name) - strlen(".weight")), weight->name,
+                               tensor_table[kind].name + 1);
+        for (int d = 0; d < 2; d++) tensor->shape[d] = size_of[(int)shape[d]];
+        tensor->size = tensor->shape[0] * tensor->shape[1];
+    }
+}
+
+// Gives adapters that a new run begins with their values. A: uniform between -1 / sqrt(K) and 1 / sqrt(K),
+// which is "kaiming uniform with a = sqrt(5)" in PEFT. B: zero.
+static void adapters_initialise(Model *model, uint64_t seed) {
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        const float bound = 1 / sqrtf((float)tensor->shape[1]);
+        const uint64_t stream = random_stream(seed, (uint64_t)i);
+        if (tensor->kind < LORA_A) continue;
+        for (size_t j = 0; j < tensor->size; j++)
+            tensor->value[j] = tensor->kind == LORA_B ? 0 : bound * (2 * random_uniform(stream, j) - 1);
+    }
+}
+
+// h = scale · x Aᵀ (R, r), in fresh memory. The scale is applied here, where numbers are few.
+static float *lora_down(const float *x, const Tensor *weight, int R) {
+    const Tensor *A = &weight->adapter[0];
+    const int K = (int)A->shape[1], r = (int)A->shape[0];
+    float *h = xfloats((size_t)R * r);
+    matmul(h, r, x, K, false, A->value, K, true, R, r, K, false);
+    for (size_t i = 0; i < (size_t)R * r; i++) h[i] *= weight->adapter_scale;
+    return h;
+}
+
+// y += h Bᵀ
+static void lora_forward(float *y, const float *x, const Tensor *weight, int R) {
+    const Tensor *B = &weight->adapter[1];
+    const int N = (int)B->shape[0], r = (int)B->shape[1];
+    float *h = lora_down(x, weight, R);
+    matmul(y, N, h, r, false, B->value, r, true, R, N, r, true);
+    free(h);
+}
+
+// From y += h Bᵀ with h = scale · x Aᵀ follow, with dh = scale · dy B (R, r),
+//   dB = dyᵀ h,   dA = dhᵀ x,   dx += dh A
+// Without x or dx (NULL), and without gradients of A and B, that part is left out.
+static void lora_backward(float *dx, const float *dy, const float *x, const Tensor *weight, bool accumulate,
+                          int R) {
+    const Tensor *A = &weight->adapter[0], *B = &weight->adapter[1];
+    const int K = (int)A->shape[1], r = (int)A->shape[0], N = (int)B->shape[0];
+    float *dh = xfloats((size_t)R * r);
+    matmul(dh, r, dy, N, false, B->value, r, false, R, r, N, false);
+    for (size_t i = 0; i < (size_t)R * r; i++) dh[i] *= weight->adapter_scale;
+    if (x && B->gradient) {
+        float *h = lora_down(x, weight, R);
+        matmul(B->gradient, r, dy, N, true, h, r, false, N, r, R, accumulate);
+        free(h);
+    }
+    if (x && A->gradient) matmul(A->gradient, K, dh, r, true, x, K, false, r, K, R, accumulate);
+    if (dx) matmul(dx, K, dh, r, false, A->value, K, false, R, K, r, true);
+    free(dh);
+}
+
+// W += scale · (B A)ᵀ beside each adapter, which leaves the list: what remains is a plain GPT-2.
+static void model_merge(Model *model) {
+    int count = 0;
+    for (int i = 0; i < model->tensor_count && model->tensors[i].kind < LORA_A; i++, count++) {
+        Tensor *weight = &model->tensors[i];
+        if (!weight->adapter) continue;
+        const Tensor A = weight->adapter[0], B = weight->adapter[1];
+        const size_t K = weight->shape[0], N = weight->shape[1], r = A.shape[0];
+#pragma omp parallel for
+        for (size_t k = 0; k < K; k++)
+            for (size_t n = 0; n < N; n++) {
+                float sum = 0;
+                for (size_t j = 0; j < r; j++) sum += A.value[j * K + k] * B.value[n * r + j];
+                weight->value[k * N + n] += weight->adapter_scale * sum;
+            }
+        weight->adapter = NULL;
+    }
+    for (int i = count; i < model->tensor_count; i++) free(model->tensors[i].name);
+    model->tensor_count = count;
+    model->lora_rank = 0;
 }
 
 // #####################################################################################################
@@ -2291,7 +2401,9 @@ typedef struct {
     int top_k;          // only the k most likely tokens; 0: all
     double top_p;       // only the most likely tokens that together reach this probability; 1: all
     uint64_t seed;
-    const char *stop; // a sample ends before this text; NULL: no such text
+    const char *stop;          // a sample ends before this text; NULL: no such text
+    double repetition_penalty; // above 1: what the text has already becomes less likely; 1: no change
+    bool silent;               // a single sample is not printed while it is made
 } Sampling;
 
 // What follows the prompt in one sample: its tokens, and their text up to where it ends.
@@ -2316,6 +2428,17 @@ static void refresh_copy(const float *from, size_t size); // this, wherever the 
 static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N); // copies op(B) (K, N)
 static void drop_copies(void);
 
+// Keeps copies of all weights that products multiply by.
+static void keep_packed_copies(const Model *model) {
+    const Tensor *head = model_head(model);
+    keep_packed_copy(head->value, true, head->shape[1], head->shape[0]);
+    for (int i = 0; i < model->tensor_count; i++) {
+        const Tensor *t = &model->tensors[i];
+        if (t->dims == 2 && kind_is_per_layer(t->kind))
+            keep_packed_copy(t->value, false, t->shape[0], t->shape[1]);
+    }
+}
+
 // Writes the keys and values of a batch behind those of the earlier tokens; returns where attention finds
 // them all.
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer) {
@@ -2336,26 +2459,24 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
 }
 
-// An empty cache for so many samples of up to n_positions tokens.
-static Cache cache_new(const Config *config, int samples) {
+// An empty cache for so many samples of up to n_positions tokens; and copies of all weights that products
+// multiply by, for as long as the cache lives.
+static Cache cache_new(const Model *model, int samples) {
+    const Config *config = &model->config;
     const size_t size = (size_t)config->n_layer * samples * config->n_positions * 2 * config->n_embd;
     Cache cache = {.sequences = samples, .positions = config->n_positions, .NH = config->n_head};
     cache.HS = config->n_embd / config->n_head;
     cache.first_key = xmalloc((size_t)samples * sizeof(int));
     cache.memory = xfloats(size);
     keep_copy(cache.memory, size);
+    keep_packed_copies(model);
     return cache;
 }
 
-// Keeps copies of all weights that products multiply by.
-static void keep_packed_copies(const Model *model) {
-    const Tensor *head = model_head(model);
-    keep_packed_copy(head->value, true, head->shape[1], head->shape[0]);
-    for (int i = 0; i < model->tensor_count; i++) {
-        const Tensor *t = &model->tensors[i];
-        if (t->dims == 2 && kind_is_per_layer(t->kind))
-            keep_packed_copy(t->value, false, t->shape[0], t->shape[1]);
-    }
+static void cache_free(Cache *cache) {
+    drop_copies();
+    free(cache->first_key);
+    free(cache->memory);
 }
 
 typedef struct {
@@ -2444,6 +2565,20 @@ static void stream_text(const Text *text, size_t *printed, const char *stop, boo
     *printed = size;
 }
 
+// Makes the tokens that a text has already less likely, as transformers does: each one's logit, however often
+// the token came, is divided by the penalty where it is positive and multiplied by it where it is negative.
+static void penalise_repetition(float *logits, int V, double penalty, const Ids *prompt, const Ids *own) {
+    if (penalty == 1) return;
+    bool *done = xcalloc((size_t)V, sizeof *done);
+    for (size_t i = 0; i < prompt->size + own->size; i++) {
+        int token = i < prompt->size ? prompt->data[i] : own->data[i - prompt->size];
+        float *logit = &logits[token];
+        if (!done[token]) *logit = *logit < 0 ? *logit * (float)penalty : *logit / (float)penalty;
+        done[token] = true;
+    }
+    free(done);
+}
+
 // Draws a token from logits (V). One that the tokenizer does not have is never drawn: the embedding may have
 // more rows than there are tokens, to be a multiple of 64, say.
 static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sampling *sampling, float draw,
@@ -2453,73 +2588,152 @@ static int draw_token(float *logits, int V, const Tokenizer *tokenizer, const Sa
     return sample_token(logits, V, sampling, draw, candidates);
 }
 
-// Continues the prompt by up to `count` tokens, in `samples` different ways at once, in outputs[0] to
-// outputs[samples - 1], which are empty before. A sample ends at one of the ids in `ends` or at
-// sampling->stop. When the context is full, the model goes on with its last half. Without a tokenizer there
-// is no text, only ids; with one, a single sample is printed as it comes.
-static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
-                     int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
-    const Config *config = &model->config;
-    const int V = config->vocab_size, P = config->n_positions;
-    Activations a = {0};
-    Batch batch = {0};
-    Cache cache = cache_new(config, samples);
-    keep_packed_copies(model);
+// Texts in the making: what generation keeps from one token to the next.
+typedef struct {
+    const Model *model;
+    const Ids *prompt;
+    Sample *outputs;
+    int *running, alive; // which samples have not ended, and how many
+    int *last_row;       // (alive) the row from which the next token of each comes
+    size_t seen;         // tokens of each sample that the model has seen
+    Cache *cache;
+    Activations activations;
+    Batch batch;
+} Writing;
+
+// Runs the model on what it has not seen yet of each running sample of `size` tokens: first of all the prompt,
+// then one token at a time. When the context is full, it goes on with the last half.
+static void read_on(Writing *w, size_t size) {
+    const Config *config = &w->model->config;
+    Cache *cache = w->cache;
+    if (cache->past + (int)(size - w->seen) > config->n_positions) { // a longer prompt comes here, too
+        cache->past = 0;
+        w->seen = size - (size_t)(config->n_positions > 1 ? config->n_positions / 2 : 1);
+    }
+    batch_clear(&w->batch);
+    for (int n = 0; n < w->alive; n++) {
+        const int *own = w->outputs[w->running[n]].ids.data;
+        for (size_t i = w->seen; i < size; i++)
+            batch_add_row(&w->batch, i < w->prompt->size ? w->prompt->data[i] : own[i - w->prompt->size],
+                          cache->past + (int)(i - w->seen), -1);
+        batch_end_sequence(&w->batch);
+        w->last_row[n] = w->batch.rows - 1;
+        cache->first_key[n] = w->running[n] * 2 * config->n_head * config->n_positions;
+    }
+    activations_reserve(&w->activations, w->model, w->batch.rows, KEEP_NOTHING);
+    model_forward(w->model, &w->activations, &w->batch, cache, (Dropout){0});
+    cache->past += w->batch.first_row[1];
+    w->seen = size;
+}
+
+static volatile sig_atomic_t stop_signal = 0; // the signal that asks for an end; 0: none has come
+
+// Continues the prompt by up to `count` tokens, in as many different ways at once as the cache has sequences,
+// in outputs[0], outputs[1] ..., which are empty before. A sample ends at one of the ids in `ends`, at
+// sampling->stop, or at a signal. Without a tokenizer there is no text, only ids; with one, a single sample is
+// printed as it comes. The cache may hold the first tokens of the prompt already.
+static void continue_prompt(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
+                            Cache *cache, const Ids *ends, const Sampling *sampling, Sample *outputs) {
+    const int V = model->config.vocab_size, samples = cache->sequences;
+    const bool print = samples == 1 && !sampling->silent;
+    Writing w = {.model = model, .prompt = prompt, .outputs = outputs, .alive = samples, .cache = cache};
+    w.seen = (size_t)cache->past;
+    w.running = xmalloc((size_t)samples * sizeof(int));
+    w.last_row = xmalloc((size_t)samples * sizeof(int));
     Candidate *candidates = xmalloc((size_t)V * sizeof *candidates);
-    int *running = xmalloc((size_t)samples * sizeof(int)); // the samples that have not ended
-    int *last_row = xmalloc((size_t)samples * sizeof(int));
+    size_t printed = 0;
     for (int s = 0; s < samples; s++) {
-        running[s] = s;
+        w.running[s] = s;
         text_append(&outputs[s].text, "", 0);
     }
-    size_t printed = 0, seen = 0; // tokens of each sample that the model has seen
-    for (int made = 0, alive = samples; made < count && alive > 0; made++) {
-        size_t size = prompt->size + (size_t)made;
-        if (cache.past + (int)(size - seen) > P) { // full, or a prompt that is longer than the context
-            cache.past = 0;
-            seen = size - (size_t)(P > 1 ? P / 2 : 1);
-        }
-        batch_clear(&batch);
-        for (int n = 0; n < alive; n++) {
-            const int *own = outputs[running[n]].ids.data;
-            for (size_t i = seen; i < size; i++)
-                batch_add_row(&batch, i < prompt->size ? prompt->data[i] : own[i - prompt->size],
-                              cache.past + (int)(i - seen), -1);
-            batch_end_sequence(&batch);
-            last_row[n] = batch.rows - 1;
-            cache.first_key[n] = running[n] * 2 * config->n_head * P;
-        }
-        activations_reserve(&a, model, batch.rows, KEEP_NOTHING);
-        model_forward(model, &a, &batch, &cache, (Dropout){0});
-        cache.past += batch.first_row[1];
-        seen = size;
+    for (int made = 0; made < count && w.alive > 0 && !stop_signal; made++) {
         int still = 0;
-        for (int n = 0; n < alive; n++) {
-            const int s = running[n], row = n % LOGIT_ROWS;
-            if (row == 0)
-                head_forward(model, &a, last_row + n, alive - n < LOGIT_ROWS ? alive - n : LOGIT_ROWS);
+        read_on(&w, prompt->size + (size_t)made);
+        for (int n = 0; n < w.alive; n++) {
+            const int s = w.running[n], left = w.alive - n;
+            if (n % LOGIT_ROWS == 0)
+                head_forward(model, &w.activations, w.last_row + n, left < LOGIT_ROWS ? left : LOGIT_ROWS);
+            float *logits = w.activations.logits + (size_t)(n % LOGIT_ROWS) * V;
+            penalise_repetition(logits, V, sampling->repetition_penalty, prompt, &outputs[s].ids);
             float draw = random_uniform(random_stream(sampling->seed, (uint64_t)s), (uint64_t)made);
-            int token = draw_token(a.logits + (size_t)row * V, V, tokenizer, sampling, draw, candidates);
+            int token = draw_token(logits, V, tokenizer, sampling, draw, candidates);
             if (!ids_have(ends, token) && sample_append(&outputs[s], token, tokenizer, sampling->stop))
-                running[still++] = s;
+                w.running[still++] = s;
         }
-        alive = still;
-        if (samples == 1)
-            stream_text(&outputs[0].text, &printed, sampling->stop, alive == 0 || made == count - 1);
+        w.alive = still;
+        if (print) stream_text(&outputs[0].text, &printed, sampling->stop, still == 0 || made == count - 1);
     }
-    drop_copies();
-    free(running);
-    free(last_row);
+    if (print) stream_text(&outputs[0].text, &printed, sampling->stop, true); // a signal may have come
+    free(w.running);
+    free(w.last_row);
     free(candidates);
-    free(cache.first_key);
-    free(cache.memory);
-    batch_free(&batch);
-    activations_free(&a);
+    batch_free(&w.batch);
+    activations_free(&w.activations);
+}
+
+// The same with a cache that is made for this prompt alone.
+static void generate(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
+                     int samples, const Ids *ends, const Sampling *sampling, Sample *outputs) {
+    Cache cache = cache_new(model, samples);
+    continue_prompt(model, tokenizer, prompt, count, &cache, ends, sampling, outputs);
+    cache_free(&cache);
 }
 
 static void sample_free(Sample *sample) {
     free(sample->ids.data);
     free(sample->text.data);
+}
+
+// A talk as DialoGPT, GPT-2's model for conversations, has it: turn, end of text, answer, end of text, ... All
+// of it is the prompt of the next answer. The cache keeps the keys and values of what was said, so each answer
+// only costs the new tokens.
+typedef struct {
+    Ids ids;
+    Ids begins; // where the turns of the user begin in `ids`
+    Cache cache;
+} Talk;
+
+static void talk_add(Talk *talk, const Ids *turn, int end_of_text) {
+    for (size_t i = 0; i < turn->size; i++) ids_push(&talk->ids, turn->data[i]);
+    ids_push(&talk->ids, end_of_text);
+}
+
+// Forgets the first `count` tokens; count = talk->ids.size: all.
+static void talk_forget(Talk *talk, size_t count) {
+    size_t kept = 0;
+    talk->ids.size -= count;
+    memmove(talk->ids.data, talk->ids.data + count, talk->ids.size * sizeof(int));
+    for (size_t i = 0; i < talk->begins.size; i++)
+        if (talk->begins.data[i] >= (int)count) talk->begins.data[kept++] = talk->begins.data[i] - (int)count;
+    talk->begins.size = kept;
+    talk->cache.past = 0;
+}
+
+// Makes room for an answer of `room` tokens when the context is full: the oldest turns go, each with its
+// answer, until the others take no more than half of the context. If the newest turn alone is too long, its
+// beginning goes. Says so.
+static void talk_make_room(Talk *talk, size_t room) {
+    const size_t P = (size_t)talk->cache.positions, size = talk->ids.size, turns = talk->begins.size;
+    if (size + room <= P) return;
+    size_t first = 0, count;
+    while (count = (size_t)talk->begins.data[first],
+           first + 1 < turns && (size - count > P / 2 || size - count + room > P))
+        first++;
+    if (size - count + room > P) count = size + room - P;
+    warn("the context of %zu tokens is full: the oldest %zu tokens of the talk are forgotten", P, count);
+    talk_forget(talk, count);
+}
+
+// Adds a turn and its answer of up to `most` tokens, which is printed as it comes, to the talk.
+static void talk_answer(Talk *talk, const Model *model, const Tokenizer *tokenizer, const Ids *turn, int most,
+                        const Ids *ends, const Sampling *sampling) {
+    Sample answer = {0};
+    ids_push(&talk->begins, (int)talk->ids.size);
+    talk_add(talk, turn, tokenizer->end_of_text);
+    talk_make_room(talk, (size_t)most);
+    continue_prompt(model, tokenizer, &talk->ids, most, &talk->cache, ends, sampling, &answer);
+    talk_add(talk, &answer.ids, tokenizer->end_of_text);
+    sample_free(&answer);
 }
 
 // #####################################################################################################
@@ -2560,6 +2774,13 @@ static bool is_folder(const char *path) {
 static bool ends_with(const char *string, const char *ending) {
     size_t n = strlen(string), m = strlen(ending);
     return n >= m && strcmp(string + n - m, ending) == 0;
+}
+
+// Ends the program when a file's bytes are only a pointer, which git leaves in its place without Git LFS.
+static void refuse_pointer(const char *path, const char *bytes, size_t size) {
+    static const char begin[] = "version https://git-lfs";
+    if (size >= sizeof begin - 1 && memcmp(bytes, begin, sizeof begin - 1) == 0)
+        die("%s: a pointer of Git LFS, not the file itself: git lfs pull fetches it", path);
 }
 
 // Finds the line at *at, without its end, and moves *at behind it. Returns false at the end of the text.
@@ -3518,6 +3739,7 @@ static StoredTensor read_entry(const Json *entry, char *data, size_t data_size, 
 static SafeTensors safetensors_open(const char *path) {
     SafeTensors file = {.path = xstrdup(path), .mapping = map_file(path)};
     uint64_t length = 0;
+    refuse_pointer(path, file.mapping.data, file.mapping.size);
     if (file.mapping.size < 8)
         die("%s: not a safetensors file: %zu bytes, at least 8 expected", path, file.mapping.size);
     memcpy(&length, file.mapping.data, 8);
@@ -3624,8 +3846,8 @@ static float widen(uint16_t bits, bool is_bf16) {
 
 // Gives every tensor of the model its value and closes the file. If all are F32, the values stay in the
 // mapping; F16 and BF16 become float32. A tensor that is missing, misshaped or unknown ends the program;
-// causal masks, which old files have, are ignored.
-static void model_load_values(Model *model, SafeTensors *file) {
+// causal masks, which old files have, are ignored. Unless `with_values`, nothing is converted.
+static void model_load_values(Model *model, SafeTensors *file, bool with_values) {
     const char *path = file->path;
     StoredTensor **stored = xcalloc((size_t)model->tensor_count, sizeof *stored);
     bool mapped = true;
@@ -3645,8 +3867,8 @@ static void model_load_values(Model *model, SafeTensors *file) {
         if (i == model->tensor_count && !is_mask && strcmp(t->name, "lm_head.weight") != 0)
             die("%s: tensor %s is not one of this GPT-2's (%d layers)", path, t->name, model->config.n_layer);
     }
-    if (!mapped) model_allocate_values(model);
-    for (int i = 0; i < model->tensor_count; i++) {
+    if (!mapped && with_values) model_allocate_values(model);
+    for (int i = 0; i < model->tensor_count && (mapped || with_values); i++) {
         Tensor *tensor = &model->tensors[i];
         if (mapped) {
             tensor->value = (float *)stored[i]->data;
@@ -3749,8 +3971,15 @@ static bool head_differs(const SafeTensors *file) {
     return i < wte->count;
 }
 
-// Loads the weights of a model folder. (tokenizer_load loads its tokenizer.)
-static Model *model_load(const char *folder) {
+static Model *adapter_open(const char *folder, bool with_values);
+
+// A folder with an adapter of LoRA holds no model of its own.
+static bool is_adapter(const char *folder) { return file_exists(path_of("%s/adapter_config.json", folder)); }
+
+// Loads the weights of a model folder, or only checks them; or those of the model that an adapter's folder
+// names, with the adapter. (tokenizer_load loads its tokenizer.)
+static Model *model_open(const char *folder, bool with_values) {
+    if (is_adapter(folder)) return adapter_open(folder, with_values);
     const char *config = path_of("%s/config.json", folder),
                *weights = path_of("%s/model.safetensors", folder);
     if (!file_exists(config))
@@ -3772,8 +4001,139 @@ static Model *model_load(const char *folder) {
         read.tie_word_embeddings = false;
     }
     Model *model = model_new(read);
-    model_load_values(model, &file);
+    model_load_values(model, &file, with_values);
     return model;
+}
+
+static Model *model_load(const char *folder) { return model_open(folder, true); }
+
+// ---- adapters ----
+// PEFT's folder of an adapter (section 9): adapter_model.safetensors holds the pairs A and B alone, under
+// their names with a prefix; adapter_config.json says r, alpha, and where the model is that they belong to.
+static const char adapter_prefix[] = "base_model.model.";
+
+// Ends the program when adapter_config.json asks for what is not computed here.
+static void check_adapter_config(const Json *config, const char *path) {
+    static const char *const switches[] = {"use_dora", "use_rslora", "use_qalora", "lora_bias"};
+    static const char *const lists[] = {"rank_pattern",      "alpha_pattern",
+                                        "modules_to_save",   "trainable_token_indices",
+                                        "target_parameters", "layer_replication"};
+    const Json *bias = json_get(config, "bias");
+    if (!json_is_text(json_get(config, "peft_type"), "LORA")) die("%s: peft_type must be \"LORA\"", path);
+    for (int i = 0; i < 4; i++)
+        if (json_is_true(config, switches[i], false, path))
+            die("%s: %s true is not supported", path, switches[i]);
+    for (int i = 0; i < 6; i++) {
+        const Json *list = json_get(config, lists[i]);
+        if (!json_is_null(list) && json_child(list)) die("%s: %s is not supported", path, lists[i]);
+    }
+    if (!json_is_null(bias) && !json_is_text(bias, "none")) die("%s: bias must be \"none\"", path);
+}
+
+// The folder of the model that an adapter belongs to, or (no adapter) the folder itself; a copy.
+static char *base_folder(const char *folder) {
+    if (!is_adapter(folder)) return xstrdup(folder);
+    const char *path = path_of("%s/adapter_config.json", folder);
+    Json *config = json_read_file(path);
+    const char *base = json_text(json_get(config, "base_model_name_or_path"));
+    if (!base || !file_exists(path_of("%s/config.json", base)))
+        die("%s: its model, base_model_name_or_path \"%s\", is not a model folder here; correct that line",
+            path, base ? base : "");
+    char *copy = xstrdup(base);
+    json_free(config);
+    return copy;
+}
+
+// Allocates the values of all adapters.
+static void adapters_allocate(Model *model) {
+    size_t total = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i].kind >= LORA_A) total += aligned_size(model->tensors[i].size);
+    float *at = model->adapter_memory = xfloats(total);
+    for (int i = 0; i < model->tensor_count; i++) {
+        if (model->tensors[i].kind < LORA_A) continue;
+        model->tensors[i].value = at;
+        at += aligned_size(model->tensors[i].size);
+    }
+}
+
+// May a tensor have an adapter? The matrices of the blocks may.
+static bool is_adaptable(const Tensor *tensor) {
+    return kind_is_per_layer(tensor->kind) && tensor->dims == 2;
+}
+
+// Loads an adapter's folder and the model that it belongs to. Which matrices are adapted is told by the names
+// in adapter_model.safetensors; a tensor there that is not one of a pair ends the program.
+static Model *adapter_open(const char *folder, bool with_values) {
+    const char *path = path_of("%s/adapter_config.json", folder);
+    Json *config = json_read_file(path);
+    check_adapter_config(config, path);
+    char *base = base_folder(folder);
+    const double r = json_number(config, "r", 8, path), alpha = json_number(config, "lora_alpha", 8, path);
+    if (!(r >= 1 && r <= 65536) || r != floor(r)) die("%s: r must be a whole number from 1 to 65536", path);
+    if (!isfinite(alpha)) die("%s: lora_alpha must be a number", path);
+    Model *model = model_open(base, with_values);
+    model->lora_rank = (int)r;
+    model->lora_alpha = (float)alpha;
+    SafeTensors file = safetensors_open(path_of("%s/adapter_model.safetensors", folder));
+    const int plain = model->tensor_count;
+    for (int i = 0; i < plain; i++) {
+        Tensor *weight = &model->tensors[i];
+        const int stem = (int)(strlen(weight->name) - strlen(".weight"));
+        if (is_adaptable(weight) &&
+            safetensors_find(&file, xprintf("%s%.*s.lora_A.weight", adapter_prefix, stem, weight->name)))
+            model_add_adapter(model, weight);
+    }
+    if (file.count != (size_t)(model->tensor_count - plain) || file.count == 0)
+        for (size_t i = 0; i <= file.count; i++) {
+            if (i == file.count) die("%s: holds no adapter of this GPT-2 (or only one of a pair)", file.path);
+            const char *name = file.tensors[i].name;
+            bool known = strncmp(name, adapter_prefix, sizeof adapter_prefix - 1) == 0;
+            if (known && (strstr(name, ".lora_A.weight") || strstr(name, ".lora_B.weight"))) continue;
+            die("%s: tensor %s is not one of a pair lora_A, lora_B: it is not supported", file.path, name);
+        }
+    adapters_allocate(model);
+    for (int i = plain; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        const StoredTensor *stored =
+            safetensors_need(&file, xprintf("%s%s", adapter_prefix, tensor->name), tensor);
+        if (!is_float(stored->dtype))
+            die("%s: tensor %s is %s; F32, F16 or BF16 expected", file.path, stored->name, stored->dtype);
+        for (size_t j = 0; j < tensor->size; j++) tensor->value[j] = stored_float(stored, j);
+    }
+    safetensors_close(&file, false);
+    json_free(config);
+    free(base);
+    return model;
+}
+
+// Writes adapter_config.json for an adapter that was begun here. A kind of matrix that is adapted in every
+// block is named once, as in "attn.c_attn".
+static void save_adapter_config(const Model *model, const char *base, const char *folder) {
+    const char *path = path_of("%s/adapter_config.json", folder), *comma = "";
+    FILE *file = create_file(path);
+    fprintf(
+        file,
+        "{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n  \"base_model_name_or_path\": ");
+    json_write_string(file, base, strlen(base));
+    fprintf(file,
+            ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": 0.0,\n  \"target_modules\": [",
+            model->lora_rank, model->lora_alpha);
+    for (int kind = LN_1_WEIGHT; kind < LN_F_WEIGHT; kind++) {
+        int adapted = 0, layers = model->config.n_layer;
+        for (int layer = 0; layer < layers; layer++)
+            adapted += model_tensor(model, kind, layer)->adapter != NULL;
+        for (int layer = 0; layer < (adapted == layers ? 1 : layers); layer++) {
+            const Tensor *weight = model_tensor(model, kind, layer);
+            const char *name = weight->name;
+            if (!weight->adapter) continue;
+            if (adapted == layers) name = strchr(name + strlen("transformer.h."), '.') + 1;
+            fprintf(file, "%s\"%.*s\"", comma, (int)(strlen(name) - strlen(".weight")), name);
+            comma = ", ";
+        }
+    }
+    fprintf(file, "],\n  \"fan_in_fan_out\": true,\n  \"bias\": \"none\",\n  \"inference_mode\": true\n}\n");
+    finish_file(file, path);
 }
 
 // Which of a tensor's three arrays a file holds.
@@ -3783,21 +4143,25 @@ static StoredTensor stored_tensor(const Tensor *tensor, Stored what) {
     static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
     float *const arrays[] = {tensor->value, tensor->exp_avg, tensor->exp_avg_sq};
     StoredTensor stored = {.dtype = "F32", .dims = tensor->dims, .count = tensor->size};
-    stored.name = xprintf("%s%s", prefixes[what], tensor->name);
+    const char *prefix = what == STORE_VALUE && tensor->kind >= LORA_A ? adapter_prefix : prefixes[what];
+    stored.name = xprintf("%s%s", prefix, tensor->name);
     memcpy(stored.shape, tensor->shape, sizeof tensor->shape);
     stored.bytes = tensor->size * sizeof(float);
     stored.data = (char *)arrays[what];
     return stored;
 }
 
-// Writes all values, or AdamW's moments of what is trained.
+// Writes all values (with LoRA the adapters' alone), or AdamW's moments of what is trained.
 static void model_write_tensors(const Model *model, const char *path, bool moments) {
     Stored first = moments ? STORE_EXP_AVG : STORE_VALUE, last = moments ? STORE_EXP_AVG_SQ : STORE_VALUE;
     StoredTensor *list = xcalloc(2 * (size_t)model->tensor_count, sizeof *list);
     size_t count = 0;
-    for (int i = 0; i < model->tensor_count; i++)
-        for (Stored what = first; what <= last && !(moments && model->tensors[i].frozen); what++)
+    for (int i = 0; i < model->tensor_count; i++) {
+        const bool of_base = model->lora_rank > 0 && model->tensors[i].kind < LORA_A;
+        if (moments ? model->tensors[i].frozen : of_base) continue;
+        for (Stored what = first; what <= last; what++)
             list[count++] = stored_tensor(&model->tensors[i], what);
+    }
     safetensors_write(path, list, count);
     for (size_t i = 0; i < count; i++) free((char *)list[i].name);
     free(list);
@@ -3871,6 +4235,14 @@ static void keep_config(KeptFiles *files, const char *folder) {
     keep_file(files, folder, "generation_config.json", "generation_config.json");
 }
 
+// Of a kept file: does it belong into the folder of an adapter, or of a whole model? Those of the tokenizer
+// belong into both.
+static bool belongs(const KeptFile *file, bool adapter) {
+    if (strcmp(file->name, "adapter_config.json") == 0) return adapter;
+    return !adapter ||
+           (strcmp(file->name, "config.json") != 0 && strcmp(file->name, "generation_config.json") != 0);
+}
+
 static void free_kept(KeptFiles *files) {
     for (size_t i = 0; i < files->size; i++) free(files->items[i].bytes.data);
     free(files->items);
@@ -3915,17 +4287,22 @@ static void save_tokenizer_config(const Tokenizer *tokenizer, int n_positions, c
 
 // Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights and the files
 // that are kept. Those that are missing are made: there are none if the model began at random, or the
-// tokenizer came from a merges file alone. tokenizer may be NULL.
+// tokenizer came from a merges file alone. A model with adapters becomes a folder that PEFT loads; `base` is
+// then the folder of the model that they belong to. tokenizer may be NULL.
 static void model_save(const Model *model, const Tokenizer *tokenizer, const KeptFiles *kept,
-                       const char *folder) {
+                       const char *base, const char *folder) {
     const int end_of_text = tokenizer ? tokenizer->end_of_text : -1;
     const bool vocabulary_kept = is_kept(kept, "vocab.json") || is_kept(kept, "tokenizer.json");
+    const bool adapter = model->lora_rank > 0;
     make_folder(folder);
-    model_write_tensors(model, path_of("%s/model.safetensors", folder), false);
+    model_write_tensors(model, path_of("%s/%s.safetensors", folder, adapter ? "adapter_model" : "model"),
+                        false);
     for (size_t i = 0; i < kept->size; i++)
-        write_file(path_of("%s/%s", folder, kept->items[i].name), kept->items[i].bytes.data,
-                   kept->items[i].bytes.size);
-    if (!is_kept(kept, "config.json")) save_config(&model->config, end_of_text, folder);
+        if (belongs(&kept->items[i], adapter))
+            write_file(path_of("%s/%s", folder, kept->items[i].name), kept->items[i].bytes.data,
+                       kept->items[i].bytes.size);
+    if (adapter && !is_kept(kept, "adapter_config.json")) save_adapter_config(model, base, folder);
+    if (!adapter && !is_kept(kept, "config.json")) save_config(&model->config, end_of_text, folder);
     if (tokenizer && !vocabulary_kept) tokenizer_save(tokenizer, folder);
     bool complete =
         is_kept(kept, "tokenizer_config.json") || (vocabulary_kept && is_kept(kept, "config.json"));
@@ -3993,6 +4370,7 @@ static void remove_leftovers(const char *out) {
             remove_folder(path_of("%s/%s", out, entry->d_name));
     if (errno) die("%s: cannot be read: %s", out, strerror(errno));
     closedir(folder);
+    remove_folder(path_of("%s/merged/model.tmp", out));
 }
 
 // Deletes a checkpoint. It loses its name first: whatever happens meanwhile, there is never half of one.
@@ -4005,25 +4383,36 @@ static void remove_checkpoint(const char *out, long step) {
     free(temporary);
 }
 
-// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is no
+// Makes a folder unloadable, whatever it holds: without its config no program takes it for a model.
+static void withdraw_model(const char *folder) {
+    static const char *const names[] = {"config.json", "adapter_config.json"};
+    for (int i = 0; i < 2; i++)
+        if (unlink(path_of("%s/%s", folder, names[i])) != 0 && errno != ENOENT)
+            die("%s/%s: cannot be deleted: %s", folder, names[i], strerror(errno));
+    if (is_folder(folder)) sync_folder(folder);
+}
+
+// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without its config is no
 // model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
 static void publish_model(const char *folder) {
+    static const char *const weights[] = {"model.safetensors", "adapter_model.safetensors"};
     char *from = xprintf("%s/model.tmp", folder);
-    if (unlink(path_of("%s/config.json", folder)) != 0 && errno != ENOENT)
-        die("%s/config.json: cannot be deleted: %s", folder, strerror(errno));
-    sync_folder(folder);
-    for (int i = 0; i < TOKENIZER_NAMES; i++) // an earlier model's would be read in place of the new ones
-        if (!file_exists(path_of("%s/%s", from, tokenizer_names[i])))
-            remove_folder(path_of("%s/%s", folder, tokenizer_names[i]));
+    const char *config = is_adapter(from) ? "adapter_config.json" : "config.json";
+    withdraw_model(folder);
+    for (int i = 0; i < TOKENIZER_NAMES + 2;
+         i++) { // an earlier model's would be read in place of the new ones
+        const char *name = i < TOKENIZER_NAMES ? tokenizer_names[i] : weights[i - TOKENIZER_NAMES];
+        if (!file_exists(path_of("%s/%s", from, name))) remove_folder(path_of("%s/%s", folder, name));
+    }
     DIR *files = opendir(from);
     if (!files) die("%s: cannot be read: %s", from, strerror(errno));
     errno = 0;
     for (struct dirent *entry; (entry = readdir(files)); errno = 0)
-        if (entry->d_name[0] != '.' && strcmp(entry->d_name, "config.json") != 0)
+        if (entry->d_name[0] != '.' && strcmp(entry->d_name, config) != 0)
             rename_for_good(path_of("%s/%s", from, entry->d_name), path_of("%s/%s", folder, entry->d_name));
     if (errno) die("%s: cannot be read: %s", from, strerror(errno));
     closedir(files);
-    rename_for_good(path_of("%s/config.json", from), path_of("%s/config.json", folder));
+    rename_for_good(path_of("%s/%s", from, config), path_of("%s/%s", folder, config));
     remove_folder(from);
     free(from);
 }
@@ -4150,6 +4539,7 @@ static size_t utf8_mark(const char *text, size_t size) {
 static Text read_utf8_file(const char *path, const char **start) {
     Text text = read_file(path);
     text_append(&text, "", 0); // an empty file has data, too
+    refuse_pointer(path, text.data, text.size);
     check_utf8(&(Utf8Check){path, 0, 1}, text.data, text.size, true);
     *start = text.data + utf8_mark(text.data, text.size);
     return text;
@@ -4187,6 +4577,7 @@ static void load_text(Dataset *data, Source *source, const char *path, Tokenizer
 static void load_shard(Dataset *data, Source *source, const char *path, int seq_len, int vocab_size) {
     source->shard = map_file(path);
     const int32_t *header = (const int32_t *)source->shard.data;
+    refuse_pointer(path, source->shard.data, source->shard.size);
     if (source->shard.size < 1024 || header[0] != 20240520 || header[1] != 1)
         die("%s: not a token shard of llm.c: header 20240520, 1 expected", path);
     size_t count = (source->shard.size - 1024) / 2;
@@ -4341,10 +4732,30 @@ static void report_losses(const Dataset *data, int seq_len) {
          data->path, data->count, seq_len, data->lost_end, data->lost_beginning, data->skipped);
 }
 
-// Loads a file, or all files that a glob matches. tokenizer may be NULL when there are only shards.
-static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size) {
-    Dataset *data = xcalloc(1, sizeof *data);
-    data->path = pattern;
+// Does a name have this ending, in small or capital letters?
+static bool has_ending(const char *path, const char *ending) {
+    size_t n = strlen(path), m = strlen(ending);
+    return n >= m && strcasecmp(path + n - m, ending) == 0;
+}
+
+// Ends the program because a path is neither .txt, .jsonl nor .bin, and says how to get there.
+static void __attribute__((noreturn)) refuse_data(const char *path) {
+    if (is_folder(path)) die("%s: a folder: name its files, as in '%s/*.txt'", path, path);
+    if (has_ending(path, ".json"))
+        die("%s: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '%s' > '%sl'", path, path,
+            path);
+    if (has_ending(path, ".csv") || has_ending(path, ".tsv") || has_ending(path, ".parquet"))
+        die("%s: a table; this makes examples of it: python3 data/convert.py '%s' '%.*s.jsonl'", path, path,
+            (int)(strrchr(path, '.') - path), path);
+    if (has_ending(path, ".gz")) die("%s: packed: gunzip '%s'", path, path);
+    die("%s: .txt, .jsonl or .bin expected; if it is plain text, give it such a name: cp '%s' '%s.txt'", path,
+        path, path);
+}
+
+// Adds the examples of a file, or of all files that a glob matches.
+static void dataset_read(Dataset *data, const char *pattern, Tokenizer *tokenizer, int seq_len,
+                         int vocab_size) {
+    const size_t before = data->count;
     glob_t found = find_files(pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
         const char *path = found.gl_pathv[i];
@@ -4352,9 +4763,8 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
             grow(data->sources, data->source_count + 1, &data->source_capacity, sizeof *data->sources);
         Source *source = &data->sources[data->source_count++];
         *source = (Source){0};
-        bool is_shard = ends_with(path, ".bin"), is_jsonl = ends_with(path, ".jsonl");
-        if (!is_shard && !is_jsonl && !ends_with(path, ".txt"))
-            die("%s: a name that ends in .txt, .jsonl or .bin expected", path);
+        bool is_shard = has_ending(path, ".bin"), is_jsonl = has_ending(path, ".jsonl");
+        if (is_folder(path) || (!is_shard && !is_jsonl && !has_ending(path, ".txt"))) refuse_data(path);
         if (!is_shard && !tokenizer) die("%s: text needs a tokenizer; say --tokenizer FOLDER", path);
         if (is_shard)
             load_shard(data, source, path, seq_len, vocab_size);
@@ -4365,9 +4775,24 @@ static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_
         if (!is_shard) check_tokens(tokenizer, &source->ids, vocab_size, path);
     }
     globfree(&found);
+    if (data->count == before) die("%s: holds no example to learn from", pattern);
+}
+
+// Loads all files that the patterns name. tokenizer may be NULL when there are only shards.
+static Dataset *dataset_load_all(const Patterns *patterns, Tokenizer *tokenizer, int seq_len,
+                                 int vocab_size) {
+    Dataset *data = xcalloc(1, sizeof *data);
+    data->path = patterns->items[0];
+    for (size_t i = 0; i < patterns->size; i++) {
+        if (i > 0) data->path = xprintf("%s, %s", data->path, patterns->items[i]);
+        dataset_read(data, patterns->items[i], tokenizer, seq_len, vocab_size);
+    }
     report_losses(data, seq_len);
-    if (data->count == 0) die("%s: holds no example to learn from", pattern);
     return data;
+}
+
+static Dataset *dataset_load(const char *pattern, Tokenizer *tokenizer, int seq_len, int vocab_size) {
+    return dataset_load_all(&(Patterns){&pattern, 1, 1}, tokenizer, seq_len, vocab_size);
 }
 
 // Splits the last part off as a dataset of its own, at least one example. It lives no longer than the whole.
@@ -4437,6 +4862,44 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
     }
 }
 
+// An example taken apart: its last stretch of scored tokens is the answer that is expected, all before it is the
+// prompt. A text that is scored from its beginning has no prompt.
+typedef struct {
+    Ids prompt, answer; // the answer without the end of text
+    bool has_prompt;
+    bool ends;        // the end of text is expected behind the answer
+    bool one_stretch; // nothing else is scored
+    Text asked, expected;
+} Question;
+
+static Question question_of(const Dataset *data, const Example *example, const Tokenizer *tokenizer) {
+    Question q = {0};
+    int end = example->size, begin;
+    while (end > 1 && dataset_token(data, example, end - 1) < 0) end--;
+    for (begin = end; begin > 1 && dataset_token(data, example, begin - 1) >= 0;) begin--;
+    q.one_stretch = example->targets == end - begin;
+    q.ends = end > begin && dataset_token(data, example, end - 1) == tokenizer->end_of_text;
+    text_append(&q.asked, "", 0);
+    text_append(&q.expected, "", 0);
+    for (int i = 0; i < begin; i++) {
+        int token = dataset_token(data, example, i);
+        ids_push(&q.prompt, token < 0 ? ~token : token);
+        if (i > 0 || q.prompt.data[0] != tokenizer->end_of_text)
+            tokenizer_decode(tokenizer, &q.asked, q.prompt.data[i]);
+    }
+    for (int i = begin; i < end - q.ends; i++) {
+        ids_push(&q.answer, dataset_token(data, example, i));
+        tokenizer_decode(tokenizer, &q.expected, q.answer.data[i - begin]);
+    }
+    q.has_prompt = q.asked.size > 0 && dataset_token(data, example, 0) < 0;
+    return q;
+}
+
+static void question_free(Question *q) {
+    free(q->prompt.data), free(q->answer.data);
+    free(q->asked.data), free(q->expected.data);
+}
+
 // #####################################################################################################
 // PART IV. Running it
 // #####################################################################################################
@@ -4462,6 +4925,9 @@ static void dataset_batch(const Dataset *data, const size_t *indices, size_t fir
 // whatever decides about a call must be equal everywhere: options and data, which are compared at the start,
 // sums, and signals, which are agreed upon. Without MPI there is one rank, and they do nothing.
 
+#ifdef USE_MPI
+#include <mpi.h>
+#endif
 static int this_rank = 0, rank_count = 1, machine_count = 1;
 
 // (all ranks) The largest x of all ranks.
@@ -4661,16 +5127,25 @@ static double now(void) {
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
-    const char *init, *tokenizer, *train, *val, *out, *warmup_steps, *prompt, *stop;
+    const char *init, *tokenizer, *train, *out, *predictions, *warmup_steps, *prompt, *prompts, *stop;
     double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm;
-    double dropout, temperature, top_p;
+    double dropout, temperature, top_p, repetition_penalty;
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
     long schedule, matmul, precision; // numbers of their choices
-    Patterns no_decay, freeze;
-    bool resume, overfit, eval, plan, plain, recompute, quiet, help;
+    Patterns no_decay, freeze, val, lora_target;
+    long lora_rank;
+    double lora_alpha;
+    bool resume, overfit, eval, plan, plain, recompute, quiet, help, chat, answer_only;
 } Options;
+
+// What --predictions writes.
+typedef struct {
+    FILE *file;
+    Cache cache;      // of the text that is generated
+    size_t different; // examples whose text says something else than their exact match
+} Predictions;
 
 // What a run is made of.
 typedef struct {
@@ -4679,14 +5154,16 @@ typedef struct {
     Model *model;
     Tokenizer *tokenizer; // NULL when there is none
     KeptFiles kept;       // what is written back as it was read
+    char *base;           // with LoRA: the folder of the model that the adapters belong to
     Ids ends;             // a text ends at each of these ids
     Dataset *train, *val; // val may be NULL
     Activations activations;
     long warmup, steps_per_epoch;
-    double started; // on the clock of now(), less the time that was spent before a resume
-    FILE *log;      // OUT/log.csv
-    Batch *batches; // (--accumulate) of the update that is taken
-    size_t *order;  // of the examples in epoch order_epoch; NULL: in none yet
+    double started;           // on the clock of now(), less the time that was spent before a resume
+    FILE *log;                // OUT/log.csv
+    Predictions *predictions; // NULL: only figures are wanted
+    Batch *batches;           // (--accumulate) of the update that is taken
+    size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
     double accuracy;                // of the last update
@@ -4704,15 +5181,15 @@ typedef struct {
     double accuracy; // share of scored tokens whose logit was the highest
     double exact;    // share of examples with all scored tokens right: greedy generation would give them
     size_t targets, examples;
+    size_t prompted; // the same examples, if exact match makes sense there; else 0
 } Evaluation;
 
-static volatile sig_atomic_t caught_signal = 0; // by this process
-static int stop_signal = 0;                     // what all ranks know of, and act on
+static int agreed_signal = 0; // the stop_signal of some rank: all ranks know of it and act on it
 
-static void remember_signal(int signal_number) { caught_signal = signal_number; }
+static void remember_signal(int signal_number) { stop_signal = signal_number; }
 
 // (all ranks) A signal to one rank stops all of them, at the same step.
-static void agree_on_stop(void) { stop_signal = (int)largest_over_ranks(caught_signal); }
+static void agree_on_stop(void) { agreed_signal = (int)largest_over_ranks(stop_signal); }
 
 // From here on a signal does not end the program at once: the training loop finishes its step and saves. A
 // second ^C (SIGINT) or SIGTERM ends it at once. SIGHUP (the terminal or the ssh connection is gone) and
@@ -4747,6 +5224,51 @@ static const Tensor *find_not_finite(const Model *model) {
     return NULL;
 }
 
+// Writes text as a JSON string: bytes that are not UTF-8, such as a part of a character, become U+FFFD.
+static void write_json_text(FILE *file, const Text *text) {
+    Text valid = {0};
+    for (size_t at = 0, length; at < text->size; at += length ? length : 1) {
+        unsigned code;
+        length = (size_t)utf8_read(text->data + at, text->size - at, &code);
+        text_append(&valid, length ? text->data + at : "\xef\xbf\xbd", length ? length : 3);
+    }
+    json_write_string(file, valid.data ? valid.data : "", valid.size);
+    free(valid.data);
+}
+
+// What the model itself writes behind the prompt: always the likeliest token, up to `most` of them.
+static Sample answer_greedily(const Run *run, Cache *cache, const Question *q, size_t most) {
+    const Sampling greedy = {.top_p = 1, .repetition_penalty = 1, .silent = true};
+    Sample answer = {0};
+    cache->past = 0;
+    continue_prompt(run->model, run->tokenizer, &q->prompt, (int)most, cache, &run->ends, &greedy, &answer);
+    return answer;
+}
+
+// Writes the line of one example: a prompt and its answers, or a text. Its tokens have this mean loss; `exact`:
+// all that are scored were the likeliest behind the right ones before them. Then greedy generation gives the
+// same text, unless two logits are so near that rounding decides: such examples are counted.
+static void write_prediction(Run *run, const Example *example, double loss, bool exact) {
+    Predictions *p = run->predictions;
+    Question q = question_of(run->val, example, run->tokenizer);
+    fprintf(p->file, q.has_prompt ? "{\"prompt\": " : "{\"text\": ");
+    write_json_text(p->file, q.has_prompt ? &q.asked : &q.expected);
+    if (q.has_prompt) {
+        const size_t size = q.answer.size, tokens = (size_t)run->options->sample_tokens;
+        Sample answer = answer_greedily(run, &p->cache, &q, size >= tokens ? size + 1 : tokens);
+        bool same = (q.ends ? answer.ids.size == size : answer.ids.size >= size) &&
+                    memcmp(answer.ids.data, q.answer.data, size * sizeof(int)) == 0;
+        fprintf(p->file, ", \"completion\": ");
+        write_json_text(p->file, &q.expected);
+        fprintf(p->file, ", \"prediction\": ");
+        write_json_text(p->file, &answer.text);
+        p->different += q.one_stretch && same != exact;
+        sample_free(&answer);
+    }
+    fprintf(p->file, ", \"loss\": %.9g, \"exact_match\": %s}\n", loss, exact ? "true" : "false");
+    question_free(&q);
+}
+
 // (all ranks) Mean loss, accuracy and exact match over run->val, or its first --val-batches batches. Each rank
 // takes a share of the examples.
 static Evaluation evaluate(Run *run) {
@@ -4759,7 +5281,7 @@ static Evaluation evaluate(Run *run) {
         end = (size_t)options->val_batches * B;
     need_same_model(run->model);
     size_t *share, count = take_share(NULL, 0, end, &share);
-    for (size_t begin = 0; begin < count && !caught_signal; begin += B) {
+    for (size_t begin = 0; begin < count && !stop_signal; begin += B) {
         dataset_batch(run->val, share, begin, smaller(B, count - begin), &batch);
         Activations *a = &run->activations;
         activations_reserve(a, run->model, batch.rows, KEEP_NOTHING);
@@ -4767,13 +5289,17 @@ static Evaluation evaluate(Run *run) {
         loss += classifier(run->model, a, &batch, false, 0, false);
         result.targets += (size_t)batch.targets;
         for (int s = 0, i = 0; s < batch.sequences; s++) {
+            const Example *example = &run->val->examples[share[begin + (size_t)s]];
             bool all = true;
+            double own = 0;
             for (; i < batch.targets && a->scored[i] < batch.first_row[s + 1]; i++) {
                 hits += a->correct[i];
                 all = all && a->correct[i];
+                own += a->loss[i];
             }
             exact += all;
             result.examples++;
+            if (run->predictions) write_prediction(run, example, own / fmax(1, example->targets), all);
         }
     }
     batch_free(&batch);
@@ -4792,6 +5318,7 @@ static Evaluation evaluate(Run *run) {
     result.loss = loss / targets;
     result.accuracy = sum_over_ranks((double)hits) / targets;
     result.exact = sum_over_ranks((double)exact) / (result.examples ? (double)result.examples : 1);
+    result.prompted = run->val->prompts ? result.examples : 0;
     return result;
 }
 
@@ -4886,7 +5413,8 @@ static void begin_log(const Run *run) {
     if (ftruncate(fileno(run->log), (off_t)kept) != 0 || fseek(run->log, 0, SEEK_END) != 0)
         die("%s/log.csv: cannot be shortened: %s", run->options->out, strerror(errno));
     if (kept == 0)
-        write_log(run, "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds\n");
+        write_log(run, "step,epoch,split,loss,accuracy,learning_rate,grad_norm,tokens_per_second,seconds,"
+                       "exact_match\n");
 }
 
 // ---- saving ----
@@ -4944,7 +5472,7 @@ static void save_checkpoint(Run *run) {
         save_trainer_state(run, path);
     } else {
         remove_folder(temporary);
-        model_save(run->model, run->tokenizer, &run->kept, temporary);
+        model_save(run->model, run->tokenizer, &run->kept, run->base, temporary);
         model_write_tensors(run->model, path_of("%s/optimizer.safetensors", temporary), true);
         save_trainer_state(run, temporary);
         rename_for_good(temporary, path);
@@ -4979,7 +5507,7 @@ static void load_trainer_state(Run *run, const char *folder, long step) {
 }
 
 // OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
-static void save_result(const Run *run) {
+static void save_result(Run *run) {
     const char *out = run->options->out;
     char text[32];
     if (this_rank > 0) return;
@@ -4988,13 +5516,24 @@ static void save_result(const Run *run) {
     const Tensor *bad = find_not_finite(model);
     if (bad) die("%s is not finite: the model is not saved", bad->name);
     check_mapped_files();
-    char *temporary = xprintf("%s/model.tmp", out);
+    char *temporary = xprintf("%s/model.tmp", out), *merged = xprintf("%s/merged", out);
+    const bool adapter = model->lora_rank > 0;
     remove_folder(temporary);
-    model_save(model, run->tokenizer, &run->kept, temporary);
+    model_save(model, run->tokenizer, &run->kept, run->base, temporary);
+    withdraw_model(merged); // an earlier run's would not be the sum of this adapter and its model
     publish_model(out);
+    if (adapter) {
+        activations_free(&run->activations); // merging copies each matrix that it changes
+        model_merge(model);
+        make_folder(merged);
+        model_save(model, run->tokenizer, &run->kept, NULL, path_of("%s/model.tmp", merged));
+        publish_model(merged);
+    }
     if (other) model_free(model);
     free(temporary);
-    printf("model saved in %s", out);
+    free(merged);
+    printf("%s saved in %s", adapter ? "adapter" : "model", out);
+    if (adapter) printf(", with its model in %s/merged", out);
     if (judged) printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
     printf(" after %s\n", clock_time(now() - run->started, text));
 }
@@ -5008,12 +5547,40 @@ static int first_token(const Run *run) {
     return end >= 0 && end < run->model->config.vocab_size ? end : 0;
 }
 
+// Shows a held-out prompt, another one each time, with the answer that is expected and the greedy one. Returns
+// false if the example whose turn it is has no prompt.
+static bool print_answer(const Run *run) {
+    if (!run->val || !run->val->prompts || !run->tokenizer) return false;
+    const size_t index = (size_t)(run->step / run->options->sample_every - 1) % run->val->count;
+    Question q = question_of(run->val, &run->val->examples[index], run->tokenizer);
+    const bool has_prompt = q.has_prompt;
+    if (has_prompt) {
+        Cache cache = cache_new(run->model, 1);
+        Sample answer = answer_greedily(run, &cache, &q, (size_t)run->options->sample_tokens);
+        const Text *texts[] = {&q.asked, &q.expected, &answer.text};
+        cache_free(&cache);
+        end_progress();
+        printf("--- held-out example %zu at step %ld ---", index + 1, run->step);
+        for (int i = 0; i < 3; i++) {
+            printf(i == 0 ? "\nprompt    " : i == 1 ? "\nexpected  " : "\ngiven     ");
+            write_json_text(stdout, texts[i]);
+        }
+        printf("\n---\n");
+        sample_free(&answer);
+    }
+    question_free(&q);
+    return has_prompt;
+}
+
 // Shows what the model writes at the start of a text.
 static void print_sample(const Run *run) {
+    if (!run->tokenizer || this_rank > 0 || print_answer(run)) return;
     Ids prompt = {0};
     Sample output = {0};
-    Sampling sampling = {1, 0, 1, (uint64_t)run->options->seed + (uint64_t)run->step, NULL};
-    if (!run->tokenizer || this_rank > 0) return;
+    const Sampling sampling = {.temperature = 1,
+                               .top_p = 1,
+                               .seed = (uint64_t)run->options->seed + (uint64_t)run->step,
+                               .repetition_penalty = 1};
     ids_push(&prompt, first_token(run));
     end_progress();
     printf("--- sample at step %ld ---\n", run->step);
@@ -5028,15 +5595,17 @@ static void print_sample(const Run *run) {
 // that a signal cut short counts for nothing: --resume does it again.
 static bool evaluate_and_judge(Run *run) {
     Evaluation e = evaluate(run);
-    if (stop_signal) return false;
+    if (agreed_signal) return false;
     end_progress();
     printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->options->steps,
            e.loss, exp(e.loss), 100 * e.accuracy);
     if (run->val->prompts) printf("  exact match %.2f %% of %zu", 100 * e.exact, e.examples);
     printf("\n");
     fflush(stdout);
-    write_log(run, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f\n", run->step, epoch_of(run, run->step), e.loss,
-              e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started);
+    char exact[32] = ""; // windows of a text have none
+    if (run->val->prompts) snprintf(exact, sizeof exact, "%.6g", e.exact);
+    write_log(run, "%ld,%.6g,val,%.9g,%.6g,%.9g,,,%.3f,%s\n", run->step, epoch_of(run, run->step), e.loss,
+              e.accuracy, run->step > 0 ? rate_of(run, run->step - 1) : 0, now() - run->started, exact);
     run->evaluated_step = run->step;
     if (run->step == 0) return false;
     run->unsaved = true;
@@ -5114,22 +5683,23 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
         return;
     }
     double seconds = now() - begin;
+    update.rows = (size_t)sum_over_ranks((double)update.rows);
     run->accuracy = update.accuracy;
-    write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f\n", run->step, epoch_of(run, run->step),
+    write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
               update.loss, update.accuracy, update.learning_rate, update.norm, (double)update.rows / seconds,
               now() - run->started);
     show_update(run, &update, seconds);
 }
 
 // Says how training ended, and saves its result if there is one. Returns the program's exit status.
-static int finish_training(const Run *run) {
+static int finish_training(Run *run) {
     const Options *options = run->options;
     end_progress();
-    if (stop_signal) {
+    if (agreed_signal) {
         bool saved = run->step > 0 && !options->overfit;
         printf("stopped at step %ld of %ld", run->step, options->steps);
         printf(saved ? ", saved in %s; --resume goes on from there\n" : "\n", options->out);
-        return 128 + stop_signal;
+        return 128 + agreed_signal;
     }
     if (!options->overfit) {
         save_result(run);
@@ -5174,8 +5744,8 @@ static int train(Run *run) {
         bool save = is_due(run->step, o->save_every) || run->step == run->saved_step;
         if (run->val && (last || is_due(run->step, o->val_every)) && run->evaluated_step != run->step)
             save = evaluate_and_judge(run) || save;
-        const bool ending = last || is_hopeless(run) || stop_signal;
-        if (run->step > 0 && is_due(run->step, o->sample_every) && !stop_signal) print_sample(run);
+        const bool ending = last || is_hopeless(run) || agreed_signal;
+        if (run->step > 0 && is_due(run->step, o->sample_every) && !agreed_signal) print_sample(run);
         if (run->unsaved && (save || ending) && !o->overfit) save_checkpoint(run);
         if (ending) break;
     }
@@ -5195,7 +5765,7 @@ static int train(Run *run) {
 typedef enum { FLAG, COUNT, REAL, WORD, CHOICE, LIST } OptionKind;
 // Where an option applies; NOT_SAVED: a checkpoint does not remember it; START: it only counts when a run
 // begins; ONCE: given twice it is refused, since the user may believe that both count.
-enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ANY = 7, NOT_SAVED = 8, START = 16, ONCE = 32 };
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, CHAT = 8, ANY = 15, NOT_SAVED = 16, START = 32, ONCE = 64 };
 
 typedef struct {
     const char *name;
@@ -5221,7 +5791,7 @@ static const Option option_table[] = {
     {"tokenizer", 0, WORD, FIELD(tokenizer), "", 0, 0, ANY | START, "WHAT", "folder with vocab.json + merges.txt, or a merges file (default: the model folder's)"},
     {"plain", 0, FLAG, FIELD(plain), "", 0, 0, ANY, NULL, "added tokens in text, <|endoftext|> among them, are ordinary text"},
     {"train", 'i', WORD, FIELD(train), "", 0, 0, TRAIN | ONCE, "PATH", ".txt, .jsonl or llm.c .bin; a quoted glob takes several"},
-    {"val", 'j', WORD, FIELD(val), "", 0, 0, TRAIN | EVAL | ONCE, "PATH", "the same, to evaluate on"},
+    {"val", 'j', LIST, FIELD(val), "none", 0, 0, TRAIN | EVAL, "PATH", "the same, to evaluate on; may be given several times (default: see the next one)"},
     {"val-fraction", 0, REAL, FIELD(val_fraction), "0.05", 0, 0.9, TRAIN, "X", "without --val, this part of --train is split off its end"},
     {"out", 'o', WORD, FIELD(out), "out", 0, 0, TRAIN | NOT_SAVED, "DIR", "checkpoints, log.csv and the final model"},
     {"resume", 'y', FLAG, FIELD(resume), "", 0, 0, TRAIN | NOT_SAVED, NULL, "go on from the newest checkpoint in --out, if there is one"},
@@ -5243,25 +5813,33 @@ static const Option option_table[] = {
     {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and that of its square"},
     {"epsilon", 0, REAL, FIELD(epsilon), "1e-8", 1e-30, 1, TRAIN, "X", "what AdamW adds to the root it divides by"},
     {"max-grad-norm", 0, REAL, FIELD(max_grad_norm), "1", 0, 1e30, TRAIN, "X", "gradients with a larger norm are scaled down to it; 0: never"},
+    {"lora-rank", 0, COUNT, FIELD(lora_rank), "0", 1, 65536, TRAIN | START, "R", "train adapters of this rank beside frozen matrices (LoRA)"},
+    {"lora-alpha", 0, REAL, FIELD(lora_alpha), "0", 1e-6, 1e6, TRAIN | START, "X", "their weight is alpha / rank (default: twice the rank)"},
+    {"lora-target", 0, LIST, FIELD(lora_target), "attn.c_attn", 0, 0, TRAIN | START, "REGEX", "matrices that get one, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; may be given several times"},
     {"dropout", 0, REAL, FIELD(dropout), "0", 0, 0.99, TRAIN, "X", "probability, at the places where GPT-2 has it"},
     {"overfit", 0, FLAG, FIELD(overfit), "", 0, 0, TRAIN, NULL, "train on the first batch only; must reach 100 % accuracy"},
     {.help = "Evaluation, samples, checkpoints"},
     {"val-every", 'v', COUNT, FIELD(val_every), "0", 1, 1e9, TRAIN, "N", "evaluate every N steps (default: 20 times a run)"},
     {"val-batches", 'm', COUNT, FIELD(val_batches), "0", 1, 1e9, TRAIN | EVAL, "N", "on so many batches (default: all)"},
-    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample every N steps (default: never)"},
-    {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN, "N", "its length"},
+    {"sample-every", 's', COUNT, FIELD(sample_every), "0", 1, 1e9, TRAIN, "N", "show a sample, or a held-out prompt with its answers, every N steps (default: never)"},
+    {"sample-tokens", 'g', COUNT, FIELD(sample_tokens), "128", 1, 1e6, TRAIN | EVAL, "N", "its length, and that of a prediction, at most"},
     {"save-every", 'n', COUNT, FIELD(save_every), "0", 1, 1e9, TRAIN, "N", "save a checkpoint every N steps (default: at each evaluation)"},
     {"keep", 0, COUNT, FIELD(keep), "2", 1, 1e6, TRAIN, "N", "how many checkpoints stay, and the best one besides"},
     {"patience", 0, COUNT, FIELD(patience), "0", 1, 1e6, TRAIN, "N", "stop after N evaluations without a better loss (default: never)"},
     {.help = "Instead of training"},
     {"eval", 0, FLAG, FIELD(eval), "", 0, 0, EVAL | NOT_SAVED, NULL, "loss, perplexity, accuracy and exact match of --val"},
-    {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
+    {"predictions", 0, WORD, FIELD(predictions), "", 0, 0, EVAL | NOT_SAVED | ONCE, "FILE", "with --eval: a JSON line for each example: prompt, completion, prediction (greedy), loss, exact_match"},
+    {"generate", 0, COUNT, FIELD(generate), "0", 1, 1e9, GENERATE | CHAT | NOT_SAVED, "N", "continue --prompt by up to N tokens"},
     {"prompt", 0, WORD, FIELD(prompt), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "how the text begins; - reads standard input"},
-    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
-    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
-    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
+    {"prompts", 0, WORD, FIELD(prompts), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "FILE", "a prompt in each line; - reads standard input"},
+    {"answer-only", 0, FLAG, FIELD(answer_only), "", 0, 0, GENERATE | NOT_SAVED, NULL, "print what follows the prompt without the prompt"},
+    {"chat", 0, FLAG, FIELD(chat), "", 0, 0, CHAT | NOT_SAVED, NULL, "talk to --init, answers of up to --generate N tokens (default: a quarter of the context)"},
+    {"temperature", 0, REAL, FIELD(temperature), "1", 0, 1e6, GENERATE | CHAT | NOT_SAVED, "X", "below 1: likely tokens more often; 0: always the most likely one"},
+    {"top-k", 0, COUNT, FIELD(top_k), "0", 1, 1e9, GENERATE | CHAT | NOT_SAVED, "K", "draw only from the K most likely tokens (default: from all)"},
+    {"top-p", 0, REAL, FIELD(top_p), "1", 0, 1, GENERATE | CHAT | NOT_SAVED, "P", "draw only from the most likely tokens that together have probability P"},
+    {"repetition-penalty", 0, REAL, FIELD(repetition_penalty), "1", 1e-3, 1e3, GENERATE | CHAT | NOT_SAVED, "X", "above 1: tokens that the text has already are less likely, as in transformers"},
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
-    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
+    {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | CHAT | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
@@ -5395,20 +5973,55 @@ static const Option *find_option(const char *name, size_t length, char letter) {
     return NULL;
 }
 
+// How many letters must be added, taken away or changed to make one word of the other (Levenshtein distance).
+static size_t edit_distance(const char *a, size_t length, const char *b) {
+    size_t above[64], n = smaller(strlen(b), 63); // above[j]: from the letters of a so far to j letters of b
+    for (size_t j = 0; j <= n; j++) above[j] = j;
+    for (size_t i = 1; i <= length; i++)
+        for (size_t j = 1, diagonal = above[0]++, upper; j <= n; j++, diagonal = upper) {
+            upper = above[j];
+            above[j] = smaller(smaller(above[j], above[j - 1]) + 1, diagonal + (a[i - 1] != b[j - 1]));
+        }
+    return above[n];
+}
+
+// Ends the program because there is no such option; names the nearest one, if one is near.
+static void __attribute__((noreturn)) refuse_option(const char *word) {
+    const char *name = word + 2, *nearest = NULL;
+    const size_t length = strcspn(name, "=");
+    size_t best = length / 3 + 2; // so many letters are too many
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
+        size_t distance = option->name ? edit_distance(name, length, option->name) : SIZE_MAX;
+        if (distance < best) best = distance, nearest = option->name;
+    }
+    if (nearest) die_usage("unknown option %s; the nearest is --%s, --help lists all", word, nearest);
+    die_usage("unknown option %s; --help lists all", word);
+}
+
+// Ends the program because a word is no option where one must stand.
+static void __attribute__((noreturn)) refuse_word(const char *word) {
+    if (file_exists(word))
+        die_usage(
+            "'%s' is left over: if the shell has made several names of a pattern, quote it: --train '*.txt'",
+            word);
+    die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+}
+
 // Sets the options that words[1], ... give: --name value, --name=value, -n value, -nvalue; letters of FLAGs
 // may stand together, as in -yx5. A LIST's first word replaces what was there before.
 static void take_words(Options *options, bool given[OPTION_COUNT], int count, char *const *words) {
     bool taken[OPTION_COUNT] = {false};
     for (int i = 1; i < count; i++) {
         const char *word = words[i], *rest = word + 1; // rest: what is still to be read of a word of letters
-        if (word[0] != '-' || !word[1])
-            die_usage("'%s' is not an option; files are named by --train, --val, --init and --out", word);
+        if (word[0] != '-' || !word[1]) refuse_word(word);
         bool is_long = word[1] == '-';
+        if (!is_long && word[2] && find_option(rest, strcspn(rest, "="), 0))
+            die_usage("%s: a name is written with two dashes: -%.*s", word, (int)strcspn(word, "="), word);
         do {
             const char *name = is_long ? word + 2 : NULL;
             size_t length = is_long ? strcspn(name, "=") : 1;
             const Option *option = find_option(name, length, *rest);
-            if (!option && is_long) die_usage("unknown option %s; --help lists all", word);
+            if (!option && is_long) refuse_option(word);
             if (!option) die_usage("unknown option -%c; --help lists all", *rest);
             const char *value = !is_long ? rest + 1 : name[length] ? name + length + 1 : "";
             bool has_value = is_long ? name[length] != 0 : *value != 0;
@@ -5444,20 +6057,29 @@ static void parse_options(Options *options, const char *state, int argc, char **
     take_words(options, given, (int)words.size, (char *const *)words.items);
     json_free(json);
     take_words(options, given, argc, argv);
-    int mode = options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
-    const char *mode_name = options->generate ? "--generate" : options->eval ? "--eval" : "training";
+    int mode = options->chat ? CHAT : options->generate ? GENERATE : options->eval ? EVAL : TRAIN;
+    const char *mode_name = options->chat       ? "--chat"
+                            : options->generate ? "--generate"
+                            : options->eval     ? "--eval"
+                                                : "training";
     for (int i = 0; i < OPTION_COUNT && !options->help; i++)
         if (given[i] && !(option_table[i].modes & mode))
             die_usage("--%s does not apply to %s%s", option_table[i].name, mode_name,
                       option_table[i].modes & GENERATE ? "; it goes with --generate N" : "");
 }
 
+static void print_usage(FILE *file) {
+    fprintf(file,
+            "train_gpt2: train, fine-tune, evaluate and sample GPT-2 on CPU cores\n\n"
+            "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
+            "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
+            "  train_gpt2 --init DIR --eval --val FILE [options]        evaluate it\n"
+            "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n"
+            "  train_gpt2 --init DIR --chat                             talk to it\n");
+}
+
 static void print_help(void) {
-    printf("train_gpt2: train, fine-tune, evaluate and sample GPT-2 on CPU cores\n\n"
-           "  train_gpt2 --tokenizer DIR --train FILE [options]        train a small model from nothing\n"
-           "  train_gpt2 --init DIR --train FILE --out DIR [options]   fine-tune a model\n"
-           "  train_gpt2 --init DIR --eval --val FILE [options]        evaluate it\n"
-           "  train_gpt2 --init DIR --generate N --prompt TEXT         sample from it\n");
+    print_usage(stdout);
     for (const Option *option = option_table; option < option_table + OPTION_COUNT; option++) {
         if (!option->name) {
             printf("\n%s\n", option->help);
@@ -5599,7 +6221,7 @@ static const int *find_size(const char *name) {
     return NULL;
 }
 
-// Ends the program when a folder has weights in other formats only, and says how to convert them.
+// Ends the program when --init names no model folder that can be read, and says how to come by one.
 static void refuse_other_formats(const char *folder) {
     static const char *const others[] = {"pytorch_model.bin", "pytorch_model.bin.index.json",
                                          "model.safetensors.index.json", "ckpt.pt"};
@@ -5608,6 +6230,25 @@ static void refuse_other_formats(const char *folder) {
     if (found && !file_exists(path_of("%s/model.safetensors", folder)))
         die("%s: weights in another format; this converts them: python3 data/convert.py %s FOLDER", folder,
             folder);
+    const char *slash = strrchr(folder, '/'), *name = slash ? slash + 1 : folder;
+    if (ends_with(folder, ".gguf"))
+        die("%s: a file for llama.cpp, which cannot be trained: --init takes the folder that it was made "
+            "from",
+            folder);
+    if (file_exists(folder) && !is_folder(folder))
+        die("%s: a file: --init takes the folder that it lies in", folder);
+    bool is_gpt2 = strcmp(name, "gpt2") == 0 || strcmp(name, "gpt2-medium") == 0 ||
+                   strcmp(name, "gpt2-large") == 0 || strcmp(name, "gpt2-xl") == 0;
+    if (!file_exists(folder) && is_gpt2) die("%s: is not here; this downloads it: make %s", folder, name);
+    if (!file_exists(folder) && slash > folder && strchr(folder, '/') == slash && folder[0] != '.')
+        die("%s: is not here; this downloads it: hf download %s --local-dir %s", folder, folder, name);
+    if (!is_folder(folder) || is_adapter(folder) || file_exists(path_of("%s/config.json", folder))) return;
+    size_t count;
+    const long *steps = list_checkpoints(folder, &count);
+    if (count > 0)
+        die("%s: has no model yet, but checkpoints, such as %s", folder,
+            checkpoint_path(folder, steps[count - 1]));
+    die("%s: has no config.json: a folder with config.json and model.safetensors expected", folder);
 }
 
 // The tokenizer of --tokenizer if that is given, else the model folder's; NULL when it has none.
@@ -5616,11 +6257,11 @@ static Tokenizer *load_tokenizer(const char *given, const char *folder) {
     return *given ? tokenizer_load(given) : tokenizer_files(folder, files) ? tokenizer_load(folder) : NULL;
 }
 
-// A model of a size of the table with random values, or (size NULL) the one in a folder.
+// A model of a size of the table with random values, or (size NULL) the one in a folder. --plan needs no values.
 static Model *start_model(const Options *options, const int *size, const char *folder,
                           const Tokenizer *tokenizer) {
     if (!size) {
-        Model *model = model_load(folder);
+        Model *model = model_open(folder, !options->plan);
         if (tokenizer && tokenizer->base_size > model->config.vocab_size)
             die("the tokenizer has %d entries, the model only %d: it is not this model's own",
                 tokenizer->base_size, model->config.vocab_size);
@@ -5638,7 +6279,7 @@ static Model *start_model(const Options *options, const int *size, const char *f
     config.n_inner = 4 * config.n_embd;
     check_config(config, "--init");
     Model *model = model_new(config);
-    model_initialise(model, (uint64_t)options->seed);
+    if (!options->plan) model_initialise(model, (uint64_t)options->seed);
     return model;
 }
 
@@ -5687,6 +6328,41 @@ static void need_same_data(const Dataset *data) {
     need_same(data ? data->path : "data", hash, "all ranks need the same file");
 }
 
+// Puts adapters beside the matrices of --lora-target. An adapter that comes from a folder is trained as it is.
+static void start_adapters(Model *model, const Options *options) {
+    if (model->lora_rank > 0) {
+        if (options->lora_rank && options->lora_rank != model->lora_rank)
+            die_usage(
+                "--lora-rank %ld: %s is an adapter of rank %d already; leave the option out to train it on",
+                options->lora_rank, options->init, model->lora_rank);
+        return;
+    }
+    if (!options->lora_rank) return;
+    if (find_size(options->init))
+        die_usage("--lora-rank: an adapter belongs to a model folder; --init %s begins at random",
+                  options->init);
+    model->lora_rank = (int)options->lora_rank;
+    model->lora_alpha =
+        (float)(options->lora_alpha > 0 ? options->lora_alpha : 2 * (double)options->lora_rank);
+    const int plain = model->tensor_count;
+    for (size_t p = 0; p < options->lora_target.size; p++) {
+        const Patterns one = {&options->lora_target.items[p], 1, 1};
+        bool found = false;
+        for (int i = 0; i < plain; i++) {
+            Tensor *weight = &model->tensors[i];
+            if (!is_adaptable(weight) || !patterns_match(&one, weight->name)) continue;
+            if (!weight->adapter) model_add_adapter(model, weight);
+            found = true;
+        }
+        if (!found)
+            die_usage("--lora-target '%s' matches no matrix of a block: they are attn.c_attn, attn.c_proj, "
+                      "mlp.c_fc and mlp.c_proj",
+                      one.items[0]);
+    }
+    adapters_allocate(model);
+    adapters_initialise(model, random_stream((uint64_t)options->seed, 0x6c6f7261u)); // "lora"
+}
+
 // What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as
 // --init says, and the datasets that are named.
 static Run start_run(Options *options, const char *checkpoint) {
@@ -5699,26 +6375,31 @@ static Run start_run(Options *options, const char *checkpoint) {
     choose_precision(options);
     choose_matmul(options);
     Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1, .started = now()};
+    char *base = run.base = size ? NULL : base_folder(folder);
     run.tokenizer = load_tokenizer(checkpoint ? "" : options->tokenizer, folder);
+    if (!run.tokenizer && base) run.tokenizer = load_tokenizer("", base);
     if (run.tokenizer) run.tokenizer->plain = options->plain;
     run.model = start_model(options, size, folder, run.tokenizer);
-    if (!size) keep_config(&run.kept, folder);
+    if (options->train[0]) start_adapters(run.model, options);
+    if (!size) keep_config(&run.kept, base);
+    if (!size) keep_file(&run.kept, folder, "adapter_config.json", "adapter_config.json");
     if (checkpoint || !*options->tokenizer || is_folder(options->tokenizer))
         keep_tokenizer(&run.kept, checkpoint || !*options->tokenizer ? folder : options->tokenizer);
-    run.ends = read_ends(size ? NULL : folder, run.tokenizer);
+    run.ends = read_ends(size ? NULL : base, run.tokenizer);
     const Config *config = &run.model->config;
     if (options->seq_len > config->n_positions)
         die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
     if (!options->seq_len) options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
-    if (options->train[0]) {
+    if (options->train[0] || options->plan) {
         need_matches(run.model, "freeze", &options->freeze);
         need_matches(run.model, "no-decay", &options->no_decay);
         model_set_training(run.model, &options->freeze, &options->no_decay);
         if (count_parameters(run.model, true) == 0) die_usage("--freeze leaves nothing to train");
-        run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
     }
-    if (options->val[0])
-        run.val = dataset_load(options->val, run.tokenizer, (int)options->seq_len, config->vocab_size);
+    if (options->train[0])
+        run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
+    if (options->val.size > 0 && !options->eval)
+        run.val = dataset_load_all(&options->val, run.tokenizer, (int)options->seq_len, config->vocab_size);
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
@@ -5844,6 +6525,10 @@ static void print_plan(const Run *run) {
     size_t rows, targets;
     print_tensors(run->model);
     print_memory(run);
+    if (!run->train) {
+        printf("\n--train FILE adds the number of updates, the learning rates and the first example\n");
+        return;
+    }
     dataset_size(run->train, &rows, &targets);
     printf("\ntraining: %zu examples, %zu tokens, %zu of them scored\n", run->train->count, rows, targets);
     if (run->val) {
@@ -5955,14 +6640,16 @@ static int run_training(Options *options, int argc, char **argv) {
             die_usage("%s: a run cannot change how it began: %s. Choose another --out for a new one",
                       options->out, changes);
     }
-    if (!options->train[0])
+    if (!options->train[0] && !options->plan)
         die_usage("nothing to train on: say --train FILE (.txt, .jsonl or .bin); --help shows examples");
     Run run = start_run(options, checkpoint);
     if (checkpoint) changes = changed_options(options, &before, ANY);
-    set_lengths(&run, options);
-    const long N = rank_count, group = options->batch_size * options->accumulate;
-    const long share = (long)smaller((size_t)options->batch_size, (size_t)((group + N - 1) / N));
-    const int rows = largest_batch(run.train, share, (int)options->seq_len);
+    if (run.train) set_lengths(&run, options);
+    const size_t N = (size_t)rank_count, group = (size_t)(options->batch_size * options->accumulate);
+    const size_t share = smaller((size_t)options->batch_size, (group + N - 1) / N); // examples of a rank
+    const double full = (double)share * (double)options->seq_len;                   // rows of whole sequences
+    const int rows =
+        run.train ? largest_batch(run.train, (long)share, (int)options->seq_len) : (int)fmin(full, INT_MAX);
     const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
     run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
     if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
@@ -5987,56 +6674,198 @@ static int run_training(Options *options, int argc, char **argv) {
     return end_run(&run, train(&run));
 }
 
-static int run_evaluation(Options *options) {
-    if (!options->val[0]) die_usage("--eval needs --val FILE");
-    Run run = start_run(options, NULL);
-    Evaluation e = evaluate(&run);
-    printf("loss %.6f  perplexity %.4f  accuracy %.3f %%  of %zu tokens", e.loss, exp(e.loss),
-           100 * e.accuracy, e.targets);
-    if (run.val->prompts) printf("  exact match %.2f %%  of %zu examples", 100 * e.exact, e.examples);
-    printf("  in %s", options->val);
-    if (run.val->lost_end + run.val->lost_beginning + run.val->skipped > 0)
-        printf(" (of %zu the end was cut off, of %zu the beginning; %zu skipped)", run.val->lost_end,
-               run.val->lost_beginning, run.val->skipped);
+// Prints the figures of one row; those of several have columns.
+static void print_evaluation(const Evaluation *e, const char *where, bool column) {
+    printf("loss %*.6f  perplexity %*.4f  accuracy %*.3f %%  of %*zu tokens", column * 9, e->loss,
+           column * 11, exp(e->loss), column * 7, 100 * e->accuracy, column * 9, e->targets);
+    if (e->prompted)
+        printf("  exact match %*.2f %%  of %*zu examples", column * 6, 100 * e->exact, column * 6,
+               e->prompted);
+    else if (column)
+        printf("%48s", "");
+    printf("  in %s", where);
+}
+
+// Evaluates run->val, prints its row, and adds its figures to the sums in `all`.
+static void evaluate_file(Run *run, Evaluation *all, bool column) {
+    const Dataset *val = run->val;
+    Evaluation e = evaluate(run);
+    print_evaluation(&e, val->path, column);
+    if (val->lost_end + val->lost_beginning + val->skipped > 0)
+        printf(" (of %zu the end was cut off, of %zu the beginning; %zu skipped)", val->lost_end,
+               val->lost_beginning, val->skipped);
     printf("\n");
+    all->loss += e.loss * (double)e.targets;
+    all->accuracy += e.accuracy * (double)e.targets;
+    all->exact += e.exact * (double)e.prompted;
+    all->targets += e.targets;
+    all->examples += e.examples;
+    all->prompted += e.prompted;
+}
+
+// --eval: a row for each --val and, for several, one for all their examples together.
+static int run_evaluation(Options *options) {
+    const char *path = options->predictions;
+    const size_t files = options->val.size;
+    if (files == 0) die_usage("--eval needs --val FILE");
+    if (*path && rank_count > 1)
+        die_usage("--predictions FILE: one process writes it; start it without mpirun");
+    Run run = start_run(options, NULL);
+    Evaluation all = {0};
+    Predictions predictions = {0};
+    if (*path) {
+        if (!run.tokenizer) die("%s: --predictions need a tokenizer; say --tokenizer FOLDER", options->init);
+        predictions = (Predictions){create_file(path), cache_new(run.model, 1), 0};
+        run.predictions = &predictions;
+    }
+    for (size_t i = 0; i < files; i++) {
+        dataset_free(run.val);
+        run.val = dataset_load(options->val.items[i], run.tokenizer, (int)options->seq_len,
+                               run.model->config.vocab_size);
+        need_same_data(run.val);
+        evaluate_file(&run, &all, files > 1);
+    }
+    if (files > 1) {
+        all.loss /= (double)all.targets;
+        all.accuracy /= (double)all.targets;
+        all.exact /= fmax(1, (double)all.prompted);
+        print_evaluation(&all, "all", true);
+        printf("\n");
+    }
+    if (*path) {
+        cache_free(&predictions.cache);
+        finish_file(predictions.file, path);
+        if (predictions.different > 0)
+            warn("%s: %zu predictions differ from what exact_match says: two logits there are so near that "
+                 "rounding decides",
+                 path, predictions.different);
+    }
     return end_run(&run, 0);
 }
 
-static int run_generation(Options *options) {
-    if (rank_count > 1) die_usage("--generate works on one machine: start it without mpirun");
+static Sampling sampling_of(const Options *options) {
+    return (Sampling){.temperature = options->temperature,
+                      .top_k = (int)options->top_k,
+                      .top_p = options->top_p,
+                      .seed = (uint64_t)options->seed,
+                      .stop = options->stop[0] ? options->stop : NULL,
+                      .repetition_penalty = options->repetition_penalty};
+}
+
+// Starts a run that needs a tokenizer.
+static Run start_writing(Options *options) {
+    if (rank_count > 1)
+        die_usage("only training and evaluation can be shared out: start this without mpirun");
     Run run = start_run(options, NULL);
-    const Tokenizer *tokenizer = run.tokenizer;
-    if (!tokenizer)
+    if (!run.tokenizer)
         die("%s: has no tokenizer (vocab.json and merges.txt); say --tokenizer FOLDER", options->init);
-    Text text = {0};
-    if (strcmp(options->prompt, "-") == 0)
-        text = read_file("-");
-    else
-        text_append(&text, options->prompt, strlen(options->prompt));
+    return run;
+}
+
+// Continues one prompt, number `index`, and prints it (unless --answer-only) with what follows. Several samples
+// are separated as the documents of a text file.
+static void write_samples(const Run *run, Cache *cache, const char *text, size_t size, size_t index) {
+    const Options *options = run->options;
+    const size_t shown = options->answer_only ? 0 : size;
+    const bool stream = options->samples == 1;
     Ids prompt = {0};
     Sample *outputs = xcalloc((size_t)options->samples, sizeof *outputs);
-    tokenizer_encode(run.tokenizer, &prompt, text.data, text.size);
-    check_tokens(tokenizer, &prompt, run.model->config.vocab_size, "--prompt");
-    if (prompt.size == 0) ids_push(&prompt, first_token(&run));
-    Sampling sampling = {options->temperature, (int)options->top_k, options->top_p, (uint64_t)options->seed,
-                         options->stop[0] ? options->stop : NULL};
-    bool stream = options->samples == 1;
+    Sampling sampling = sampling_of(options);
+    sampling.seed += index;
+    tokenizer_encode(run->tokenizer, &prompt, text, size);
+    check_tokens(run->tokenizer, &prompt, run->model->config.vocab_size, "--prompt");
+    if (prompt.size == 0) ids_push(&prompt, first_token(run));
     if (stream) {
-        fwrite(text.data, 1, text.size, stdout);
+        fwrite(text, 1, shown, stdout);
         fflush(stdout);
     }
-    generate(run.model, tokenizer, &prompt, (int)options->generate, (int)options->samples, &run.ends,
-             &sampling, outputs);
+    cache->past = 0;
+    continue_prompt(run->model, run->tokenizer, &prompt, (int)options->generate, cache, &run->ends, &sampling,
+                    outputs);
     for (long s = 0; s < options->samples; s++) {
         const Text *sample = &outputs[s].text;
-        char end = sample->size ? sample->data[sample->size - 1] : text.size ? text.data[text.size - 1] : 0;
-        if (!stream) { // separated as the documents of a text file
-            printf("%s", s ? "<|endoftext|>\n" : "");
-            fwrite(text.data, 1, text.size, stdout);
+        char end = sample->size ? sample->data[sample->size - 1] : shown ? text[shown - 1] : 0;
+        if (!stream) {
+            printf("%s", s || index ? "<|endoftext|>\n" : "");
+            fwrite(text, 1, shown, stdout);
             fwrite(sample->data, 1, sample->size, stdout);
         }
         printf("%s", stream || end != '\n' ? "\n" : "");
+        sample_free(&outputs[s]);
     }
+    free(outputs);
+    free(prompt.data);
+}
+
+static int run_generation(Options *options) {
+    if (options->prompt[0] && options->prompts[0]) die_usage("--prompt or --prompts expected, not both");
+    Run run = start_writing(options);
+    Cache cache = cache_new(run.model, (int)options->samples);
+    Text text = {0};
+    if (options->prompts[0]) {
+        const char *at, *line;
+        text = read_utf8_file(options->prompts, &at);
+        for (size_t length, index = 0; next_line(&at, text.data + text.size, &line, &length); index++)
+            write_samples(&run, &cache, line, length, index);
+    } else {
+        if (strcmp(options->prompt, "-") == 0)
+            text = read_file("-");
+        else
+            text_append(&text, options->prompt, strlen(options->prompt));
+        write_samples(&run, &cache, text.data, text.size, 0);
+    }
+    cache_free(&cache);
+    free(text.data);
+    return end_run(&run, 0);
+}
+
+// Reads the next turn, without its newline; false: the input has ended. Empty lines are passed over, and after
+// /reset nothing of the talk is known any more.
+static bool read_turn(Talk *talk, Text *turn, bool on_terminal) {
+    static const char reset[] = "/reset";
+    for (;;) {
+        if (on_terminal) printf("> ");
+        fflush(stdout);
+        ssize_t size = getline(&turn->data, &turn->capacity, stdin);
+        if (size < 0 && ferror(stdin)) die("standard input: cannot be read: %s", strerror(errno));
+        if (size < 0) return false;
+        while (size > 0 && (turn->data[size - 1] == '\n' || turn->data[size - 1] == '\r')) size--;
+        turn->size = (size_t)size;
+        const bool forgets = turn->size == sizeof reset - 1 && memcmp(turn->data, reset, turn->size) == 0;
+        if (size > 0 && !forgets) return true;
+        if (forgets) talk_forget(talk, talk->ids.size);
+    }
+}
+
+// --chat: turns come from a terminal, whose own line editing serves, or from a pipe, one a line. ^C (SIGINT)
+// ends an answer; while a turn is typed it has its usual meaning and ends the program, as ^D does.
+static int run_chat(Options *options) {
+    Run run = start_writing(options);
+    const bool on_terminal = isatty(0), ignored = signal(SIGINT, SIG_DFL) == SIG_IGN;
+    const int P = run.model->config.n_positions;
+    const long most = options->generate ? options->generate : P > 4 ? P / 4 : 1;
+    if (run.tokenizer->end_of_text < 0 || run.tokenizer->end_of_text >= run.model->config.vocab_size)
+        die("%s: a talk needs a tokenizer with an end of text, which the model must know", options->init);
+    if (most >= P) die_usage("--generate %ld: a context of %d tokens has no room for such answers", most, P);
+    Talk talk = {.cache = cache_new(run.model, 1)};
+    Sampling sampling = sampling_of(options);
+    Text line = {0};
+    if (on_terminal && !options->quiet)
+        printf("A turn a line. /reset forgets the talk, ^C ends an answer, ^D the program.\n");
+    for (; read_turn(&talk, &line, on_terminal); sampling.seed++) {
+        Ids turn = {0};
+        tokenizer_encode(run.tokenizer, &turn, line.data, line.size);
+        check_tokens(run.tokenizer, &turn, run.model->config.vocab_size, "this turn");
+        if (!ignored) sigaction(SIGINT, &(struct sigaction){.sa_handler = remember_signal}, NULL);
+        talk_answer(&talk, run.model, run.tokenizer, &turn, (int)most, &run.ends, &sampling);
+        if (!ignored) signal(SIGINT, SIG_DFL);
+        stop_signal = 0;
+        putchar('\n');
+        free(turn.data);
+    }
+    if (on_terminal) putchar('\n');
+    cache_free(&talk.cache);
+    free(talk.ids.data), free(talk.begins.data), free(line.data);
     return end_run(&run, 0);
 }
 
@@ -6054,6 +6883,11 @@ static int train_gpt2_main(int argc, char **argv) {
     Options options;
     int status = 0;
     keep_standard_streams();
+    if (argc < 2) {
+        print_usage(stderr);
+        fprintf(stderr, "\n--help lists all options; `make train` shows a whole run\n");
+        return 2;
+    }
     parse_options(&options, NULL, argc, argv);
     if (options.help) {
         print_help();
@@ -6061,9 +6895,10 @@ static int train_gpt2_main(int argc, char **argv) {
         share_cores();
         set_threads(options.threads);
         pin_threads();
-        status = options.generate ? run_generation(&options)
-                 : options.eval   ? run_evaluation(&options)
-                                  : run_training(&options, argc, argv);
+        status = options.chat       ? run_chat(&options)
+                 : options.generate ? run_generation(&options)
+                 : options.eval     ? run_evaluation(&options)
+                                    : run_training(&options, argc, argv);
     }
     if ((fflush(stdout) != 0 || ferror(stdout)) && status == 0)
         die("standard output: not all could be written: %s", strerror(errno));
@@ -6537,7 +7372,7 @@ pair_tile(int height, float *C, size_t ldc, const BFloat16Pair *A, size_t lda, c
             __builtin_prefetch(C + smaller((size_t)i, rows - 1) * ldc + j, 1);
     }
     for (size_t k = 0; k < depth; k++, panel += TILE_COLUMNS) {
-        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 12 * TILE_COLUMNS + j);
+        for (int j = 0; j < TILE_COLUMNS; j += 16) __builtin_prefetch(panel + 48 * TILE_COLUMNS + j);
         for (size_t line = 0; line < LINES && k % 8 == 0; line++)
             __builtin_prefetch(ahead.from + line * ahead.across, 0, 2); // 2: into the second-level cache
         ahead.from += k % 8 == 0 ? ahead.along : 0;

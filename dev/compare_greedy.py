@@ -6,6 +6,7 @@
 Five models of different sizes and seeds continue three prompts of different lengths by 200 tokens: here one
 prompt after the other, there as one batch padded at the left. They are trained on stories without
 <|endoftext|>, so that none ends early; a sixth has learned where stories end, and must end where theirs does.
+With --repetition-penalty one prompt after the other is continued there too: transformers would count the padding.
 """
 import os
 import shutil
@@ -20,6 +21,7 @@ from checks import WORK, check, must_run
 
 TOKENS = 200
 PROMPTS = ["Grace", "One day Felix was in the forest. There was a white hat in the park. Then", "\n"]
+PENALTIES = [0.8, 1.05, 1.3, 2.5]
 # layers, width, heads, n_positions, seed, training text with ends of stories
 MODELS = [(2, 64, 4, 256, 1, False), (3, 96, 3, 256, 2, False), (1, 160, 5, 300, 3, False),
           (4, 64, 1, 384, 4, False), (2, 128, 16, 512, 5, False), (2, 96, 3, 256, 6, True)]
@@ -35,18 +37,28 @@ def pieces_of(command):
     return pieces if process.returncode == 0 else [why.encode()]
 
 
-def compare_model(name, folder, ends):
+def continue_in_transformers(model, tokenizer, penalty):
+    """The tokens behind each prompt, up to the end of text."""
+    settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    if penalty == 1:
+        batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+        rows = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1]:].tolist()
+    else:
+        batches = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
+        rows = [model.generate(**batch, **settings, repetition_penalty=penalty)[0, batch["input_ids"].shape[1]:]
+                .tolist() for batch in batches]
+    return [row[:row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows]
+
+
+def compare_model(name, folder, ends, penalty=1):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
-    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    rows = model.generate(**batch, max_new_tokens=TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     wanted, ours = [], []
-    for prompt, row in zip(PROMPTS, rows[:, batch["input_ids"].shape[1]:].tolist()):
-        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-        wanted.append([prompt] + [tokenizer.decode([token]) for token in row[:end]] + ["\n"])
+    for prompt, row in zip(PROMPTS, continue_in_transformers(model, tokenizer, penalty)):
+        wanted.append([prompt] + [tokenizer.decode([token]) for token in row] + ["\n"])
         pieces = pieces_of(["./train_gpt2", "--init", folder, "--generate", str(TOKENS), "--prompt", prompt,
-                            "--temperature", "0", "--quiet"])
+                            "--temperature", "0", "--repetition-penalty", str(penalty), "--quiet"])
         ours.append([piece.decode(errors="replace") for piece in pieces])
     made = [len(row) - 2 for row in wanted]
     why = ""
@@ -70,7 +82,10 @@ def compare():
                  str(heads), "--n-positions", str(positions), "--seed", str(seed), "--tokenizer", vocabulary,
                  "--train", text, "--val-fraction", "0", "--seq-len", "128", "--steps", "80",
                  "--learning-rate", "3e-3", "--save-every", "80", "--out", folder, "--quiet")
-        compare_model(f"{layers} layers of {width}, {heads} heads, seed {seed}", folder, ends)
+        name = f"{layers} layers of {width}, {heads} heads, seed {seed}"
+        compare_model(name, folder, ends)
+        for penalty in PENALTIES:
+            compare_model(f"{name}, repetition penalty {penalty}", folder, ends, penalty)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,13 @@ full_disk() { # of rank 0, which alone writes: log.csv takes nothing
     mkdir -p $folder/full && ln -sf /dev/full $folder/full/log.csv && launch 2 $program $SMALL --steps 9 --out $folder/full
 }
 
+processes() { # of the run $name: the ranks in order
+    for p in /proc/[0-9]*; do
+        words=$(tr '\0' ' ' <"$p/cmdline") && [ "${words#"$program "}" != "$words" ] &&
+            [ "${words%"--out $folder/$name "}" != "$words" ] && echo "${p#/proc/}"
+    done 2>/dev/null | sort -n
+}
+
 # Sends a signal to a process of a long run of two ranks as soon as it trains, and waits for its end.
 #   signalled SIGNAL WHOM: `launcher`, or a rank's number
 signalled() {
@@ -113,14 +120,14 @@ signalled() {
         sleep 0.1
         tries=$((tries + 1))
     done
-    pids=$(grep -l "^$program.*--out.$folder/$name" /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3 | sort -n)
+    pids=$(processes)
     [ "$2" = launcher ] && target=$launcher || target=$(echo "$pids" | sed -n "$(($2 + 1))p")
     begin=$(date +%s)
-    kill "-$1" $target
+    kill "-$1" $target || kill $launcher
     wait $launcher
     status=$? seconds=$(($(date +%s) - begin))
     sleep 1
-    left=$(for p in $pids; do grep -q "^$program" "/proc/$p/cmdline" 2>/dev/null && echo "$p"; done)
+    left=$(processes)
     saved=$(ls "$folder/$name" | grep -c '^checkpoint-[0-9]*$')
     cat $folder/output
     echo "SIG$1 to $2 ($target of $pids): status $status after $seconds s, checkpoints: $saved, still there: $left"
