@@ -5058,7 +5058,11 @@ static void refuse_lonely_ranks(void) {
     for (int i = 0; i < 3 && rank_count == 1; i++) {
         const char *size = getenv(launchers[i][0]), *number = getenv(launchers[i][1]);
         if (!size || atoi(size) <= 1) continue;
-        if (number && atoi(number) > 0) sleep(1); // so that one line is enough
+        if (number &&
+            atoi(number) > 0) { // one line is enough; a launcher may end all when the first one ends
+            sleep(1);
+            exit(1);
+        }
 #ifdef USE_MPI
         die("started %s times, but not as one program: this launcher belongs to another MPI than the one "
             "that "
