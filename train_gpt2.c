@@ -5113,6 +5113,7 @@ static void end_program(int status) {
     if (rank_count > 1) {
         if (this_rank > 0) usleep(300000);
         fflush(stderr);
+        usleep(100000); // the launcher hands the line on, before it ends all
         MPI_Abort(MPI_COMM_WORLD, status);
     }
     if (running) MPI_Finalize();

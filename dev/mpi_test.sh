@@ -130,7 +130,7 @@ signalled() {
     saved=$(ls "$folder/$name" | grep -c '^checkpoint-[0-9]*$')
     cat $folder/output
     echo "SIG$1 to $2 ($target of $pids): status $status after $seconds s, checkpoints: $saved, still there: $left"
-    [ -z "$left" ] && [ $seconds -le 20 ] && [ $status != 0 ]
+    [ -z "$left" ] && [ $seconds -le 20 ] && { [ $status != 0 ] || [ "$2" = launcher ]; }
 }
 
 stops_and_saves() { signalled "$1" "$2" && [ "$saved" = 1 ]; }
