@@ -4012,18 +4012,24 @@ static Model *model_load(const char *folder) { return model_open(folder, true); 
 // their names with a prefix; adapter_config.json says r, alpha, and where the model is that they belong to.
 static const char adapter_prefix[] = "base_model.model.";
 
-// Ends the program when adapter_config.json asks for what is not computed here.
+// Ends the program when adapter_config.json asks for what is not computed here. Among that are the ways of
+// init_lora_weights for which PEFT changes the model itself, each time that it loads the adapter.
 static void check_adapter_config(const Json *config, const char *path) {
     static const char *const switches[] = {"use_dora", "use_rslora", "use_qalora", "lora_bias"};
-    static const char *const lists[] = {"rank_pattern",      "alpha_pattern",
-                                        "modules_to_save",   "trainable_token_indices",
-                                        "target_parameters", "layer_replication"};
-    const Json *bias = json_get(config, "bias");
+    static const char *const lists[] = {
+        "rank_pattern",      "alpha_pattern",     "modules_to_save", "trainable_token_indices",
+        "target_parameters", "layer_replication", "arrow_config",    "alora_invocation_tokens",
+        "use_bdlora",        "kasa_config",       "velora_config",   "monteclora_config"};
+    static const char *const harmless[] = {"gaussian", "eva", "orthogonal"};
+    const Json *bias = json_get(config, "bias"), *initial = json_get(config, "init_lora_weights");
+    bool known = !json_text(initial);
+    for (int i = 0; i < 3; i++) known = known || json_is_text(initial, harmless[i]);
+    if (!known) die("%s: init_lora_weights \"%s\" is not supported", path, json_text(initial));
     if (!json_is_text(json_get(config, "peft_type"), "LORA")) die("%s: peft_type must be \"LORA\"", path);
     for (int i = 0; i < 4; i++)
         if (json_is_true(config, switches[i], false, path))
             die("%s: %s true is not supported", path, switches[i]);
-    for (int i = 0; i < 6; i++) {
+    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
         const Json *list = json_get(config, lists[i]);
         if (!json_is_null(list) && json_child(list)) die("%s: %s is not supported", path, lists[i]);
     }
@@ -4036,7 +4042,7 @@ static char *base_folder(const char *folder) {
     const char *path = path_of("%s/adapter_config.json", folder);
     Json *config = json_read_file(path);
     const char *base = json_text(json_get(config, "base_model_name_or_path"));
-    if (!base || !file_exists(path_of("%s/config.json", base)))
+    if (!base || !file_exists(path_of("%s/config.json", base)) || is_adapter(base))
         die("%s: its model, base_model_name_or_path \"%s\", is not a model folder here; correct that line",
             path, base ? base : "");
     char *copy = xstrdup(base);
@@ -5520,7 +5526,7 @@ static void save_result(Run *run) {
     const bool adapter = model->lora_rank > 0;
     remove_folder(temporary);
     model_save(model, run->tokenizer, &run->kept, run->base, temporary);
-    withdraw_model(merged); // an earlier run's would not be the sum of this adapter and its model
+    if (adapter || is_adapter(out)) withdraw_model(merged); // an earlier run's does not belong to this one
     publish_model(out);
     if (adapter) {
         activations_free(&run->activations); // merging copies each matrix that it changes
@@ -6328,29 +6334,44 @@ static void need_same_data(const Dataset *data) {
     need_same(data ? data->path : "data", hash, "all ranks need the same file");
 }
 
+// Ends the program when what this run writes would take the place of the model that it begins with, and that
+// its adapter needs for good: --out, or the folder merged in it, which any later run may replace.
+static void spare_base(const Options *options, const char *base, bool adapter) {
+    struct stat at_base, at_out;
+    if (stat(base, &at_base) != 0) return;
+    for (int in = adapter ? 0 : 1; in < 2; in++)
+        if (stat(path_of(in ? "%s/merged" : "%s", options->out), &at_out) == 0 &&
+            at_out.st_dev == at_base.st_dev && at_out.st_ino == at_base.st_ino)
+            die_usage("--out %s would replace %s, with which this run begins: choose another --out",
+                      options->out, base);
+}
+
 // Puts adapters beside the matrices of --lora-target. An adapter that comes from a folder is trained as it is.
 static void start_adapters(Model *model, const Options *options) {
-    if (model->lora_rank > 0) {
-        if (options->lora_rank && options->lora_rank != model->lora_rank)
-            die_usage(
-                "--lora-rank %ld: %s is an adapter of rank %d already; leave the option out to train it on",
-                options->lora_rank, options->init, model->lora_rank);
-        return;
-    }
-    if (!options->lora_rank) return;
+    const Patterns *target = &options->lora_target;
+    const bool rank = options->lora_rank > 0, alpha = options->lora_alpha > 0,
+               targets = target->size != 1 || strcmp(target->items[0], "attn.c_attn") != 0;
+    if (model->lora_rank > 0 && (rank || alpha || targets))
+        die_usage("%s is an adapter already, of rank %d: it is trained on as it is, without --lora options",
+                  options->init, model->lora_rank);
+    if (!rank && (alpha || targets)) die_usage("--lora-%s needs --lora-rank", alpha ? "alpha" : "target");
+    if (!rank) return;
     if (find_size(options->init))
         die_usage("--lora-rank: an adapter belongs to a model folder; --init %s begins at random",
                   options->init);
     model->lora_rank = (int)options->lora_rank;
-    model->lora_alpha =
-        (float)(options->lora_alpha > 0 ? options->lora_alpha : 2 * (double)options->lora_rank);
+    model->lora_alpha = (float)(alpha ? options->lora_alpha : 2 * (double)options->lora_rank);
     const int plain = model->tensor_count;
-    for (size_t p = 0; p < options->lora_target.size; p++) {
-        const Patterns one = {&options->lora_target.items[p], 1, 1};
+    for (size_t p = 0; p < target->size; p++) {
+        const Patterns one = {&target->items[p], 1, 1};
         bool found = false;
         for (int i = 0; i < plain; i++) {
             Tensor *weight = &model->tensors[i];
-            if (!is_adaptable(weight) || !patterns_match(&one, weight->name)) continue;
+            if (weight->dims != 2 || !patterns_match(&one, weight->name)) continue;
+            if (!is_adaptable(weight))
+                die_usage("--lora-target '%s' matches %s, which cannot have an adapter: only the matrices of "
+                          "blocks can",
+                          one.items[0], weight->name);
             if (!weight->adapter) model_add_adapter(model, weight);
             found = true;
         }
@@ -6380,7 +6401,9 @@ static Run start_run(Options *options, const char *checkpoint) {
     if (!run.tokenizer && base) run.tokenizer = load_tokenizer("", base);
     if (run.tokenizer) run.tokenizer->plain = options->plain;
     run.model = start_model(options, size, folder, run.tokenizer);
-    if (options->train[0]) start_adapters(run.model, options);
+    const bool training = options->train[0] && !options->plan;
+    if (!checkpoint && (options->train[0] || options->plan)) start_adapters(run.model, options);
+    if (training && base) spare_base(options, base, run.model->lora_rank > 0);
     if (!size) keep_config(&run.kept, base);
     if (!size) keep_file(&run.kept, folder, "adapter_config.json", "adapter_config.json");
     if (checkpoint || !*options->tokenizer || is_folder(options->tokenizer))
