@@ -1508,12 +1508,13 @@ typedef struct {
     double accuracy; // share of scored rows whose target had the highest logit
     double norm, learning_rate;
     size_t rows, targets;
+    const char *not_finite; // "the loss", or a gradient, that is infinite or not a number; else NULL
 } Update;
 
 // Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over the scored rows of all
 // of them together, so without dropout, whose choices depend on the micro-batch, it does not matter how
-// examples fall into them. When nothing is scored, nothing changes and targets is 0. The program ends before
-// the update when the loss or a gradient is not finite.
+// examples fall into them. When nothing is scored, nothing changes and targets is 0. Nor does a weight change
+// when the loss or a gradient is not finite: a model does not recover from that.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
                           const Hyperparameters *h, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
@@ -1536,14 +1537,11 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
     update.loss = loss / (double)update.targets;
     update.accuracy = (double)correct / (double)update.targets;
 
-    // Stop if the loss or a gradient is infinite or not a number: a model does not recover from that.
-    const Tensor *not_finite = NULL;
-    const bool finite = isfinite(update.loss);
-    update.norm = finite ? gradient_norm(model, &not_finite) : 0;
-    if (!finite || not_finite)
-        die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
-            "help",
-            step + 1, not_finite ? "gradient of " : "loss", not_finite ? not_finite->name : "");
+    const Tensor *tensor = NULL; // whose gradient is not finite
+    if (!isfinite(update.loss)) update.not_finite = "the loss";
+    if (!update.not_finite) update.norm = gradient_norm(model, &tensor);
+    if (tensor) update.not_finite = xprintf("the gradient of %s", tensor->name);
+    if (update.not_finite) return update;
 
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
@@ -4656,7 +4654,7 @@ typedef struct {
     long generate, samples, top_k, threads, seed;
     long schedule, matmul, precision; // numbers of their choices
     Patterns no_decay, freeze, val;
-    bool resume, overfit, eval, plan, plain, recompute, quiet, help, chat, answer_only;
+    bool resume, overfit, eval, plan, find_rate, plain, recompute, quiet, help, chat, answer_only;
 } Options;
 
 // What --predictions writes.
@@ -5141,13 +5139,19 @@ static void show_update(Run *run, const Update *update, double seconds) {
     show_progress(line, on_terminal);
 }
 
-// Takes the next update: forward and backward over its examples, then AdamW. Logs and shows it.
+// Takes the next update: forward and backward over its examples, then AdamW.
+static Update next_update(Run *run, const Hyperparameters *h, double learning_rate) {
+    long count = next_batches(run);
+    return take_update(run->model, &run->activations, run->batches, count, h, run->step++, learning_rate);
+}
+
+// Takes the next update, logs and shows it. Ends the program when it is not finite.
 static void train_one_step(Run *run, const Hyperparameters *h) {
     double begin = now();
-    long count = next_batches(run);
-    Update update = take_update(run->model, &run->activations, run->batches, count, h, run->step,
-                                rate_of(run, run->step));
-    run->step++;
+    Update update = next_update(run, h, rate_of(run, run->step));
+    if (update.not_finite)
+        die("step %ld: %s is not finite; the last good checkpoint stays. A smaller --learning-rate may help",
+            run->step, update.not_finite);
     run->unsaved = true;
     if (update.targets == 0) {
         warn("step %ld: no token of this batch is scored, skipped", run->step);
@@ -5223,6 +5227,76 @@ static int train(Run *run) {
         printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
     }
     return finish_training(run);
+}
+
+// ---- the finder of learning rates ----
+
+typedef struct {
+    long step;
+    double rate, loss; // the loss before this rate was applied
+} RatePoint;
+
+// The mean loss of a point and up to four neighbours on each side.
+static double smooth_loss(const RatePoint *points, long count, long at) {
+    const long begin = at > 4 ? at - 4 : 0, end = at + 5 < count ? at + 5 : count;
+    double sum = 0;
+    for (long i = begin; i < end; i++) sum += points[i].loss;
+    return sum / (double)(end - begin);
+}
+
+// Says which rate to take: a tenth of that at which the smoothed loss was lowest, where it still fell fast.
+static void suggest_rate(const RatePoint *points, long count) {
+    long best = 0;
+    for (long i = 1; i < count; i++)
+        if (smooth_loss(points, count, i) < smooth_loss(points, count, best)) best = i;
+    const double rate = points[best].rate / 10;
+    printf("lowest loss %.4f at rate %.2g, %.4f at the beginning (means of nine updates)\n",
+           smooth_loss(points, count, best), points[best].rate, smooth_loss(points, count, 0));
+    if (rate < points[0].rate)
+        printf("no suggestion: at no rate did the loss fall\n");
+    else
+        printf("suggestion, a tenth of that rate: --learning-rate %.1g\n", rate);
+}
+
+// Writes the curve and says what follows from it.
+static void report_rates(const Run *run, const RatePoint *points, long count) {
+    const char *path = xprintf("%s/find-rate.csv", run->options->out);
+    FILE *file = create_file(path);
+    fprintf(file, "step,learning_rate,loss\n");
+    for (const RatePoint *p = points; p < points + count; p++)
+        fprintf(file, "%ld,%.9g,%.9g\n", p->step, p->rate, p->loss);
+    finish_file(file, path);
+    suggest_rate(points, count);
+    printf("the curve is in %s\n", path);
+}
+
+// --find-rate: takes --steps updates as training would, but with a rate that rises from 1e-7 to 1, each time by
+// the same factor. Too high a rate ends the search: the loss doubles (mean of nine updates) or is not finite.
+// Only the curve is written; the model is forgotten.
+static int find_rate(Run *run) {
+    const long steps = run->options->steps;
+    const Hyperparameters h = hyperparameters_of(run->options);
+    RatePoint *points = xcalloc((size_t)steps, sizeof *points);
+    const char *problem = NULL;
+    long count = 0;
+    run->batches = xcalloc((size_t)run->options->accumulate, sizeof *run->batches);
+    while (run->step < steps && !problem) {
+        const double begin = now(), part = steps > 1 ? (double)run->step / (double)(steps - 1) : 0;
+        const Update update = next_update(run, &h, 1e-7 * pow(1e7, part));
+        if (update.not_finite) problem = xprintf("%s is not finite", update.not_finite);
+        if (update.not_finite || update.targets == 0) continue;
+        points[count++] = (RatePoint){run->step, update.learning_rate, update.loss};
+        if (smooth_loss(points, count, count - 5) > 2 * smooth_loss(points, count, 4))
+            problem = "the loss has doubled";
+        show_update(run, &update, now() - begin);
+    }
+    end_progress();
+    check_mapped_files();
+    if (count == 0) die("--find-rate: nothing was learned: %s", problem ? problem : "no token is scored");
+    if (problem) printf("stopped behind rate %.2g: %s\n", points[count - 1].rate, problem);
+    report_rates(run, points, count);
+    free(points);
+    return 0;
 }
 
 // =====================================================================================================
@@ -5307,6 +5381,7 @@ static const Option option_table[] = {
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
     {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | CHAT | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
+    {"find-rate", 0, FLAG, FIELD(find_rate), "", 0, 0, TRAIN | NOT_SAVED, NULL, "try rates from 1e-7 to 1 in --steps updates (default: 100), suggest one, then stop; writes OUT/find-rate.csv alone"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
     {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "default: OMP_NUM_THREADS, or one for each core"},
@@ -6009,14 +6084,18 @@ static char *find_checkpoint(const Options *options, long *newest) {
     *newest = count > 0 ? steps[count - 1] : -1;
     free(steps);
     if (count == 0) return NULL;
-    if (!options->resume && !options->plan)
+    if (!options->resume && !options->plan && !options->find_rate)
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
     return options->resume ? xstrdup(checkpoint_path(options->out, *newest)) : NULL;
 }
 
 static int run_training(Options *options, int argc, char **argv) {
-    FILE *log = options->plan ? NULL : lock_log(options->out, false);
+    const bool only_looks = options->plan || options->find_rate; // a run in --out may go on beside it
+    if (options->find_rate && options->resume)
+        die_usage("--find-rate begins with --init, not with a checkpoint: leave out --resume");
+    if (options->find_rate && !options->steps) options->steps = 100;
+    FILE *log = only_looks ? NULL : lock_log(options->out, false);
     long newest, newer;
     char *checkpoint = find_checkpoint(options, &newest), *changes = NULL;
     Options before;
@@ -6044,6 +6123,10 @@ static int run_training(Options *options, int argc, char **argv) {
         return end_run(&run, 0);
     }
     make_folder(options->out);
+    if (options->find_rate) {
+        model_allocate_training(run.model, true);
+        return end_run(&run, find_rate(&run));
+    }
     run.log = log ? log : lock_log(options->out, true);
     free(find_checkpoint(options, &newer)); // until now another process may have had the lock
     if (newer != newest) die("%s: another run has just written there; start again", options->out);
