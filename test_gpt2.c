@@ -4422,7 +4422,7 @@ static void test_find_rate(void) {
 
     expect_run(0, &said,
                "$TINY --train $D/text.txt --find-rate --weight-decay 1e3 --quiet --out $D/exploded");
-    check(strstr(said.data, "stopped behind rate ") != NULL, "it says: %s", said.data);
+    check(strstr(said.data, "stopped after rate ") != NULL, "it says: %s", said.data);
     curve = read_file(in_tests("exploded/find-rate.csv"));
     last = count_of(curve.data, "\n") - 1;
     check(last > 20 && last < 100, "%d updates before a loss that explodes", last);
@@ -4638,6 +4638,32 @@ static int read_affinities(cpu_set_t cores[MOST_THREADS]) {
         threads += 1;
     }
     return threads;
+}
+
+static void run_on_busy_cores(void) {
+    Run run = {0};
+    omp_set_num_threads(2);
+    for (int i = 0; i < 30; i++) watch_threads(&run, 1, 1.1); // more than half of two cores
+    fprintf(stderr, "free\n");
+    for (int i = 0; i < 30; i++) watch_threads(&run, 1, 0.9);
+    run = (Run){0};
+    omp_set_num_threads(8);
+    for (int i = 0; i < 10; i++) watch_threads(&run, 1, 3.9);
+    run = (Run){0};
+    omp_set_num_threads(1);
+    for (int i = 0; i < 30; i++) watch_threads(&run, 1, 0.1); // no fewer threads could help
+}
+
+// On a busy machine training says, once, that fewer threads may be faster.
+static void test_busy_machine(void) {
+    Text said = {0};
+    check(run_child(run_on_busy_cores, &said) == 0, "a busy machine is no error");
+    const char *other = said.data ? strstr(said.data, "8 threads have only 3.9 cores") : NULL;
+    check(said.data && strncmp(said.data, "free\n", 5) == 0 && count_of(said.data, "\n") == 3 &&
+              strstr(said.data, "2 threads have only 0.9 cores") && strstr(said.data, "--threads 1 may") &&
+              other && strstr(other, "--threads 3 may"),
+          "on busy cores it says: %s", said.data);
+    free(said.data);
 }
 
 // As many threads as cores: each gets one of the allowed cores, and no two the same. Otherwise, and when
@@ -6376,6 +6402,7 @@ static const struct {
     {"generation: without a prompt", test_no_prompt},
 #if defined(__linux__) && defined(_OPENMP)
     {"threads: each has a core of its own, if there are as many", test_pin_threads},
+    {"threads: on a busy machine fewer are suggested", test_busy_machine},
 #endif
     {"a run: loss, accuracy and exact match of an evaluation", test_evaluate},
     {"a run: token shards and no tokenizer", test_without_tokenizer},

@@ -4637,12 +4637,14 @@ static void question_free(Question *q) {
 // finish the step and save. A checkpoint holds all that must survive an interruption. Everything else follows
 // from the options and the step.
 
-// Seconds on a clock that never goes back.
-static double now(void) {
+static double seconds_on(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
+// Seconds on a clock that never goes back.
+static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
@@ -4682,6 +4684,7 @@ typedef struct {
     size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
+    double updating, processor;     // seconds of recent updates, and of all threads together in them
     double accuracy;                // of the last update
     long saved_step;                // the step of the newest checkpoint
     bool unsaved;                   // something happened that it does not know of
@@ -5139,6 +5142,25 @@ static void show_update(Run *run, const Update *update, double seconds) {
     show_progress(line, on_terminal);
 }
 
+// Threads wait for one another. When other programs keep the cores busy, a thread waits for a core, all others
+// wait for it, and fewer threads may be many times faster. Says so once, after ten seconds of updates in which the
+// threads had a core for less than half of the time. (Threads that spin while they wait use their core.)
+static void watch_threads(Run *run, double seconds, double processor) {
+    const int threads = omp_get_max_threads();
+    run->updating += seconds;
+    run->processor += processor;
+    if (threads == 1 || run->updating < 10) return; // -INFINITY: it has been said
+    const double cores = run->processor / run->updating;
+    const bool busy = cores < 0.5 * threads;
+    if (busy) end_progress();
+    if (busy)
+        warn("%d threads have only %.1f cores, since other programs use them, and wait for one another: "
+             "--threads %d may be faster",
+             threads, cores, cores < 2 ? 1 : (int)cores);
+    run->updating = busy ? -INFINITY : 0;
+    run->processor = 0;
+}
+
 // Takes the next update: forward and backward over its examples, then AdamW.
 static Update next_update(Run *run, const Hyperparameters *h, double learning_rate) {
     long count = next_batches(run);
@@ -5147,8 +5169,8 @@ static Update next_update(Run *run, const Hyperparameters *h, double learning_ra
 
 // Takes the next update, logs and shows it. Ends the program when it is not finite.
 static void train_one_step(Run *run, const Hyperparameters *h) {
-    double begin = now();
-    Update update = next_update(run, h, rate_of(run, run->step));
+    const double begin = now(), processor = seconds_on(CLOCK_PROCESS_CPUTIME_ID);
+    const Update update = next_update(run, h, rate_of(run, run->step));
     if (update.not_finite)
         die("step %ld: %s is not finite; the last good checkpoint stays. A smaller --learning-rate may help",
             run->step, update.not_finite);
@@ -5157,7 +5179,8 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
         warn("step %ld: no token of this batch is scored, skipped", run->step);
         return;
     }
-    double seconds = now() - begin;
+    const double seconds = now() - begin;
+    watch_threads(run, seconds, seconds_on(CLOCK_PROCESS_CPUTIME_ID) - processor);
     run->accuracy = update.accuracy;
     write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
               update.loss, update.accuracy, update.learning_rate, update.norm, (double)update.rows / seconds,
@@ -5293,7 +5316,7 @@ static int find_rate(Run *run) {
     end_progress();
     check_mapped_files();
     if (count == 0) die("--find-rate: nothing was learned: %s", problem ? problem : "no token is scored");
-    if (problem) printf("stopped behind rate %.2g: %s\n", points[count - 1].rate, problem);
+    if (problem) printf("stopped after rate %.2g: %s\n", points[count - 1].rate, problem);
     report_rates(run, points, count);
     free(points);
     return 0;
