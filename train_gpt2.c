@@ -1504,6 +1504,7 @@ typedef struct {
     double accuracy; // share of scored rows whose target had the highest logit
     double norm, learning_rate;
     size_t rows, targets;
+    const char *not_finite; // "the loss", or a gradient, that is infinite or not a number; else NULL
 } Update;
 
 static double sum_over_ranks(double x); // ranks: processes that share out an update's examples. Part IV
@@ -1511,7 +1512,7 @@ static void sum_gradients_over_ranks(const Model *model);
 
 // Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over all scored rows, those
 // of all ranks: how examples fall into batches does not matter. When nothing is scored, nothing changes and
-// targets is 0. The program ends before the update when the loss or a gradient is not finite.
+// targets is 0. Nor does a weight change when the loss or a gradient is not finite: no model recovers from that.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
                           const Hyperparameters *h, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
@@ -1536,14 +1537,11 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
     update.loss = sum_over_ranks(loss) / (double)update.targets;
     update.accuracy = sum_over_ranks((double)correct) / (double)update.targets;
 
-    // Stop if the loss or a gradient is infinite or not a number: a model does not recover from that.
-    const Tensor *not_finite = NULL;
-    const bool finite = isfinite(update.loss);
-    update.norm = finite ? gradient_norm(model, &not_finite) : 0;
-    if (!finite || not_finite)
-        die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
-            "help",
-            step + 1, not_finite ? "gradient of " : "loss", not_finite ? not_finite->name : "");
+    const Tensor *tensor = NULL; // whose gradient is not finite
+    if (!isfinite(update.loss)) update.not_finite = "the loss";
+    if (!update.not_finite) update.norm = gradient_norm(model, &tensor);
+    if (tensor) update.not_finite = xprintf("the gradient of %s", tensor->name);
+    if (update.not_finite) return update;
 
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
@@ -5124,12 +5122,14 @@ static void end_program(int status) {
 
 // ---- evaluation ----
 
-// Seconds on a clock that never goes back.
-static double now(void) {
+static double seconds_on(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
+// Seconds on a clock that never goes back.
+static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
@@ -5143,7 +5143,7 @@ typedef struct {
     Patterns no_decay, freeze, val, lora_target;
     long lora_rank;
     double lora_alpha;
-    bool resume, overfit, eval, plan, plain, recompute, quiet, help, chat, answer_only;
+    bool resume, overfit, eval, plan, find_rate, plain, recompute, quiet, help, chat, answer_only;
 } Options;
 
 // What --predictions writes.
@@ -5172,6 +5172,7 @@ typedef struct {
     size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
+    double updating, processor;     // seconds of recent updates, and of all threads together in them
     double accuracy;                // of the last update
     long saved_step;                // the step of the newest checkpoint
     bool unsaved;                   // something happened that it does not know of
@@ -5676,19 +5677,45 @@ static void show_update(Run *run, const Update *update, double seconds) {
     show_progress(line, on_terminal);
 }
 
-// Takes the next update: forward and backward over its examples, then AdamW. Logs and shows it.
-static void train_one_step(Run *run, const Hyperparameters *h) {
-    double begin = now();
+// Threads wait for one another. When other programs keep the cores busy, a thread waits for a core, all others
+// wait for it, and fewer threads may be many times faster. Says so once, after ten seconds of updates in which the
+// threads had a core for less than half of the time. (Threads that spin while they wait use their core.)
+static void watch_threads(Run *run, double seconds, double processor) {
+    const int threads = omp_get_max_threads();
+    run->updating += seconds;
+    run->processor += processor;
+    if (threads == 1 || run->updating < 10) return; // -INFINITY: it has been said
+    const double cores = run->processor / run->updating;
+    const bool busy = cores < 0.5 * threads;
+    if (busy) end_progress();
+    if (busy)
+        warn("%d threads have only %.1f cores, since other programs use them, and wait for one another: "
+             "--threads %d may be faster",
+             threads, cores, cores < 2 ? 1 : (int)cores);
+    run->updating = busy ? -INFINITY : 0;
+    run->processor = 0;
+}
+
+// Takes the next update: forward and backward over its examples, then AdamW.
+static Update next_update(Run *run, const Hyperparameters *h, double learning_rate) {
     long count = next_batches(run);
-    Update update = take_update(run->model, &run->activations, run->batches, count, h, run->step,
-                                rate_of(run, run->step));
-    run->step++;
+    return take_update(run->model, &run->activations, run->batches, count, h, run->step++, learning_rate);
+}
+
+// Takes the next update, logs and shows it. Ends the program when it is not finite.
+static void train_one_step(Run *run, const Hyperparameters *h) {
+    const double begin = now(), processor = seconds_on(CLOCK_PROCESS_CPUTIME_ID);
+    const Update update = next_update(run, h, rate_of(run, run->step));
+    if (update.not_finite)
+        die("step %ld: %s is not finite; the last good checkpoint stays. A smaller --learning-rate may help",
+            run->step, update.not_finite);
     run->unsaved = true;
     if (update.targets == 0) {
         warn("step %ld: no token of this batch is scored, skipped", run->step);
         return;
     }
-    double seconds = now() - begin;
+    const double seconds = now() - begin;
+    watch_threads(run, seconds, seconds_on(CLOCK_PROCESS_CPUTIME_ID) - processor);
     update.rows = (size_t)sum_over_ranks((double)update.rows);
     run->accuracy = update.accuracy;
     write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
@@ -5760,6 +5787,76 @@ static int train(Run *run) {
         printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
     }
     return finish_training(run);
+}
+
+// ---- the finder of learning rates ----
+
+typedef struct {
+    long step;
+    double rate, loss; // the loss before this rate was applied
+} RatePoint;
+
+// The mean loss of a point and up to four neighbours on each side.
+static double smooth_loss(const RatePoint *points, long count, long at) {
+    const long begin = at > 4 ? at - 4 : 0, end = at + 5 < count ? at + 5 : count;
+    double sum = 0;
+    for (long i = begin; i < end; i++) sum += points[i].loss;
+    return sum / (double)(end - begin);
+}
+
+// Says which rate to take: a tenth of that at which the smoothed loss was lowest, where it still fell fast.
+static void suggest_rate(const RatePoint *points, long count) {
+    long best = 0;
+    for (long i = 1; i < count; i++)
+        if (smooth_loss(points, count, i) < smooth_loss(points, count, best)) best = i;
+    const double rate = points[best].rate / 10;
+    printf("lowest loss %.4f at rate %.2g, %.4f at the beginning (means of nine updates)\n",
+           smooth_loss(points, count, best), points[best].rate, smooth_loss(points, count, 0));
+    if (rate < points[0].rate)
+        printf("no suggestion: at no rate did the loss fall\n");
+    else
+        printf("suggestion, a tenth of that rate: --learning-rate %.1g\n", rate);
+}
+
+// Writes the curve and says what follows from it.
+static void report_rates(const Run *run, const RatePoint *points, long count) {
+    const char *path = xprintf("%s/find-rate.csv", run->options->out);
+    FILE *file = create_file(path);
+    fprintf(file, "step,learning_rate,loss\n");
+    for (const RatePoint *p = points; p < points + count; p++)
+        fprintf(file, "%ld,%.9g,%.9g\n", p->step, p->rate, p->loss);
+    finish_file(file, path);
+    suggest_rate(points, count);
+    printf("the curve is in %s\n", path);
+}
+
+// --find-rate: takes --steps updates as training would, but with a rate that rises from 1e-7 to 1, each time by
+// the same factor. Too high a rate ends the search: the loss doubles (mean of nine updates) or is not finite.
+// Only the curve is written; the model is forgotten.
+static int find_rate(Run *run) {
+    const long steps = run->options->steps;
+    const Hyperparameters h = hyperparameters_of(run->options);
+    RatePoint *points = xcalloc((size_t)steps, sizeof *points);
+    const char *problem = NULL;
+    long count = 0;
+    run->batches = xcalloc((size_t)run->options->accumulate, sizeof *run->batches);
+    while (run->step < steps && !problem) {
+        const double begin = now(), part = steps > 1 ? (double)run->step / (double)(steps - 1) : 0;
+        const Update update = next_update(run, &h, 1e-7 * pow(1e7, part));
+        if (update.not_finite) problem = xprintf("%s is not finite", update.not_finite);
+        if (update.not_finite || update.targets == 0) continue;
+        points[count++] = (RatePoint){run->step, update.learning_rate, update.loss};
+        if (smooth_loss(points, count, count - 5) > 2 * smooth_loss(points, count, 4))
+            problem = "the loss has doubled";
+        show_update(run, &update, now() - begin);
+    }
+    end_progress();
+    check_mapped_files();
+    if (count == 0) die("--find-rate: nothing was learned: %s", problem ? problem : "no token is scored");
+    if (problem) printf("stopped after rate %.2g: %s\n", points[count - 1].rate, problem);
+    report_rates(run, points, count);
+    free(points);
+    return 0;
 }
 
 // =====================================================================================================
@@ -5847,6 +5944,7 @@ static const Option option_table[] = {
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
     {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | CHAT | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
+    {"find-rate", 0, FLAG, FIELD(find_rate), "", 0, 0, TRAIN | NOT_SAVED, NULL, "try rates from 1e-7 to 1 in --steps updates (default: 100), suggest one, then stop; writes OUT/find-rate.csv alone"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
     {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "default: OMP_NUM_THREADS, or one for each core"},
@@ -6644,14 +6742,19 @@ static char *find_checkpoint(const Options *options, long *newest) {
     *newest = largest_over_ranks(count > 0 && this_rank == 0 ? steps[count - 1] : -1);
     free(steps);
     if (*newest < 0) return NULL;
-    if (!options->resume && !options->plan)
+    if (!options->resume && !options->plan && !options->find_rate)
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
     return options->resume ? xstrdup(checkpoint_path(options->out, *newest)) : NULL;
 }
 
 static int run_training(Options *options, int argc, char **argv) {
-    FILE *log = options->plan || this_rank > 0 ? NULL : lock_log(options->out, false);
+    const bool only_looks = options->plan || options->find_rate; // a run in --out may go on beside it
+    if (options->find_rate && options->resume)
+        die_usage("--find-rate begins with --init, not with a checkpoint: leave out --resume");
+    if (options->find_rate && !options->steps) options->steps = 100;
+    if (options->find_rate && rank_count > 1) die_usage("--find-rate runs on one machine: leave out mpirun");
+    FILE *log = only_looks || this_rank > 0 ? NULL : lock_log(options->out, false);
     long newest, newer;
     char *checkpoint = find_checkpoint(options, &newest), *changes = NULL;
     Options before;
@@ -6681,6 +6784,10 @@ static int run_training(Options *options, int argc, char **argv) {
         return end_run(&run, 0);
     }
     if (this_rank == 0) make_folder(options->out);
+    if (options->find_rate) {
+        model_allocate_training(run.model, true);
+        return end_run(&run, find_rate(&run));
+    }
     if (this_rank == 0) run.log = log ? log : lock_log(options->out, true);
     free(find_checkpoint(options, &newer)); // until now another process may have had the lock
     if (newer != newest) die("%s: another run has just written there; start again", options->out);
