@@ -1504,6 +1504,7 @@ typedef struct {
     double accuracy; // share of scored rows whose target had the highest logit
     double norm, learning_rate;
     size_t rows, targets;
+    const char *not_finite; // "the loss", or a gradient, that is infinite or not a number; else NULL
 } Update;
 
 static double sum_over_ranks(double x); // ranks: processes that share out an update's examples. Part IV
@@ -1511,7 +1512,7 @@ static void sum_gradients_over_ranks(const Model *model);
 
 // Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over all scored rows, those
 // of all ranks: how examples fall into batches does not matter. When nothing is scored, nothing changes and
-// targets is 0. The program ends before the update when the loss or a gradient is not finite.
+// targets is 0. Nor does a weight change when the loss or a gradient is not finite: no model recovers from that.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
                           const Hyperparameters *h, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
@@ -1536,14 +1537,11 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
     update.loss = sum_over_ranks(loss) / (double)update.targets;
     update.accuracy = sum_over_ranks((double)correct) / (double)update.targets;
 
-    // Stop if the loss or a gradient is infinite or not a number: a model does not recover from that.
-    const Tensor *not_finite = NULL;
-    const bool finite = isfinite(update.loss);
-    update.norm = finite ? gradient_norm(model, &not_finite) : 0;
-    if (!finite || not_finite)
-        die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
-            "help",
-            step + 1, not_finite ? "gradient of " : "loss", not_finite ? not_finite->name : "");
+    const Tensor *tensor = NULL; // whose gradient is not finite
+    if (!isfinite(update.loss)) update.not_finite = "the loss";
+    if (!update.not_finite) update.norm = gradient_norm(model, &tensor);
+    if (tensor) update.not_finite = xprintf("the gradient of %s", tensor->name);
+    if (update.not_finite) return update;
 
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
@@ -4012,18 +4010,24 @@ static Model *model_load(const char *folder) { return model_open(folder, true); 
 // their names with a prefix; adapter_config.json says r, alpha, and where the model is that they belong to.
 static const char adapter_prefix[] = "base_model.model.";
 
-// Ends the program when adapter_config.json asks for what is not computed here.
+// Ends the program when adapter_config.json asks for what is not computed here. Among that are the ways of
+// init_lora_weights for which PEFT changes the model itself, each time that it loads the adapter.
 static void check_adapter_config(const Json *config, const char *path) {
     static const char *const switches[] = {"use_dora", "use_rslora", "use_qalora", "lora_bias"};
-    static const char *const lists[] = {"rank_pattern",      "alpha_pattern",
-                                        "modules_to_save",   "trainable_token_indices",
-                                        "target_parameters", "layer_replication"};
-    const Json *bias = json_get(config, "bias");
+    static const char *const lists[] = {
+        "rank_pattern",      "alpha_pattern",     "modules_to_save", "trainable_token_indices",
+        "target_parameters", "layer_replication", "arrow_config",    "alora_invocation_tokens",
+        "use_bdlora",        "kasa_config",       "velora_config",   "monteclora_config"};
+    static const char *const harmless[] = {"gaussian", "eva", "orthogonal"};
+    const Json *bias = json_get(config, "bias"), *initial = json_get(config, "init_lora_weights");
+    bool known = !json_text(initial);
+    for (int i = 0; i < 3; i++) known = known || json_is_text(initial, harmless[i]);
+    if (!known) die("%s: init_lora_weights \"%s\" is not supported", path, json_text(initial));
     if (!json_is_text(json_get(config, "peft_type"), "LORA")) die("%s: peft_type must be \"LORA\"", path);
     for (int i = 0; i < 4; i++)
         if (json_is_true(config, switches[i], false, path))
             die("%s: %s true is not supported", path, switches[i]);
-    for (int i = 0; i < 6; i++) {
+    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
         const Json *list = json_get(config, lists[i]);
         if (!json_is_null(list) && json_child(list)) die("%s: %s is not supported", path, lists[i]);
     }
@@ -4036,7 +4040,7 @@ static char *base_folder(const char *folder) {
     const char *path = path_of("%s/adapter_config.json", folder);
     Json *config = json_read_file(path);
     const char *base = json_text(json_get(config, "base_model_name_or_path"));
-    if (!base || !file_exists(path_of("%s/config.json", base)))
+    if (!base || !file_exists(path_of("%s/config.json", base)) || is_adapter(base))
         die("%s: its model, base_model_name_or_path \"%s\", is not a model folder here; correct that line",
             path, base ? base : "");
     char *copy = xstrdup(base);
@@ -5123,12 +5127,14 @@ static void end_program(int status) {
 
 // ---- evaluation ----
 
-// Seconds on a clock that never goes back.
-static double now(void) {
+static double seconds_on(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
+// Seconds on a clock that never goes back.
+static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
@@ -5142,7 +5148,7 @@ typedef struct {
     Patterns no_decay, freeze, val, lora_target;
     long lora_rank;
     double lora_alpha;
-    bool resume, overfit, eval, plan, plain, recompute, quiet, help, chat, answer_only;
+    bool resume, overfit, eval, plan, find_rate, plain, recompute, quiet, help, chat, answer_only;
 } Options;
 
 // What --predictions writes.
@@ -5171,6 +5177,7 @@ typedef struct {
     size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
+    double updating, processor;     // seconds of recent updates, and of all threads together in them
     double accuracy;                // of the last update
     long saved_step;                // the step of the newest checkpoint
     bool unsaved;                   // something happened that it does not know of
@@ -5525,7 +5532,7 @@ static void save_result(Run *run) {
     const bool adapter = model->lora_rank > 0;
     remove_folder(temporary);
     model_save(model, run->tokenizer, &run->kept, run->base, temporary);
-    withdraw_model(merged); // an earlier run's would not be the sum of this adapter and its model
+    if (adapter || is_adapter(out)) withdraw_model(merged); // an earlier run's does not belong to this one
     publish_model(out);
     if (adapter) {
         activations_free(&run->activations); // merging copies each matrix that it changes
@@ -5675,19 +5682,45 @@ static void show_update(Run *run, const Update *update, double seconds) {
     show_progress(line, on_terminal);
 }
 
-// Takes the next update: forward and backward over its examples, then AdamW. Logs and shows it.
-static void train_one_step(Run *run, const Hyperparameters *h) {
-    double begin = now();
+// Threads wait for one another. When other programs keep the cores busy, a thread waits for a core, all others
+// wait for it, and fewer threads may be many times faster. Says so once, after ten seconds of updates in which the
+// threads had a core for less than half of the time. (Threads that spin while they wait use their core.)
+static void watch_threads(Run *run, double seconds, double processor) {
+    const int threads = omp_get_max_threads();
+    run->updating += seconds;
+    run->processor += processor;
+    if (threads == 1 || run->updating < 10) return; // -INFINITY: it has been said
+    const double cores = run->processor / run->updating;
+    const bool busy = cores < 0.5 * threads;
+    if (busy) end_progress();
+    if (busy)
+        warn("%d threads have only %.1f cores, since other programs use them, and wait for one another: "
+             "--threads %d may be faster",
+             threads, cores, cores < 2 ? 1 : (int)cores);
+    run->updating = busy ? -INFINITY : 0;
+    run->processor = 0;
+}
+
+// Takes the next update: forward and backward over its examples, then AdamW.
+static Update next_update(Run *run, const Hyperparameters *h, double learning_rate) {
     long count = next_batches(run);
-    Update update = take_update(run->model, &run->activations, run->batches, count, h, run->step,
-                                rate_of(run, run->step));
-    run->step++;
+    return take_update(run->model, &run->activations, run->batches, count, h, run->step++, learning_rate);
+}
+
+// Takes the next update, logs and shows it. Ends the program when it is not finite.
+static void train_one_step(Run *run, const Hyperparameters *h) {
+    const double begin = now(), processor = seconds_on(CLOCK_PROCESS_CPUTIME_ID);
+    Update update = next_update(run, h, rate_of(run, run->step));
+    if (update.not_finite)
+        die("step %ld: %s is not finite; the last good checkpoint stays. A smaller --learning-rate may help",
+            run->step, update.not_finite);
     run->unsaved = true;
     if (update.targets == 0) {
         warn("step %ld: no token of this batch is scored, skipped", run->step);
         return;
     }
-    double seconds = now() - begin;
+    const double seconds = now() - begin;
+    watch_threads(run, seconds, seconds_on(CLOCK_PROCESS_CPUTIME_ID) - processor);
     update.rows = (size_t)sum_over_ranks((double)update.rows);
     run->accuracy = update.accuracy;
     write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
@@ -5759,6 +5792,76 @@ static int train(Run *run) {
         printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
     }
     return finish_training(run);
+}
+
+// ---- the finder of learning rates ----
+
+typedef struct {
+    long step;
+    double rate, loss; // the loss before this rate was applied
+} RatePoint;
+
+// The mean loss of a point and up to four neighbours on each side.
+static double smooth_loss(const RatePoint *points, long count, long at) {
+    const long begin = at > 4 ? at - 4 : 0, end = at + 5 < count ? at + 5 : count;
+    double sum = 0;
+    for (long i = begin; i < end; i++) sum += points[i].loss;
+    return sum / (double)(end - begin);
+}
+
+// Says which rate to take: a tenth of that at which the smoothed loss was lowest, where it still fell fast.
+static void suggest_rate(const RatePoint *points, long count) {
+    long best = 0;
+    for (long i = 1; i < count; i++)
+        if (smooth_loss(points, count, i) < smooth_loss(points, count, best)) best = i;
+    const double rate = points[best].rate / 10;
+    printf("lowest loss %.4f at rate %.2g, %.4f at the beginning (means of nine updates)\n",
+           smooth_loss(points, count, best), points[best].rate, smooth_loss(points, count, 0));
+    if (rate < points[0].rate)
+        printf("no suggestion: at no rate did the loss fall\n");
+    else
+        printf("suggestion, a tenth of that rate: --learning-rate %.1g\n", rate);
+}
+
+// Writes the curve and says what follows from it.
+static void report_rates(const Run *run, const RatePoint *points, long count) {
+    const char *path = xprintf("%s/find-rate.csv", run->options->out);
+    FILE *file = create_file(path);
+    fprintf(file, "step,learning_rate,loss\n");
+    for (const RatePoint *p = points; p < points + count; p++)
+        fprintf(file, "%ld,%.9g,%.9g\n", p->step, p->rate, p->loss);
+    finish_file(file, path);
+    suggest_rate(points, count);
+    printf("the curve is in %s\n", path);
+}
+
+// --find-rate: takes --steps updates as training would, but with a rate that rises from 1e-7 to 1, each time by
+// the same factor. Too high a rate ends the search: the loss doubles (mean of nine updates) or is not finite.
+// Only the curve is written; the model is forgotten.
+static int find_rate(Run *run) {
+    const long steps = run->options->steps;
+    const Hyperparameters h = hyperparameters_of(run->options);
+    RatePoint *points = xcalloc((size_t)steps, sizeof *points);
+    const char *problem = NULL;
+    long count = 0;
+    run->batches = xcalloc((size_t)run->options->accumulate, sizeof *run->batches);
+    while (run->step < steps && !problem) {
+        const double begin = now(), part = steps > 1 ? (double)run->step / (double)(steps - 1) : 0;
+        const Update update = next_update(run, &h, 1e-7 * pow(1e7, part));
+        if (update.not_finite) problem = xprintf("%s is not finite", update.not_finite);
+        if (update.not_finite || update.targets == 0) continue;
+        points[count++] = (RatePoint){run->step, update.learning_rate, update.loss};
+        if (smooth_loss(points, count, count - 5) > 2 * smooth_loss(points, count, 4))
+            problem = "the loss has doubled";
+        show_update(run, &update, now() - begin);
+    }
+    end_progress();
+    check_mapped_files();
+    if (count == 0) die("--find-rate: nothing was learned: %s", problem ? problem : "no token is scored");
+    if (problem) printf("stopped after rate %.2g: %s\n", points[count - 1].rate, problem);
+    report_rates(run, points, count);
+    free(points);
+    return 0;
 }
 
 // =====================================================================================================
@@ -5846,6 +5949,7 @@ static const Option option_table[] = {
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
     {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | CHAT | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
+    {"find-rate", 0, FLAG, FIELD(find_rate), "", 0, 0, TRAIN | NOT_SAVED, NULL, "try rates from 1e-7 to 1 in --steps updates (default: 100), suggest one, then stop; writes OUT/find-rate.csv alone"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
     {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "default: OMP_NUM_THREADS, or one for each core"},
@@ -6333,29 +6437,44 @@ static void need_same_data(const Dataset *data) {
     need_same(data ? data->path : "data", hash, "all ranks need the same file");
 }
 
+// Ends the program when what this run writes would take the place of the model that it begins with, and that
+// its adapter needs for good: --out, or the folder merged in it, which any later run may replace.
+static void spare_base(const Options *options, const char *base, bool adapter) {
+    struct stat at_base, at_out;
+    if (stat(base, &at_base) != 0) return;
+    for (int in = adapter ? 0 : 1; in < 2; in++)
+        if (stat(path_of(in ? "%s/merged" : "%s", options->out), &at_out) == 0 &&
+            at_out.st_dev == at_base.st_dev && at_out.st_ino == at_base.st_ino)
+            die_usage("--out %s would replace %s, with which this run begins: choose another --out",
+                      options->out, base);
+}
+
 // Puts adapters beside the matrices of --lora-target. An adapter that comes from a folder is trained as it is.
 static void start_adapters(Model *model, const Options *options) {
-    if (model->lora_rank > 0) {
-        if (options->lora_rank && options->lora_rank != model->lora_rank)
-            die_usage(
-                "--lora-rank %ld: %s is an adapter of rank %d already; leave the option out to train it on",
-                options->lora_rank, options->init, model->lora_rank);
-        return;
-    }
-    if (!options->lora_rank) return;
+    const Patterns *target = &options->lora_target;
+    const bool rank = options->lora_rank > 0, alpha = options->lora_alpha > 0,
+               targets = target->size != 1 || strcmp(target->items[0], "attn.c_attn") != 0;
+    if (model->lora_rank > 0 && (rank || alpha || targets))
+        die_usage("%s is an adapter already, of rank %d: it is trained on as it is, without --lora options",
+                  options->init, model->lora_rank);
+    if (!rank && (alpha || targets)) die_usage("--lora-%s needs --lora-rank", alpha ? "alpha" : "target");
+    if (!rank) return;
     if (find_size(options->init))
         die_usage("--lora-rank: an adapter belongs to a model folder; --init %s begins at random",
                   options->init);
     model->lora_rank = (int)options->lora_rank;
-    model->lora_alpha =
-        (float)(options->lora_alpha > 0 ? options->lora_alpha : 2 * (double)options->lora_rank);
+    model->lora_alpha = (float)(alpha ? options->lora_alpha : 2 * (double)options->lora_rank);
     const int plain = model->tensor_count;
-    for (size_t p = 0; p < options->lora_target.size; p++) {
-        const Patterns one = {&options->lora_target.items[p], 1, 1};
+    for (size_t p = 0; p < target->size; p++) {
+        const Patterns one = {&target->items[p], 1, 1};
         bool found = false;
         for (int i = 0; i < plain; i++) {
             Tensor *weight = &model->tensors[i];
-            if (!is_adaptable(weight) || !patterns_match(&one, weight->name)) continue;
+            if (weight->dims != 2 || !patterns_match(&one, weight->name)) continue;
+            if (!is_adaptable(weight))
+                die_usage("--lora-target '%s' matches %s, which cannot have an adapter: only the matrices of "
+                          "blocks can",
+                          one.items[0], weight->name);
             if (!weight->adapter) model_add_adapter(model, weight);
             found = true;
         }
@@ -6385,7 +6504,9 @@ static Run start_run(Options *options, const char *checkpoint) {
     if (!run.tokenizer && base) run.tokenizer = load_tokenizer("", base);
     if (run.tokenizer) run.tokenizer->plain = options->plain;
     run.model = start_model(options, size, folder, run.tokenizer);
-    if (options->train[0]) start_adapters(run.model, options);
+    const bool training = options->train[0] && !options->plan;
+    if (!checkpoint && (options->train[0] || options->plan)) start_adapters(run.model, options);
+    if (training && base) spare_base(options, base, run.model->lora_rank > 0);
     if (!size) keep_config(&run.kept, base);
     if (!size) keep_file(&run.kept, folder, "adapter_config.json", "adapter_config.json");
     if (checkpoint || !*options->tokenizer || is_folder(options->tokenizer))
@@ -6626,14 +6747,19 @@ static char *find_checkpoint(const Options *options, long *newest) {
     *newest = largest_over_ranks(count > 0 && this_rank == 0 ? steps[count - 1] : -1);
     free(steps);
     if (*newest < 0) return NULL;
-    if (!options->resume && !options->plan)
+    if (!options->resume && !options->plan && !options->find_rate)
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
     return options->resume ? xstrdup(checkpoint_path(options->out, *newest)) : NULL;
 }
 
 static int run_training(Options *options, int argc, char **argv) {
-    FILE *log = options->plan || this_rank > 0 ? NULL : lock_log(options->out, false);
+    const bool only_looks = options->plan || options->find_rate; // a run in --out may go on beside it
+    if (options->find_rate && options->resume)
+        die_usage("--find-rate begins with --init, not with a checkpoint: leave out --resume");
+    if (options->find_rate && !options->steps) options->steps = 100;
+    if (options->find_rate && rank_count > 1) die_usage("--find-rate runs on one machine: leave out mpirun");
+    FILE *log = only_looks || this_rank > 0 ? NULL : lock_log(options->out, false);
     long newest, newer;
     char *checkpoint = find_checkpoint(options, &newest), *changes = NULL;
     Options before;
@@ -6663,6 +6789,10 @@ static int run_training(Options *options, int argc, char **argv) {
         return end_run(&run, 0);
     }
     if (this_rank == 0) make_folder(options->out);
+    if (options->find_rate) {
+        model_allocate_training(run.model, true);
+        return end_run(&run, find_rate(&run));
+    }
     if (this_rank == 0) run.log = log ? log : lock_log(options->out, true);
     free(find_checkpoint(options, &newer)); // until now another process may have had the lock
     if (newer != newest) die("%s: another run has just written there; start again", options->out);
