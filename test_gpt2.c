@@ -4225,7 +4225,7 @@ static const struct {
     {1, "pointer.txt: a pointer of Git LFS", "$TINY --train $D/pointer.txt"},
     {1, "pointer.bin: a pointer of Git LFS", "$TINY --train $D/pointer.bin"},
     {1, "folder: a folder: name its files, as in '", "$TINY --train $D/folder"},
-    {1, "array.json: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '",
+    {1, "array.json: a table; this makes examples of it: python3 data/convert.py '",
      "$TINY --train $D/array.json"},
     {1, "table.parquet: a table; this makes examples of it: python3 data/convert.py '",
      "$TINY --train $D/table.parquet"},
@@ -4393,6 +4393,14 @@ static void test_plan(void) {
     check(strstr(plan.data, "freezing saves 0.0 MB") != NULL, "--plan does not say what freezing saves");
     check(fingerprint(temporary_folder()) == before, "--plan writes");
     free(plan.data);
+    // A character of several tokens is shown as one, also at the beginning of what is scored.
+    write_text("letters.jsonl", "{\"prompt\": \"é\", \"completion\": \"€éx\"}\n");
+    expect_run(0, &plan, "$TINY --train $D/letters.jsonl --val-fraction 0 --plan --out $D/never");
+    check(strstr(plan.data, "\n  not scored \"é\"\n  scored     \"€\" \"é\" \"x\" \"<|endoftext|>\"\n") !=
+              NULL,
+          "--plan: the first example's letters: %s", plan.data);
+    free(plan.data);
+    unlink(in_tests("letters.jsonl"));
     // Without data: batches of whole sequences. Weights of 16 bits stay in their file.
     expect_run(0, &plan, "$TINY --plan --batch-size 3 --seq-len 10 --freeze wpe --out $D/never");
     check(strstr(plan.data, "trained 7456,") && strstr(plan.data, "(30 rows)") &&

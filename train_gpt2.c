@@ -4741,10 +4741,8 @@ static bool has_ending(const char *path, const char *ending) {
 // Ends the program because a path is neither .txt, .jsonl nor .bin, and says how to get there.
 static void __attribute__((noreturn)) refuse_data(const char *path) {
     if (is_folder(path)) die("%s: a folder: name its files, as in '%s/*.txt'", path, path);
-    if (has_ending(path, ".json"))
-        die("%s: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '%s' > '%sl'", path, path,
-            path);
-    if (has_ending(path, ".csv") || has_ending(path, ".tsv") || has_ending(path, ".parquet"))
+    if (has_ending(path, ".csv") || has_ending(path, ".tsv") || has_ending(path, ".parquet") ||
+        has_ending(path, ".json"))
         die("%s: a table; this makes examples of it: python3 data/convert.py '%s' '%.*s.jsonl'", path, path,
             (int)(strrchr(path, '.') - path), path);
     if (has_ending(path, ".gz")) die("%s: packed: gunzip '%s'", path, path);
@@ -6172,19 +6170,24 @@ static double megabytes(size_t floats) { return (double)floats * sizeof(float) /
 static void print_example(const Run *run) {
     enum { SHOWN = 200 };
     const Example *example = &run->train->examples[0];
+    const int shown = example->size < SHOWN ? example->size : SHOWN;
     int scored = -1; // of the run at work
     Text text = {0};
     printf("\nfirst example: %d tokens, %d of them scored", example->size, example->targets);
-    for (int i = 0; i < example->size && i < SHOWN; i++) {
+    for (int i = 0; i < shown; i++) {
         int token = dataset_token(run->train, example, i), now_scored = i > 0 && token >= 0;
         if (now_scored != scored) printf(now_scored ? "\n  scored    " : "\n  not scored");
         scored = now_scored;
-        text.size = 0;
         tokenizer_decode(run->tokenizer, &text, token < 0 ? ~token : token);
+        // the tokens of one character are shown together
+        if (utf8_whole(text.data, text.size) < text.size && i + 1 < shown &&
+            (dataset_token(run->train, example, i + 1) >= 0) == now_scored)
+            continue;
         putchar(' ');
-        json_write_string(stdout, text.data, text.size);
+        write_json_text(stdout, &text);
+        text.size = 0;
     }
-    printf(example->size > SHOWN ? "\n  and %d tokens more\n" : "\n", example->size - SHOWN);
+    printf(example->size > shown ? "\n  and %d tokens more\n" : "\n", example->size - shown);
     free(text.data);
 }
 
