@@ -453,7 +453,7 @@ typedef struct {
     int kind;
 } MatmulCase;
 
-// The ways of section 16 and 17 to a product: in float32; in bfloat16 by the float32 product; by pairs; by AMX;
+// The ways of section 17 and 18 to a product: in float32; in bfloat16 by the float32 product; by pairs; by AMX;
 // and, for few rows without transpose A, with B from a copy, which may be packed.
 enum { FLOAT32, ROUNDED, PAIRS, AMX, COPIED, PACKED };
 static const char *const matmul_ways[] = {"float32", "rounded", "pairs", "AMX", "copies", "packed copies"};
