@@ -453,7 +453,7 @@ typedef struct {
     int kind;
 } MatmulCase;
 
-// The ways of section 16 and 17 to a product: in float32; in bfloat16 by the float32 product; by pairs; by AMX;
+// The ways of section 17 and 18 to a product: in float32; in bfloat16 by the float32 product; by pairs; by AMX;
 // and, for few rows without transpose A, with B from a copy, which may be packed.
 enum { FLOAT32, ROUNDED, PAIRS, AMX, COPIED, PACKED };
 static const char *const matmul_ways[] = {"float32", "rounded", "pairs", "AMX", "copies", "packed copies"};
@@ -4383,7 +4383,7 @@ static const struct {
     {1, "pointer.txt: a pointer of Git LFS", "$TINY --train $D/pointer.txt"},
     {1, "pointer.bin: a pointer of Git LFS", "$TINY --train $D/pointer.bin"},
     {1, "folder: a folder: name its files, as in '", "$TINY --train $D/folder"},
-    {1, "array.json: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '",
+    {1, "array.json: a table; this makes examples of it: python3 data/convert.py '",
      "$TINY --train $D/array.json"},
     {1, "table.parquet: a table; this makes examples of it: python3 data/convert.py '",
      "$TINY --train $D/table.parquet"},
@@ -4600,6 +4600,14 @@ static void test_plan(void) {
     check(strstr(plan.data, "freezing saves 0.0 MB") != NULL, "--plan does not say what freezing saves");
     check(fingerprint(temporary_folder()) == before, "--plan writes");
     free(plan.data);
+    // A character of several tokens is shown as one, also at the beginning of what is scored.
+    write_text("letters.jsonl", "{\"prompt\": \"é\", \"completion\": \"€éx\"}\n");
+    expect_run(0, &plan, "$TINY --train $D/letters.jsonl --val-fraction 0 --plan --out $D/never");
+    check(strstr(plan.data, "\n  not scored \"é\"\n  scored     \"€\" \"é\" \"x\" \"<|endoftext|>\"\n") !=
+              NULL,
+          "--plan: the first example's letters: %s", plan.data);
+    free(plan.data);
+    unlink(in_tests("letters.jsonl"));
     // Without data: batches of whole sequences. Weights of 16 bits stay in their file.
     expect_run(0, &plan, "$TINY --plan --batch-size 3 --seq-len 10 --freeze wpe --out $D/never");
     check(strstr(plan.data, "trained 7456,") && strstr(plan.data, "(30 rows)") &&
