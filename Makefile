@@ -136,7 +136,7 @@ book-test: book ## check that page, in headless Chromium too where there is one
 recipe: all ## test each claim of the fine-tuning recipe: tables and pictures in build/recipe (needs gnuplot)
 	sh dev/recipe/run.sh
 
-plot: ## draw out/log.csv as out/log.png (needs gnuplot)
+plot: ## draw out/log.csv as out/log.png (needs gnuplot); OUT=... draws other runs
 	sh dev/plot.sh $(OUT)
 
 compare-test: all ## compare with PyTorch, live; makes itself a Python environment first

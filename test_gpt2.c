@@ -1599,9 +1599,10 @@ static void test_linear_and_layernorm(void) {
                        .weight = doubles(weight, weights),
                        .bias = doubles(bias, N),
                        .y = doubles(dy, R * N)};
+        const Tensor matrix = {.value = weight, .shape = {K, N}}, vector = {.value = bias};
         layer_loss(&layer);
         if (kind == 0) {
-            linear_forward(y, residual, x, weight, bias, R, K, N);
+            linear_forward(y, residual, x, &matrix, &vector, R);
             for (int i = 0; i < R * N; i++) layer.y[i] += residual[i];
         } else {
             layernorm_forward(y, mean, rstd, x, weight, bias, 1e-5f, R, N);
@@ -1618,7 +1619,9 @@ static void test_linear_and_layernorm(void) {
                 for (int i = 0; i < N; i++) dbias[i] = accumulate ? 7 : NAN;
                 float *w = wanted & 2 ? dweight : NULL, *b = wanted & 4 ? dbias : NULL;
                 if (kind == 0)
-                    linear_backward(wanted & 1 ? dx : NULL, w, b, dy, x, weight, accumulate, R, K, N);
+                    linear_backward(wanted & 1 ? dx : NULL, dy, x,
+                                    &(Tensor){.value = weight, .gradient = w, .shape = {K, N}},
+                                    &(Tensor){.value = bias, .gradient = b}, accumulate, R);
                 else
                     layernorm_backward(dx, w, b, dy, x, mean, rstd, weight, accumulate, R, N);
                 for (int i = 0; i < R * in; i++) dx[i] -= kind == 0 ? 0 : 3;
@@ -2838,7 +2841,7 @@ static void make_inputs(void) {
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
     Model *model = model_new((Config){tokenizer->vocab_size, 16, 1, 2, 16, 64, 1e-5f, true});
     model_initialise(model, 5);
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("model"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("model"));
     model_free(model);
     tokenizer_free(tokenizer);
 }
@@ -3092,7 +3095,7 @@ static void test_model_folder(void) {
     const char *folder = in_tests("small");
     for (int tied = 0; tied < 2; tied++) {
         Model *model = small_model(tied);
-        model_save(model, NULL, &(KeptFiles){0}, folder);
+        model_save(model, NULL, &(KeptFiles){0}, NULL, folder);
         Model *loaded = model_load(folder);
         check(same_values(model, loaded), "values come back to the bit (tied: %d)", tied);
         check(memcmp(&model->config, &loaded->config, offsetof(Config, tie_word_embeddings)) == 0 &&
@@ -3108,7 +3111,7 @@ static void test_model_folder(void) {
     }
     Model *model = small_model(true);
     model->config.layer_norm_epsilon = 1.2345678e-5f; // takes all its digits
-    model_save(model, NULL, &(KeptFiles){0}, folder);
+    model_save(model, NULL, &(KeptFiles){0}, NULL, folder);
     check(config_read(in_tests("small/config.json")).layer_norm_epsilon == model->config.layer_norm_epsilon,
           "layer_norm_epsilon does not come back to the bit");
     model_free(model);
@@ -3150,7 +3153,7 @@ static void test_other_clothes(void) {
     for (int n = 0; n < 8; n++) {
         const int tied = n / 4, dtype = n % 4; // F32, F16, BF16, and the three mixed
         Model *model = small_model(tied);
-        model_save(model, NULL, &(KeptFiles){0}, folder);
+        model_save(model, NULL, &(KeptFiles){0}, NULL, folder);
         StoredTensor list[64];
         int count = 0;
         for (int i = 0; i < model->tensor_count; i++, count++) {
@@ -3495,7 +3498,7 @@ static void make_own_folder(const char *name, int rows, int token, const char *g
         model_tensor(model, LN_F_BIAS, 0)->value[i] = 3;
         model_tensor(model, WTE, 0)->value[16 * token + i] = 1; // the others are near 0
     }
-    model_save(model, NULL, &(KeptFiles){0}, folder);
+    model_save(model, NULL, &(KeptFiles){0}, NULL, folder);
     save_text(
         folder, "config.json",
         xprintf("{\"model_type\": \"gpt2\", \"torch_dtype\": \"float16\", \"vocab_size\": %d, "
@@ -3612,7 +3615,7 @@ static void test_for_convert(void) {
 static void test_stored_heads(void) {
     for (int only = 0; only < 2; only++) {
         Model *model = small_model(false);
-        model_save(model, NULL, &(KeptFiles){0}, in_tests("heads"));
+        model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("heads"));
         Model *as_tied = small_model(true);
         save_config(&as_tied->config, -1, in_tests("heads"));
         StoredTensor list[64];
@@ -3668,7 +3671,7 @@ static void child_same_model(void) {
 static void test_cut_weights(void) {
     Model *model = small_model(true);
     const char *weights = in_tests("small/model.safetensors");
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("small"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("small"));
     model_free(model);
     child_path = in_tests("small");
     Text good = read_file(weights);
@@ -3691,7 +3694,7 @@ static void test_cut_weights(void) {
 static void test_wrong_header(void) {
     const char *folder = in_tests("small"), *weights = in_tests("small/model.safetensors");
     Model *undamaged = small_model(true);
-    model_save(undamaged, NULL, &(KeptFiles){0}, folder);
+    model_save(undamaged, NULL, &(KeptFiles){0}, NULL, folder);
     model_free(undamaged);
     child_path = folder;
     Text good = read_file(weights), printed = {0};
@@ -3722,7 +3725,7 @@ static void test_wrong_header(void) {
 static void test_wrong_tensors(void) {
     const char *weights = in_tests("small/model.safetensors");
     Model *model = small_model(true);
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("small"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("small"));
     child_path = in_tests("small");
     const char *name = "transformer.h.1.mlp.c_fc.weight"; // [8, 24]
     save_changed((StoredTensor){name, "F32", 2, {24, 8}, 192, 768, NULL}, name);
@@ -4121,7 +4124,7 @@ static void make_wrong_inputs(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
     model->config.n_embd = 8; // does not fit the weights
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("narrow"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("narrow"));
     model_free(model);
     Text weights = read_file(in_tests("model/model.safetensors")),
          config = read_file(in_tests("model/config.json"));
@@ -4763,7 +4766,7 @@ static size_t read_log(const char *out, LogLine lines[500], Text *essence) {
 static void test_without_tokenizer(void) {
     make_inputs();
     Model *model = model_load(in_tests("model"));
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("bare"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("bare"));
     model_free(model);
     uint16_t shard[512 + 200] = {0};
     const int32_t header[3] = {20240520, 1, 200};
@@ -4874,7 +4877,7 @@ static void test_other_formats(void) {
     make_folder(in_tests("both")); // one that holds both is a model folder
     Model *model = model_load(in_tests("model"));
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("both"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("both"));
     tokenizer_free(tokenizer);
     model_free(model);
     write_text("both/pytorch_model.bin", "");
@@ -5029,7 +5032,7 @@ static void test_no_prompt(void) {
     make_inputs();
     Tokenizer *tokenizer = tokenizer_load(in_tests("merges.txt"));
     Model *model = tiny_model(tiny_config(tokenizer->vocab_size, 30, 2, 2, 8, 32, true), 3, NULL);
-    model_save(model, NULL, &(KeptFiles){0}, in_tests("lively"));
+    model_save(model, NULL, &(KeptFiles){0}, NULL, in_tests("lively"));
     Text printed;
     expect_run(0, &printed,
                "--init $D/lively --tokenizer $D/merges.txt --generate 20 --temperature 0 --matmul builtin");
@@ -5126,7 +5129,7 @@ static Model *make_talker(int P) {
     Model *model = tiny_model(tiny_config(tokenizer->vocab_size, P, 2, 2, 8, 32, true), 3, NULL);
     for (size_t i = 0; i < 8; i++)
         model_tensor(model, WTE, 0)->value[(size_t)tokenizer->end_of_text * 8 + i] = 0;
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("talker"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("talker"));
     tokenizer_free(tokenizer);
     return model;
 }
@@ -5684,7 +5687,7 @@ static void test_diverging(void) {
     for (size_t i = 0; i < steep->tensors[steep->tensor_count - 1].size; i++)
         model_tensor(steep, LM_HEAD, 0)->value[i] = random_bits(8, i) & 1 ? 3e38f : -3e38f;
     for (int i = 0; i < 16; i++) model_tensor(steep, LN_F_WEIGHT, 0)->value[i] = 1e-37f;
-    model_save(steep, tokenizer, &(KeptFiles){0}, in_tests("steep"));
+    model_save(steep, tokenizer, &(KeptFiles){0}, NULL, in_tests("steep"));
     model_free(steep);
     tokenizer_free(tokenizer);
     write_text("a.txt", "a");
@@ -6049,7 +6052,7 @@ static void test_not_finite(void) {
         if (i == 2)
             for (int t = 0; t < model->tensor_count; t++)
                 memset(model->tensors[t].value, 0, model->tensors[t].size * sizeof(float));
-        model_save(model, tokenizer, &(KeptFiles){0}, in_tests(i == 2 ? "zeros" : "nan"));
+        model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests(i == 2 ? "zeros" : "nan"));
         if (i == 2) break;
         expect_refusal(1, "val.txt: the loss is not finite, nor are all values of transformer.ln_f.weight",
                        "--init $D/nan --eval --val $D/val.txt --matmul builtin");
@@ -6077,7 +6080,7 @@ static void test_not_finite(void) {
     tokenizer = tokenizer_load(in_tests("merges.txt"));
     model = model_load(in_tests("model"));
     model_tensor(model, WPE, 0)->value[15 * 16] = 1e35f;
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("steep-end"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("steep-end"));
     model_free(model);
     tokenizer_free(tokenizer);
     expect_refusal(
@@ -6170,7 +6173,7 @@ static void test_denormals(void) {
     for (int c = 0; c < 16; c++) model_tensor(model, LN_F_WEIGHT, 0)->value[c] = 1e-39f;
     for (size_t i = 0; i < model_tensor(model, LM_HEAD, 0)->size; i++)
         model_tensor(model, LM_HEAD, 0)->value[i] *= 1e38f;
-    model_save(model, tokenizer, &(KeptFiles){0}, in_tests("denormal"));
+    model_save(model, tokenizer, &(KeptFiles){0}, NULL, in_tests("denormal"));
     double loss = 0, wanted = log(tokenizer->vocab_size);
     model_free(model);
     tokenizer_free(tokenizer);

@@ -132,8 +132,7 @@ static void omp_set_num_threads(int n) { (void)n; }
 //
 // Three words have two meanings. The head is the last matrix, (V, C); an attention head is one of NH parts of
 // attention. A block is one of the L; a block of keys is at most 256 keys. A layer is a step of the
-// computation such as layernorm (section 5); in names that files share (n_layer, `layer`) it is the number of
-// a block.
+// computation such as layernorm (section 5); in names that files share (n_layer, `layer`) it is a block.
 //
 // On a first reading, read the comment on matmul at the end of section 1, then go on at section 3.
 
@@ -157,8 +156,7 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) 
     va_end(arguments);
 }
 
-// Both end the program. die (status 1): a file, the machine or a number is bad. die_usage (status 2): the
-// command line is wrong.
+// Both end the program. die (status 1): a file, the machine, a number is bad. die_usage (2): the command line.
 #define die(...) (warn(__VA_ARGS__), exit(1))
 #define die_usage(...) (warn(__VA_ARGS__), exit(2))
 
@@ -247,13 +245,11 @@ static float largest_of(const float *x, int n); // the largest of x[0 .. n - 1].
 // 2. Random numbers
 // =====================================================================================================
 // Training needs chance in three places: initial parameters, the order of examples (the texts to learn from),
-// and dropout (section 5). Usual generators
-// have a state that each draw changes. These have none. A random stream is an endless sequence of draws,
-// named by a number, and its draw number `index` is a pure function of both. So any draw can be made again,
-// by any thread, and after an interruption.
+// and dropout (section 5). Usual generators have a state that each draw changes. These have none. A random
+// stream is an endless sequence of draws, named by a number, and its draw number `index` is a pure function of
+// both. So any draw can be made again, by any thread, and after an interruption.
 
-// A hash: each bit of x changes about half the bits of the result. The constants are those of SplitMix64
-// (Steele, Lea, Flood 2014).
+// A hash: each bit of x changes about half the bits of the result. (SplitMix64: Steele, Lea, Flood 2014.)
 static uint64_t mix_bits(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -303,14 +299,14 @@ typedef struct {
 //
 // The smallest GPT-2 has V = 50257, P = 1024, C = 768, F = 4C, L = NH = 12. wte has 38.60 million values, wpe
 // 0.79, each block 12 C² + 13 C = 7.088 million: 38.60 + 0.79 + 12 · 7.088 = 124.4 million in all.
-typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL } Initial;
+typedef enum { ZEROS, ONES, NORMAL, NORMAL_RESIDUAL, UNIFORM } Initial;
 
 // clang-format off
 enum {
     WTE, WPE,
     LN_1_WEIGHT, LN_1_BIAS, ATTN_WEIGHT, ATTN_BIAS, ATTN_PROJ_WEIGHT, ATTN_PROJ_BIAS,
     LN_2_WEIGHT, LN_2_BIAS, FC_WEIGHT, FC_BIAS, FC_PROJ_WEIGHT, FC_PROJ_BIAS,
-    LN_F_WEIGHT, LN_F_BIAS, LM_HEAD, TENSOR_KINDS
+    LN_F_WEIGHT, LN_F_BIAS, LM_HEAD, LORA_A, LORA_B, TENSOR_KINDS
 };
 
 static const struct {
@@ -334,11 +330,13 @@ static const struct {
     [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},            // last layernorm
     [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
     [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL},          // unless it is wte
+    [LORA_A]           = {"*.lora_A.weight",                      "RI", UNIFORM},         // section 9: beside a
+    [LORA_B]           = {"*.lora_B.weight",                      "OR", ZEROS},           // matrix named *
 };
 // clang-format on
-enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT }; // per layer
+enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT, LORA_ROOM = 4 * 2 }; // per layer
 
-typedef struct {
+typedef struct Tensor {
     char *name; // Hugging Face's, in full
     int kind, layer;
     int dims;
@@ -347,6 +345,8 @@ typedef struct {
     float *value;                // (size) in the model's own memory or mapped from its file
     float *gradient;             // (size) NULL when frozen, and so are the next two
     float *exp_avg, *exp_avg_sq; // (size) the optimizer's two moments, section 7
+    struct Tensor *adapter;      // with LoRA (section 9) a matrix has two more beside it, adapter[0] and [1]
+    float adapter_scale;
 } Tensor;
 
 // The bytes of a file, seen as memory. A write changes the memory only, never the file. Part III.
@@ -366,6 +366,8 @@ typedef struct {
     Mapping value_file;  // the model's file; a page is copied when training first writes to it
     float *training_memory; // holds gradients, and moments unless these are in moment_file
     Mapping moment_file;    // of a checkpoint, the saved state of an interrupted run
+    int lora_rank;          // 0: no adapters, the next two are not used
+    float lora_alpha, *adapter_memory;
 } Model;
 
 static bool kind_is_per_layer(int kind) { return kind >= LN_1_WEIGHT && kind < LN_F_WEIGHT; }
@@ -378,8 +380,7 @@ static Tensor *model_tensor(const Model *model, int kind, int layer) {
     return &model->tensors[layer * BLOCK_TENSORS + kind];
 }
 
-// The head (V, C). When it is tied, it is wte itself: the same rows turn tokens into vectors and compute the
-// logits.
+// The head (V, C). When it is tied, it is wte itself: the rows that turn tokens into vectors make the logits.
 static Tensor *model_head(const Model *model) {
     return model_tensor(model, model->config.tie_word_embeddings ? WTE : LM_HEAD, 0);
 }
@@ -395,8 +396,9 @@ static Model *model_new(Config config) {
     Model *model = xcalloc(1, sizeof *model);
     model->config = config;
     model->lowest_trained = -1;
-    model->tensors = xcalloc((size_t)config.n_layer * BLOCK_TENSORS + TENSOR_KINDS, sizeof *model->tensors);
-    for (int kind = 0; kind < TENSOR_KINDS; kind++) {
+    model->tensors =
+        xcalloc((size_t)config.n_layer * (BLOCK_TENSORS + LORA_ROOM) + TENSOR_KINDS, sizeof *model->tensors);
+    for (int kind = 0; kind < LORA_A; kind++) {
         if (kind == LM_HEAD && config.tie_word_embeddings) continue;
         const char *name = tensor_table[kind].name, *shape = tensor_table[kind].shape;
         const char *star = strchr(name, '*');
@@ -419,6 +421,7 @@ static void model_free(Model *model) {
     for (int i = 0; i < model->tensor_count; i++) free(model->tensors[i].name);
     free(model->tensors);
     free(model->value_memory);
+    free(model->adapter_memory);
     free(model->training_memory);
     unmap_file(&model->value_file);
     unmap_file(&model->moment_file);
@@ -435,8 +438,7 @@ static void model_allocate_values(Model *model) {
     }
 }
 
-// A model to be trained from nothing. The same seed gives the same values, up to the last digits of libm's
-// log.
+// A model to be trained from nothing. The same seed gives the same values, up to the last digits of log().
 static void model_initialise(Model *model, uint64_t seed) {
     model_allocate_values(model);
     for (int i = 0; i < model->tensor_count; i++) {
@@ -471,9 +473,11 @@ static void model_set_training(Model *model, const Patterns *freeze, const Patte
     model->lowest_trained = model->config.n_layer;
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
-        tensor->frozen = patterns_match(freeze, tensor->name);
+        bool beside_adapters = model->lora_rank > 0 && tensor->kind < LORA_A;
+        tensor->frozen = beside_adapters || patterns_match(freeze, tensor->name);
         tensor->decay = !patterns_match(no_decay, tensor->name);
-        bool embedding = tensor->kind < LN_1_WEIGHT, after_blocks = tensor->kind >= LN_F_WEIGHT;
+        bool embedding = tensor->kind <= WPE,
+             after_blocks = tensor->kind >= LN_F_WEIGHT && tensor->kind <= LM_HEAD;
         int depth = embedding ? -1 : after_blocks ? model->config.n_layer : tensor->layer;
         if (!tensor->frozen && depth < model->lowest_trained) model->lowest_trained = depth;
     }
@@ -645,20 +649,26 @@ static void embedding_backward(float *dtable, const float *dx, const int *index,
 }
 
 // ---- linear ----
+static void lora_forward(float *y, const float *x, const Tensor *weight, int R); // section 9
+static void lora_backward(float *dx, const float *dy, const float *x, const Tensor *weight, bool accumulate,
+                          int R);
+
 // The workhorse: each of the N outputs is a weighted sum of all K inputs plus a constant, the bias. Row r of
 // y depends on row r of x only, and the weights are the same for all rows: one product of matrices.
 //   y = residual + x · weight + bias, with residual NULL for none
 //   y, residual (R, N); x (R, K); weight (K, N); bias (N)
 // Bias and residual are written into y first, and the product is added to them.
-static void linear_forward(float *y, const float *residual, const float *x, const float *weight,
-                           const float *bias, int R, int K, int N) {
+static void linear_forward(float *y, const float *residual, const float *x, const Tensor *weight,
+                           const Tensor *bias, int R) {
+    const int K = (int)weight->shape[0], N = (int)weight->shape[1];
 #pragma omp parallel for
     for (int r = 0; r < R; r++) {
         float *to = y + (size_t)r * N;
-        const float *from = residual ? residual + (size_t)r * N : NULL;
-        for (int n = 0; n < N; n++) to[n] = from ? from[n] + bias[n] : bias[n];
+        const float *from = residual ? residual + (size_t)r * N : NULL, *b = bias->value;
+        for (int n = 0; n < N; n++) to[n] = from ? from[n] + b[n] : b[n];
     }
-    matmul(y, N, x, K, false, weight, N, false, R, N, K, true);
+    matmul(y, N, x, K, false, weight->value, N, false, R, N, K, true);
+    if (weight->adapter) lora_forward(y, x, weight, R);
 }
 
 // Sums each column over all rows: the gradient of a bias, which acts on every row. With x, each dy[r, n] is
@@ -685,12 +695,14 @@ static void column_sums(float *out, const float *dy, const float *x, const float
 // From y = x · weight + bias follow
 //   dx = dy · weightᵀ,   dweight = xᵀ · dy,   dbias = column sums of dy
 //   dx (R, K) is overwritten; dweight, dbias are overwritten, or added to when accumulate.
-// Each of the three may be NULL, and then costs nothing.
-static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
-                            const float *weight, bool accumulate, int R, int K, int N) {
-    if (dweight) matmul(dweight, N, x, K, true, dy, N, false, K, N, R, accumulate);
-    if (dbias) column_sums(dbias, dy, NULL, NULL, NULL, accumulate, R, N);
-    if (dx) matmul(dx, K, dy, N, false, weight, N, true, R, K, N, false);
+// Without dx, x or bias (NULL), and without a gradient of weight or bias, that part is left out.
+static void linear_backward(float *dx, const float *dy, const float *x, const Tensor *weight,
+                            const Tensor *bias, bool accumulate, int R) {
+    const int K = (int)weight->shape[0], N = (int)weight->shape[1];
+    if (x && weight->gradient) matmul(weight->gradient, N, x, K, true, dy, N, false, K, N, R, accumulate);
+    if (bias && bias->gradient) column_sums(bias->gradient, dy, NULL, NULL, NULL, accumulate, R, N);
+    if (dx) matmul(dx, K, dy, N, false, weight->value, N, true, R, K, N, false);
+    if (weight->adapter) lora_backward(dx, dy, x, weight, accumulate, R);
 }
 
 // ---- layernorm ----
@@ -1015,8 +1027,7 @@ static void cross_entropy(float *logits, float *loss, bool *correct, const int *
 // =====================================================================================================
 // 6. Model
 // =====================================================================================================
-// The layers in the order that makes them GPT-2 (Radford et al. 2019). The page at the start of Part I shows
-// it.
+// The layers in the order that makes them GPT-2 (Radford et al. 2019), as on the first page of Part I.
 //
 // Since x is only added to, its gradient has one path back that no block weakens. For y = x + f(x) with dy =
 // 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; even where f has slope 0, the 0.5 arrives. That
@@ -1111,11 +1122,8 @@ static size_t activations_lay_out(Activations *a, const Model *model, int rows, 
     const Config *config = &model->config;
     a->rows = rows;
     a->keep = keep;
-    a->first_kept = 0;
-    if (keep == KEEP_NOTHING)
-        a->first_kept = config->n_layer;
-    else if (model->lowest_trained > 0)
-        a->first_kept = model->lowest_trained;
+    a->first_kept = keep == KEEP_NOTHING ? config->n_layer : model->lowest_trained;
+    if (a->first_kept < 0) a->first_kept = 0; // -1: the embeddings are trained as well
     a->scratch_size = attention_scratch(config->n_positions);
     a->block_size = block_lay_out(&(Block){0}, config, rows, NULL);
     const size_t kept = (size_t)(config->n_layer - a->first_kept);
@@ -1174,16 +1182,15 @@ static Dropout dropout_at(Dropout dropout, int layer, int place) {
     return dropout;
 }
 
-// y = residual + dropout(x · weight + bias): the projections, by which attention and MLP join the residual
-// stream.
+// y = residual + dropout(x · weight + bias): the projections, which end attention and MLP.
 //   y, residual, projected (R, C); x (R, K)
 static void join_stream(float *y, const float *residual, const float *x, const Tensor *weight,
-                        const Tensor *bias, float *projected, Dropout dropout, int R, int K, int C) {
+                        const Tensor *bias, float *projected, Dropout dropout, int R) {
     if (dropout.probability == 0) {
-        linear_forward(y, residual, x, weight->value, bias->value, R, K, C);
+        linear_forward(y, residual, x, weight, bias, R);
     } else {
-        linear_forward(projected, NULL, x, weight->value, bias->value, R, K, C);
-        dropout_add(y, residual, projected, dropout, R, C);
+        linear_forward(projected, NULL, x, weight, bias, R);
+        dropout_add(y, residual, projected, dropout, R, (int)weight->shape[1]);
     }
 }
 
@@ -1217,21 +1224,21 @@ static void block_forward(const Model *model, Activations *a, const Batch *batch
     // middle = x + dropout(attention(qkv) · c_proj + bias),   qkv = layernorm_1(x) · c_attn + bias
     layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value, epsilon,
                       R, C);
-    linear_forward(b.qkv, NULL, a->normed, t[ATTN_WEIGHT].value, t[ATTN_BIAS].value, R, C, 3 * C);
+    linear_forward(b.qkv, NULL, a->normed, &t[ATTN_WEIGHT], &t[ATTN_BIAS], R);
     Attention attention = block_attention(model, a, batch, &b, layer, dropout);
     if (cache) attention.keys = cache_append(cache, batch, b.qkv, layer);
     attention_forward(&attention);
     join_stream(b.middle, b.x, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS], a->projected,
-                dropout_at(dropout, layer, DROP_PROJECTION), R, C, C);
+                dropout_at(dropout, layer, DROP_PROJECTION), R);
 
     // x = middle + dropout(gelu(hidden) · c_proj + bias),   hidden = layernorm_2(middle) · c_fc + bias
     layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
                       epsilon, R, C);
-    linear_forward(b.hidden, NULL, a->normed, t[FC_WEIGHT].value, t[FC_BIAS].value, R, C, F);
+    linear_forward(b.hidden, NULL, a->normed, &t[FC_WEIGHT], &t[FC_BIAS], R);
     if (!finish) return;
     gelu_forward(a->gelu, b.hidden, (size_t)R * F);
     join_stream(residual_at(a, model, layer + 1), b.middle, a->gelu, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS],
-                a->projected, dropout_at(dropout, layer, DROP_MLP), R, F, C);
+                a->projected, dropout_at(dropout, layer, DROP_MLP), R);
 }
 
 // Embeddings and all blocks: fills residual_at(L).
@@ -1311,42 +1318,37 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
     const int R = batch->rows, C = config->n_embd, F = config->n_inner;
     const Tensor *t = model->tensors + layer * BLOCK_TENSORS;
     const Block b = block_at(a, model, layer);
-    float *d_projected = a->d_residual;                        // with dropout: d_residual after dropout
+    float *d_projected = dropout.probability > 0 ? a->projected : a->d_residual; // d_residual after dropout
     if (a->keep == KEEP_INPUTS && layer < config->n_layer - 1) // the last block's are still there
         block_forward(model, a, batch, layer, NULL, dropout, false);
 
     // x = middle + dropout(gelu(hidden) · c_proj + bias): first d_hidden gets the gradient of gelu(hidden)
     if (dropout.probability > 0)
-        dropout_add(d_projected = a->projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R,
-                    C);
-    linear_backward(a->d_hidden, NULL, t[FC_PROJ_BIAS].gradient, d_projected, NULL, t[FC_PROJ_WEIGHT].value,
-                    accumulate, R, F, C);
+        dropout_add(d_projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_MLP), R, C);
+    linear_backward(a->d_hidden, d_projected, NULL, &t[FC_PROJ_WEIGHT], &t[FC_PROJ_BIAS], accumulate, R);
     // then d_hidden becomes the gradient of hidden, and b.hidden becomes gelu(hidden), the input of c_proj
     gelu_backward(a->d_hidden, b.hidden, (size_t)R * F);
-    linear_backward(NULL, t[FC_PROJ_WEIGHT].gradient, NULL, d_projected, b.hidden, NULL, accumulate, R, F, C);
+    linear_backward(NULL, d_projected, b.hidden, &t[FC_PROJ_WEIGHT], NULL, accumulate, R);
     // hidden = layernorm_2(middle) · c_fc + bias
-    if (t[FC_WEIGHT].gradient)
+    if (t[FC_WEIGHT].gradient || t[FC_WEIGHT].adapter)
         layernorm_forward(a->normed, b.mean_2, b.rstd_2, b.middle, t[LN_2_WEIGHT].value, t[LN_2_BIAS].value,
                           config->layer_norm_epsilon, R, C);
-    linear_backward(a->d_normed, t[FC_WEIGHT].gradient, t[FC_BIAS].gradient, a->d_hidden, a->normed,
-                    t[FC_WEIGHT].value, accumulate, R, C, F);
+    linear_backward(a->d_normed, a->d_hidden, a->normed, &t[FC_WEIGHT], &t[FC_BIAS], accumulate, R);
     layernorm_backward(a->d_residual, t[LN_2_WEIGHT].gradient, t[LN_2_BIAS].gradient, a->d_normed, b.middle,
                        b.mean_2, b.rstd_2, t[LN_2_WEIGHT].value, accumulate, R, C);
 
-    // middle = x + dropout(attention(qkv) · c_proj + bias): here d_normed holds the gradient of attention's
-    // output
+    // middle = x + dropout(attention(qkv) · c_proj + bias): d_normed gets the gradient of attention(qkv)
     if (dropout.probability > 0)
         dropout_add(d_projected, NULL, a->d_residual, dropout_at(dropout, layer, DROP_PROJECTION), R, C);
-    linear_backward(a->d_normed, t[ATTN_PROJ_WEIGHT].gradient, t[ATTN_PROJ_BIAS].gradient, d_projected,
-                    b.attention, t[ATTN_PROJ_WEIGHT].value, accumulate, R, C, C);
+    linear_backward(a->d_normed, d_projected, b.attention, &t[ATTN_PROJ_WEIGHT], &t[ATTN_PROJ_BIAS],
+                    accumulate, R);
     const Attention attention = block_attention(model, a, batch, &b, layer, dropout);
     attention_backward(&attention, a->d_qkv, a->d_normed);
     // qkv = layernorm_1(x) · c_attn + bias
-    if (t[ATTN_WEIGHT].gradient)
+    if (t[ATTN_WEIGHT].gradient || t[ATTN_WEIGHT].adapter)
         layernorm_forward(a->normed, b.mean_1, b.rstd_1, b.x, t[LN_1_WEIGHT].value, t[LN_1_BIAS].value,
                           config->layer_norm_epsilon, R, C);
-    linear_backward(a->d_normed, t[ATTN_WEIGHT].gradient, t[ATTN_BIAS].gradient, a->d_qkv, a->normed,
-                    t[ATTN_WEIGHT].value, accumulate, R, C, 3 * C);
+    linear_backward(a->d_normed, a->d_qkv, a->normed, &t[ATTN_WEIGHT], &t[ATTN_BIAS], accumulate, R);
     layernorm_backward(a->d_residual, t[LN_1_WEIGHT].gradient, t[LN_1_BIAS].gradient, a->d_normed, b.x,
                        b.mean_1, b.rstd_1, t[LN_1_WEIGHT].value, accumulate, R, C);
 }
@@ -1442,8 +1444,7 @@ static double gradient_norm(const Model *model, const Tensor **not_finite) {
     return sqrt(total);
 }
 
-// The factor that brings the norm down to `largest` (0: no limit). PyTorch's clip_grad_norm_ has the same
-// 1e-6.
+// The factor that brings the norm down to `largest` (0: no limit); clip_grad_norm_ of PyTorch adds 1e-6, too.
 static float clip_factor(double norm, double largest) {
     return largest > 0 && norm + 1e-6 > largest ? (float)(largest / (norm + 1e-6)) : 1.0f;
 }
@@ -1500,8 +1501,7 @@ static double schedule_factor(Schedule schedule, long step, long warmup, long st
 // 8. One training step
 // =====================================================================================================
 // Everything comes together: forward, backward, update. A step may look at more examples than memory allows
-// at once. Then they come as several batches, called micro-batches, whose gradients add up before the one
-// update.
+// at once. Then they come as several batches, called micro-batches, whose gradients add up first.
 
 typedef struct {
     double loss;     // mean over the scored rows
@@ -1545,6 +1545,115 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
+}
+
+// =====================================================================================================
+// 9. LoRA
+// =====================================================================================================
+// To train all of a model takes four times its memory (values, gradients, two moments), and every task leaves
+// a whole new model behind. But what fine-tuning adds to a matrix W is simple, as it turned out: a product of
+// two thin matrices can stand for it. LoRA learns only these (Hu et al. 2021). W stays frozen, and beside it
+// goes a detour through r numbers per row, r being 1 to 32 or so and called the rank:
+//   y = x W + b + scale · (x Aᵀ) Bᵀ,   scale = alpha / r
+//   x (R, K); y (R, N); W (K, N); A (r, K); B (N, r)
+// Of the smallest GPT-2's c_attn, W has 768 · 2304 = 1.77 million values, A and B with r = 8 have 8 · (768 +
+// 2304) = 24,576. B begins at 0, so the detour adds nothing at first and the model begins as what it was. A
+// begins at random: if both were 0, so would be both gradients, and nothing would ever move. The user's alpha
+// says how much the detour weighs; divided by r, so that another rank does not need another learning rate.
+//
+// After training scale · (B A)ᵀ can be added to W itself. The merged model is as fast as before, and every
+// program can load it that knows GPT-2. Names, shapes, scale and initial values are those of PEFT, the
+// library in which most adapters are made, so that it loads ours and we load its.
+
+// Adds the pair A, B, without values, beside a matrix of a block.
+static void model_add_adapter(Model *model, Tensor *weight) {
+    const size_t r = (size_t)model->lora_rank,
+                 size_of[] = {['I'] = weight->shape[0], ['O'] = weight->shape[1], ['R'] = r};
+    weight->adapter = &model->tensors[model->tensor_count];
+    weight->adapter_scale = model->lora_alpha / (float)r;
+    for (int kind = LORA_A; kind <= LORA_B; kind++) {
+        Tensor *tensor = &model->tensors[model->tensor_count++];
+        const char *shape = tensor_table[kind].shape;
+        *tensor = (Tensor){.kind = kind, .layer = weight->layer, .dims = 2};
+        tensor->name = xprintf("%.*s%s", (int)(strlen(weight->name) - strlen(".weight")), weight->name,
+                               tensor_table[kind].name + 1);
+        for (int d = 0; d < 2; d++) tensor->shape[d] = size_of[(int)shape[d]];
+        tensor->size = tensor->shape[0] * tensor->shape[1];
+    }
+}
+
+// Gives adapters that a new run begins with their values. A: uniform between -1 / sqrt(K) and 1 / sqrt(K),
+// which is "kaiming uniform with a = sqrt(5)" in PEFT. B: zero.
+static void adapters_initialise(Model *model, uint64_t seed) {
+    for (int i = 0; i < model->tensor_count; i++) {
+        Tensor *tensor = &model->tensors[i];
+        const float bound = 1 / sqrtf((float)tensor->shape[1]);
+        const uint64_t stream = random_stream(seed, (uint64_t)i);
+        if (tensor->kind < LORA_A) continue;
+        for (size_t j = 0; j < tensor->size; j++)
+            tensor->value[j] = tensor->kind == LORA_B ? 0 : bound * (2 * random_uniform(stream, j) - 1);
+    }
+}
+
+// h = scale · x Aᵀ (R, r), in fresh memory. The scale is applied here, where numbers are few.
+static float *lora_down(const float *x, const Tensor *weight, int R) {
+    const Tensor *A = &weight->adapter[0];
+    const int K = (int)A->shape[1], r = (int)A->shape[0];
+    float *h = xfloats((size_t)R * r);
+    matmul(h, r, x, K, false, A->value, K, true, R, r, K, false);
+    for (size_t i = 0; i < (size_t)R * r; i++) h[i] *= weight->adapter_scale;
+    return h;
+}
+
+// y += h Bᵀ
+static void lora_forward(float *y, const float *x, const Tensor *weight, int R) {
+    const Tensor *B = &weight->adapter[1];
+    const int N = (int)B->shape[0], r = (int)B->shape[1];
+    float *h = lora_down(x, weight, R);
+    matmul(y, N, h, r, false, B->value, r, true, R, N, r, true);
+    free(h);
+}
+
+// From y += h Bᵀ with h = scale · x Aᵀ follow, with dh = scale · dy B (R, r),
+//   dB = dyᵀ h,   dA = dhᵀ x,   dx += dh A
+// Without x or dx (NULL), and without gradients of A and B, that part is left out.
+static void lora_backward(float *dx, const float *dy, const float *x, const Tensor *weight, bool accumulate,
+                          int R) {
+    const Tensor *A = &weight->adapter[0], *B = &weight->adapter[1];
+    const int K = (int)A->shape[1], r = (int)A->shape[0], N = (int)B->shape[0];
+    float *dh = xfloats((size_t)R * r);
+    matmul(dh, r, dy, N, false, B->value, r, false, R, r, N, false);
+    for (size_t i = 0; i < (size_t)R * r; i++) dh[i] *= weight->adapter_scale;
+    if (x && B->gradient) {
+        float *h = lora_down(x, weight, R);
+        matmul(B->gradient, r, dy, N, true, h, r, false, N, r, R, accumulate);
+        free(h);
+    }
+    if (x && A->gradient) matmul(A->gradient, K, dh, r, true, x, K, false, r, K, R, accumulate);
+    if (dx) matmul(dx, K, dh, r, false, A->value, K, false, R, K, r, true);
+    free(dh);
+}
+
+// W += scale · (B A)ᵀ beside each adapter, which leaves the list: what remains is a plain GPT-2.
+static void model_merge(Model *model) {
+    int count = 0;
+    for (int i = 0; i < model->tensor_count && model->tensors[i].kind < LORA_A; i++, count++) {
+        Tensor *weight = &model->tensors[i];
+        if (!weight->adapter) continue;
+        const Tensor A = weight->adapter[0], B = weight->adapter[1];
+        const size_t K = weight->shape[0], N = weight->shape[1], r = A.shape[0];
+#pragma omp parallel for
+        for (size_t k = 0; k < K; k++)
+            for (size_t n = 0; n < N; n++) {
+                float sum = 0;
+                for (size_t j = 0; j < r; j++) sum += A.value[j * K + k] * B.value[n * r + j];
+                weight->value[k * N + n] += weight->adapter_scale * sum;
+            }
+        weight->adapter = NULL;
+    }
+    for (int i = count; i < model->tensor_count; i++) free(model->tensors[i].name);
+    model->tensor_count = count;
+    model->lora_rank = 0;
 }
 
 // #####################################################################################################
@@ -3860,8 +3969,15 @@ static bool head_differs(const SafeTensors *file) {
     return i < wte->count;
 }
 
-// Loads the weights of a model folder, or only checks them. (tokenizer_load loads its tokenizer.)
+static Model *adapter_open(const char *folder, bool with_values);
+
+// A folder with an adapter of LoRA holds no model of its own.
+static bool is_adapter(const char *folder) { return file_exists(path_of("%s/adapter_config.json", folder)); }
+
+// Loads the weights of a model folder, or only checks them; or those of the model that an adapter's folder
+// names, with the adapter. (tokenizer_load loads its tokenizer.)
 static Model *model_open(const char *folder, bool with_values) {
+    if (is_adapter(folder)) return adapter_open(folder, with_values);
     const char *config = path_of("%s/config.json", folder),
                *weights = path_of("%s/model.safetensors", folder);
     if (!file_exists(config))
@@ -3889,6 +4005,135 @@ static Model *model_open(const char *folder, bool with_values) {
 
 static Model *model_load(const char *folder) { return model_open(folder, true); }
 
+// ---- adapters ----
+// PEFT's folder of an adapter (section 9): adapter_model.safetensors holds the pairs A and B alone, under
+// their names with a prefix; adapter_config.json says r, alpha, and where the model is that they belong to.
+static const char adapter_prefix[] = "base_model.model.";
+
+// Ends the program when adapter_config.json asks for what is not computed here.
+static void check_adapter_config(const Json *config, const char *path) {
+    static const char *const switches[] = {"use_dora", "use_rslora", "use_qalora", "lora_bias"};
+    static const char *const lists[] = {"rank_pattern",      "alpha_pattern",
+                                        "modules_to_save",   "trainable_token_indices",
+                                        "target_parameters", "layer_replication"};
+    const Json *bias = json_get(config, "bias");
+    if (!json_is_text(json_get(config, "peft_type"), "LORA")) die("%s: peft_type must be \"LORA\"", path);
+    for (int i = 0; i < 4; i++)
+        if (json_is_true(config, switches[i], false, path))
+            die("%s: %s true is not supported", path, switches[i]);
+    for (int i = 0; i < 6; i++) {
+        const Json *list = json_get(config, lists[i]);
+        if (!json_is_null(list) && json_child(list)) die("%s: %s is not supported", path, lists[i]);
+    }
+    if (!json_is_null(bias) && !json_is_text(bias, "none")) die("%s: bias must be \"none\"", path);
+}
+
+// The folder of the model that an adapter belongs to, or (no adapter) the folder itself; a copy.
+static char *base_folder(const char *folder) {
+    if (!is_adapter(folder)) return xstrdup(folder);
+    const char *path = path_of("%s/adapter_config.json", folder);
+    Json *config = json_read_file(path);
+    const char *base = json_text(json_get(config, "base_model_name_or_path"));
+    if (!base || !file_exists(path_of("%s/config.json", base)))
+        die("%s: its model, base_model_name_or_path \"%s\", is not a model folder here; correct that line",
+            path, base ? base : "");
+    char *copy = xstrdup(base);
+    json_free(config);
+    return copy;
+}
+
+// Allocates the values of all adapters.
+static void adapters_allocate(Model *model) {
+    size_t total = 0;
+    for (int i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i].kind >= LORA_A) total += aligned_size(model->tensors[i].size);
+    float *at = model->adapter_memory = xfloats(total);
+    for (int i = 0; i < model->tensor_count; i++) {
+        if (model->tensors[i].kind < LORA_A) continue;
+        model->tensors[i].value = at;
+        at += aligned_size(model->tensors[i].size);
+    }
+}
+
+// May a tensor have an adapter? The matrices of the blocks may.
+static bool is_adaptable(const Tensor *tensor) {
+    return kind_is_per_layer(tensor->kind) && tensor->dims == 2;
+}
+
+// Loads an adapter's folder and the model that it belongs to. Which matrices are adapted is told by the names
+// in adapter_model.safetensors; a tensor there that is not one of a pair ends the program.
+static Model *adapter_open(const char *folder, bool with_values) {
+    const char *path = path_of("%s/adapter_config.json", folder);
+    Json *config = json_read_file(path);
+    check_adapter_config(config, path);
+    char *base = base_folder(folder);
+    const double r = json_number(config, "r", 8, path), alpha = json_number(config, "lora_alpha", 8, path);
+    if (!(r >= 1 && r <= 65536) || r != floor(r)) die("%s: r must be a whole number from 1 to 65536", path);
+    if (!isfinite(alpha)) die("%s: lora_alpha must be a number", path);
+    Model *model = model_open(base, with_values);
+    model->lora_rank = (int)r;
+    model->lora_alpha = (float)alpha;
+    SafeTensors file = safetensors_open(path_of("%s/adapter_model.safetensors", folder));
+    const int plain = model->tensor_count;
+    for (int i = 0; i < plain; i++) {
+        Tensor *weight = &model->tensors[i];
+        const int stem = (int)(strlen(weight->name) - strlen(".weight"));
+        if (is_adaptable(weight) &&
+            safetensors_find(&file, xprintf("%s%.*s.lora_A.weight", adapter_prefix, stem, weight->name)))
+            model_add_adapter(model, weight);
+    }
+    if (file.count != (size_t)(model->tensor_count - plain) || file.count == 0)
+        for (size_t i = 0; i <= file.count; i++) {
+            if (i == file.count) die("%s: holds no adapter of this GPT-2 (or only one of a pair)", file.path);
+            const char *name = file.tensors[i].name;
+            bool known = strncmp(name, adapter_prefix, sizeof adapter_prefix - 1) == 0;
+            if (known && (strstr(name, ".lora_A.weight") || strstr(name, ".lora_B.weight"))) continue;
+            die("%s: tensor %s is not one of a pair lora_A, lora_B: it is not supported", file.path, name);
+        }
+    adapters_allocate(model);
+    for (int i = plain; i < model->tensor_count; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        const StoredTensor *stored =
+            safetensors_need(&file, xprintf("%s%s", adapter_prefix, tensor->name), tensor);
+        if (!is_float(stored->dtype))
+            die("%s: tensor %s is %s; F32, F16 or BF16 expected", file.path, stored->name, stored->dtype);
+        for (size_t j = 0; j < tensor->size; j++) tensor->value[j] = stored_float(stored, j);
+    }
+    safetensors_close(&file, false);
+    json_free(config);
+    free(base);
+    return model;
+}
+
+// Writes adapter_config.json for an adapter that was begun here. A kind of matrix that is adapted in every
+// block is named once, as in "attn.c_attn".
+static void save_adapter_config(const Model *model, const char *base, const char *folder) {
+    const char *path = path_of("%s/adapter_config.json", folder), *comma = "";
+    FILE *file = create_file(path);
+    fprintf(
+        file,
+        "{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n  \"base_model_name_or_path\": ");
+    json_write_string(file, base, strlen(base));
+    fprintf(file,
+            ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": 0.0,\n  \"target_modules\": [",
+            model->lora_rank, model->lora_alpha);
+    for (int kind = LN_1_WEIGHT; kind < LN_F_WEIGHT; kind++) {
+        int adapted = 0, layers = model->config.n_layer;
+        for (int layer = 0; layer < layers; layer++)
+            adapted += model_tensor(model, kind, layer)->adapter != NULL;
+        for (int layer = 0; layer < (adapted == layers ? 1 : layers); layer++) {
+            const Tensor *weight = model_tensor(model, kind, layer);
+            const char *name = weight->name;
+            if (!weight->adapter) continue;
+            if (adapted == layers) name = strchr(name + strlen("transformer.h."), '.') + 1;
+            fprintf(file, "%s\"%.*s\"", comma, (int)(strlen(name) - strlen(".weight")), name);
+            comma = ", ";
+        }
+    }
+    fprintf(file, "],\n  \"fan_in_fan_out\": true,\n  \"bias\": \"none\",\n  \"inference_mode\": true\n}\n");
+    finish_file(file, path);
+}
+
 // Which of a tensor's three arrays a file holds.
 typedef enum { STORE_VALUE, STORE_EXP_AVG, STORE_EXP_AVG_SQ } Stored;
 
@@ -3896,21 +4141,25 @@ static StoredTensor stored_tensor(const Tensor *tensor, Stored what) {
     static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
     float *const arrays[] = {tensor->value, tensor->exp_avg, tensor->exp_avg_sq};
     StoredTensor stored = {.dtype = "F32", .dims = tensor->dims, .count = tensor->size};
-    stored.name = xprintf("%s%s", prefixes[what], tensor->name);
+    const char *prefix = what == STORE_VALUE && tensor->kind >= LORA_A ? adapter_prefix : prefixes[what];
+    stored.name = xprintf("%s%s", prefix, tensor->name);
     memcpy(stored.shape, tensor->shape, sizeof tensor->shape);
     stored.bytes = tensor->size * sizeof(float);
     stored.data = (char *)arrays[what];
     return stored;
 }
 
-// Writes all values, or AdamW's moments of what is trained.
+// Writes all values (with LoRA the adapters' alone), or AdamW's moments of what is trained.
 static void model_write_tensors(const Model *model, const char *path, bool moments) {
     Stored first = moments ? STORE_EXP_AVG : STORE_VALUE, last = moments ? STORE_EXP_AVG_SQ : STORE_VALUE;
     StoredTensor *list = xcalloc(2 * (size_t)model->tensor_count, sizeof *list);
     size_t count = 0;
-    for (int i = 0; i < model->tensor_count; i++)
-        for (Stored what = first; what <= last && !(moments && model->tensors[i].frozen); what++)
+    for (int i = 0; i < model->tensor_count; i++) {
+        const bool of_base = model->lora_rank > 0 && model->tensors[i].kind < LORA_A;
+        if (moments ? model->tensors[i].frozen : of_base) continue;
+        for (Stored what = first; what <= last; what++)
             list[count++] = stored_tensor(&model->tensors[i], what);
+    }
     safetensors_write(path, list, count);
     for (size_t i = 0; i < count; i++) free((char *)list[i].name);
     free(list);
@@ -3984,6 +4233,14 @@ static void keep_config(KeptFiles *files, const char *folder) {
     keep_file(files, folder, "generation_config.json", "generation_config.json");
 }
 
+// Of a kept file: does it belong into the folder of an adapter, or of a whole model? Those of the tokenizer
+// belong into both.
+static bool belongs(const KeptFile *file, bool adapter) {
+    if (strcmp(file->name, "adapter_config.json") == 0) return adapter;
+    return !adapter ||
+           (strcmp(file->name, "config.json") != 0 && strcmp(file->name, "generation_config.json") != 0);
+}
+
 static void free_kept(KeptFiles *files) {
     for (size_t i = 0; i < files->size; i++) free(files->items[i].bytes.data);
     free(files->items);
@@ -4028,17 +4285,22 @@ static void save_tokenizer_config(const Tokenizer *tokenizer, int n_positions, c
 
 // Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: the weights and the files
 // that are kept. Those that are missing are made: there are none if the model began at random, or the
-// tokenizer came from a merges file alone. tokenizer may be NULL.
+// tokenizer came from a merges file alone. A model with adapters becomes a folder that PEFT loads; `base` is
+// then the folder of the model that they belong to. tokenizer may be NULL.
 static void model_save(const Model *model, const Tokenizer *tokenizer, const KeptFiles *kept,
-                       const char *folder) {
+                       const char *base, const char *folder) {
     const int end_of_text = tokenizer ? tokenizer->end_of_text : -1;
     const bool vocabulary_kept = is_kept(kept, "vocab.json") || is_kept(kept, "tokenizer.json");
+    const bool adapter = model->lora_rank > 0;
     make_folder(folder);
-    model_write_tensors(model, path_of("%s/model.safetensors", folder), false);
+    model_write_tensors(model, path_of("%s/%s.safetensors", folder, adapter ? "adapter_model" : "model"),
+                        false);
     for (size_t i = 0; i < kept->size; i++)
-        write_file(path_of("%s/%s", folder, kept->items[i].name), kept->items[i].bytes.data,
-                   kept->items[i].bytes.size);
-    if (!is_kept(kept, "config.json")) save_config(&model->config, end_of_text, folder);
+        if (belongs(&kept->items[i], adapter))
+            write_file(path_of("%s/%s", folder, kept->items[i].name), kept->items[i].bytes.data,
+                       kept->items[i].bytes.size);
+    if (adapter && !is_kept(kept, "adapter_config.json")) save_adapter_config(model, base, folder);
+    if (!adapter && !is_kept(kept, "config.json")) save_config(&model->config, end_of_text, folder);
     if (tokenizer && !vocabulary_kept) tokenizer_save(tokenizer, folder);
     bool complete =
         is_kept(kept, "tokenizer_config.json") || (vocabulary_kept && is_kept(kept, "config.json"));
@@ -4106,6 +4368,7 @@ static void remove_leftovers(const char *out) {
             remove_folder(path_of("%s/%s", out, entry->d_name));
     if (errno) die("%s: cannot be read: %s", out, strerror(errno));
     closedir(folder);
+    remove_folder(path_of("%s/merged/model.tmp", out));
 }
 
 // Deletes a checkpoint. It loses its name first: whatever happens meanwhile, there is never half of one.
@@ -4118,25 +4381,36 @@ static void remove_checkpoint(const char *out, long step) {
     free(temporary);
 }
 
-// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without config.json is no
+// Makes a folder unloadable, whatever it holds: without its config no program takes it for a model.
+static void withdraw_model(const char *folder) {
+    static const char *const names[] = {"config.json", "adapter_config.json"};
+    for (int i = 0; i < 2; i++)
+        if (unlink(path_of("%s/%s", folder, names[i])) != 0 && errno != ENOENT)
+            die("%s/%s: cannot be deleted: %s", folder, names[i], strerror(errno));
+    if (is_folder(folder)) sync_folder(folder);
+}
+
+// Moves a whole model folder, FOLDER/model.tmp, into FOLDER, file by file. A folder without its config is no
 // model to any program: it goes first and comes last, and in between nobody can load a mixture of two models.
 static void publish_model(const char *folder) {
+    static const char *const weights[] = {"model.safetensors", "adapter_model.safetensors"};
     char *from = xprintf("%s/model.tmp", folder);
-    if (unlink(path_of("%s/config.json", folder)) != 0 && errno != ENOENT)
-        die("%s/config.json: cannot be deleted: %s", folder, strerror(errno));
-    sync_folder(folder);
-    for (int i = 0; i < TOKENIZER_NAMES; i++) // an earlier model's would be read in place of the new ones
-        if (!file_exists(path_of("%s/%s", from, tokenizer_names[i])))
-            remove_folder(path_of("%s/%s", folder, tokenizer_names[i]));
+    const char *config = is_adapter(from) ? "adapter_config.json" : "config.json";
+    withdraw_model(folder);
+    for (int i = 0; i < TOKENIZER_NAMES + 2;
+         i++) { // an earlier model's would be read in place of the new ones
+        const char *name = i < TOKENIZER_NAMES ? tokenizer_names[i] : weights[i - TOKENIZER_NAMES];
+        if (!file_exists(path_of("%s/%s", from, name))) remove_folder(path_of("%s/%s", folder, name));
+    }
     DIR *files = opendir(from);
     if (!files) die("%s: cannot be read: %s", from, strerror(errno));
     errno = 0;
     for (struct dirent *entry; (entry = readdir(files)); errno = 0)
-        if (entry->d_name[0] != '.' && strcmp(entry->d_name, "config.json") != 0)
+        if (entry->d_name[0] != '.' && strcmp(entry->d_name, config) != 0)
             rename_for_good(path_of("%s/%s", from, entry->d_name), path_of("%s/%s", folder, entry->d_name));
     if (errno) die("%s: cannot be read: %s", from, strerror(errno));
     closedir(files);
-    rename_for_good(path_of("%s/config.json", from), path_of("%s/config.json", folder));
+    rename_for_good(path_of("%s/%s", from, config), path_of("%s/%s", folder, config));
     remove_folder(from);
     free(from);
 }
@@ -4655,7 +4929,9 @@ typedef struct {
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
     long schedule, matmul, precision; // numbers of their choices
-    Patterns no_decay, freeze, val;
+    Patterns no_decay, freeze, val, lora_target;
+    long lora_rank;
+    double lora_alpha;
     bool resume, overfit, eval, plan, find_rate, plain, recompute, quiet, help, chat, answer_only;
 } Options;
 
@@ -4673,6 +4949,7 @@ typedef struct {
     Model *model;
     Tokenizer *tokenizer; // NULL when there is none
     KeptFiles kept;       // what is written back as it was read
+    char *base;           // with LoRA: the folder of the model that the adapters belong to
     Ids ends;             // a text ends at each of these ids
     Dataset *train, *val; // val may be NULL
     Activations activations;
@@ -4970,7 +5247,7 @@ static void save_checkpoint(Run *run) {
         save_trainer_state(run, path);
     } else {
         remove_folder(temporary);
-        model_save(run->model, run->tokenizer, &run->kept, temporary);
+        model_save(run->model, run->tokenizer, &run->kept, run->base, temporary);
         model_write_tensors(run->model, path_of("%s/optimizer.safetensors", temporary), true);
         save_trainer_state(run, temporary);
         rename_for_good(temporary, path);
@@ -5007,7 +5284,7 @@ static void load_trainer_state(Run *run, const char *folder, long step) {
 }
 
 // OUT itself becomes the model folder of the best state, or of the last one when nothing was evaluated.
-static void save_result(const Run *run) {
+static void save_result(Run *run) {
     const char *out = run->options->out;
     char text[32];
     bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
@@ -5015,13 +5292,24 @@ static void save_result(const Run *run) {
     const Tensor *bad = find_not_finite(model);
     if (bad) die("%s is not finite: the model is not saved", bad->name);
     check_mapped_files();
-    char *temporary = xprintf("%s/model.tmp", out);
+    char *temporary = xprintf("%s/model.tmp", out), *merged = xprintf("%s/merged", out);
+    const bool adapter = model->lora_rank > 0;
     remove_folder(temporary);
-    model_save(model, run->tokenizer, &run->kept, temporary);
+    model_save(model, run->tokenizer, &run->kept, run->base, temporary);
+    withdraw_model(merged); // an earlier run's would not be the sum of this adapter and its model
     publish_model(out);
+    if (adapter) {
+        activations_free(&run->activations); // merging copies each matrix that it changes
+        model_merge(model);
+        make_folder(merged);
+        model_save(model, run->tokenizer, &run->kept, NULL, path_of("%s/model.tmp", merged));
+        publish_model(merged);
+    }
     if (other) model_free(model);
     free(temporary);
-    printf("model saved in %s", out);
+    free(merged);
+    printf("%s saved in %s", adapter ? "adapter" : "model", out);
+    if (adapter) printf(", with its model in %s/merged", out);
     if (judged) printf(" (step %ld, val loss %.4f)", run->best_step, run->best_loss);
     printf(" after %s\n", clock_time(now() - run->started, text));
 }
@@ -5189,7 +5477,7 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
 }
 
 // Says how training ended, and saves its result if there is one. Returns the program's exit status.
-static int finish_training(const Run *run) {
+static int finish_training(Run *run) {
     const Options *options = run->options;
     end_progress();
     if (stop_signal) {
@@ -5379,6 +5667,9 @@ static const Option option_table[] = {
     {"beta2", 0, REAL, FIELD(beta2), "0.999", 0, 0.9999999, TRAIN, "X", "and that of its square"},
     {"epsilon", 0, REAL, FIELD(epsilon), "1e-8", 1e-30, 1, TRAIN, "X", "what AdamW adds to the root it divides by"},
     {"max-grad-norm", 0, REAL, FIELD(max_grad_norm), "1", 0, 1e30, TRAIN, "X", "gradients with a larger norm are scaled down to it; 0: never"},
+    {"lora-rank", 0, COUNT, FIELD(lora_rank), "0", 1, 65536, TRAIN | START, "R", "train adapters of this rank beside frozen matrices (LoRA)"},
+    {"lora-alpha", 0, REAL, FIELD(lora_alpha), "0", 1e-6, 1e6, TRAIN | START, "X", "their weight is alpha / rank (default: twice the rank)"},
+    {"lora-target", 0, LIST, FIELD(lora_target), "attn.c_attn", 0, 0, TRAIN | START, "REGEX", "matrices that get one, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; may be given several times"},
     {"dropout", 0, REAL, FIELD(dropout), "0", 0, 0.99, TRAIN, "X", "probability, at the places where GPT-2 has it"},
     {"overfit", 0, FLAG, FIELD(overfit), "", 0, 0, TRAIN, NULL, "train on the first batch only; must reach 100 % accuracy"},
     {.help = "Evaluation, samples, checkpoints"},
@@ -5806,7 +6097,7 @@ static void refuse_other_formats(const char *folder) {
     if (!file_exists(folder) && is_gpt2) die("%s: is not here; this downloads it: make %s", folder, name);
     if (!file_exists(folder) && slash > folder && strchr(folder, '/') == slash && folder[0] != '.')
         die("%s: is not here; this downloads it: hf download %s --local-dir %s", folder, folder, name);
-    if (!is_folder(folder) || file_exists(path_of("%s/config.json", folder))) return;
+    if (!is_folder(folder) || is_adapter(folder) || file_exists(path_of("%s/config.json", folder))) return;
     size_t count;
     const long *steps = list_checkpoints(folder, &count);
     if (count > 0)
@@ -5861,6 +6152,41 @@ static Ids read_ends(const char *folder, const Tokenizer *tokenizer) {
     return ends;
 }
 
+// Puts adapters beside the matrices of --lora-target. An adapter that comes from a folder is trained as it is.
+static void start_adapters(Model *model, const Options *options) {
+    if (model->lora_rank > 0) {
+        if (options->lora_rank && options->lora_rank != model->lora_rank)
+            die_usage(
+                "--lora-rank %ld: %s is an adapter of rank %d already; leave the option out to train it on",
+                options->lora_rank, options->init, model->lora_rank);
+        return;
+    }
+    if (!options->lora_rank) return;
+    if (find_size(options->init))
+        die_usage("--lora-rank: an adapter belongs to a model folder; --init %s begins at random",
+                  options->init);
+    model->lora_rank = (int)options->lora_rank;
+    model->lora_alpha =
+        (float)(options->lora_alpha > 0 ? options->lora_alpha : 2 * (double)options->lora_rank);
+    const int plain = model->tensor_count;
+    for (size_t p = 0; p < options->lora_target.size; p++) {
+        const Patterns one = {&options->lora_target.items[p], 1, 1};
+        bool found = false;
+        for (int i = 0; i < plain; i++) {
+            Tensor *weight = &model->tensors[i];
+            if (!is_adaptable(weight) || !patterns_match(&one, weight->name)) continue;
+            if (!weight->adapter) model_add_adapter(model, weight);
+            found = true;
+        }
+        if (!found)
+            die_usage("--lora-target '%s' matches no matrix of a block: they are attn.c_attn, attn.c_proj, "
+                      "mlp.c_fc and mlp.c_proj",
+                      one.items[0]);
+    }
+    adapters_allocate(model);
+    adapters_initialise(model, random_stream((uint64_t)options->seed, 0x6c6f7261u)); // "lora"
+}
+
 // What training, evaluation and generation begin with: tokenizer and model, from `checkpoint` or (NULL) as
 // --init says, and the datasets that are named.
 static Run start_run(Options *options, const char *checkpoint) {
@@ -5873,13 +6199,17 @@ static Run start_run(Options *options, const char *checkpoint) {
     choose_precision(options);
     choose_matmul(options);
     Run run = {.options = options, .best_loss = INFINITY, .evaluated_step = -1, .started = now()};
+    char *base = run.base = size ? NULL : base_folder(folder);
     run.tokenizer = load_tokenizer(checkpoint ? "" : options->tokenizer, folder);
+    if (!run.tokenizer && base) run.tokenizer = load_tokenizer("", base);
     if (run.tokenizer) run.tokenizer->plain = options->plain;
     run.model = start_model(options, size, folder, run.tokenizer);
-    if (!size) keep_config(&run.kept, folder);
+    if (options->train[0]) start_adapters(run.model, options);
+    if (!size) keep_config(&run.kept, base);
+    if (!size) keep_file(&run.kept, folder, "adapter_config.json", "adapter_config.json");
     if (checkpoint || !*options->tokenizer || is_folder(options->tokenizer))
         keep_tokenizer(&run.kept, checkpoint || !*options->tokenizer ? folder : options->tokenizer);
-    run.ends = read_ends(size ? NULL : folder, run.tokenizer);
+    run.ends = read_ends(size ? NULL : base, run.tokenizer);
     const Config *config = &run.model->config;
     if (options->seq_len > config->n_positions)
         die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);

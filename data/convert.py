@@ -10,16 +10,25 @@
   python3 data/convert.py downloaded downloaded          the same in place: adds model.safetensors
   python3 data/convert.py ckpt.pt mine                   nanoGPT's checkpoint to a folder
   python3 data/convert.py out mine.bin                   a folder to llm.c's weights, float32
+  python3 data/convert.py out mine.gguf                  a folder to what llama.cpp and ollama read
+  python3 data/convert.py pairs.csv pairs.jsonl          a table (.csv, .tsv, .json, .parquet) to examples
 
-INPUT is known by its content, the direction by OUTPUT: a name that ends in .bin, or a folder, which may exist
-already. No file is overwritten without --force, and none is ever left half written. bfloat16 and float16
-stay what they are in a folder and become float32 in a .bin. From folder to folder, config.json and all files
-of the tokenizer go along byte for byte. A gpt2_tokenizer.bin that lies beside llm.c's weights is converted
-along with them. Names may begin with `transformer.`, and have `module.` and `_orig_mod.` in them, which
-DataParallel and torch.compile put there. Needs numpy, and PyTorch for pytorch_model.bin and ckpt.pt.
+INPUT is known by its content, the direction by OUTPUT: a name that ends in .bin, .gguf or .jsonl, or a folder,
+which may exist already. No file is overwritten without --force, and none is ever left half written. bfloat16
+and float16 stay what they are in a folder and become float32 in a .bin or .gguf (--half: the matrices float16).
+From folder to folder, config.json and all files of the tokenizer go along byte for byte. A gpt2_tokenizer.bin
+that lies beside llm.c's weights is converted along with them. Names may begin with `transformer.`, and have
+`module.` and `_orig_mod.` in them, which DataParallel and torch.compile put there. Needs numpy; PyTorch for
+pytorch_model.bin and ckpt.pt, gguf and transformers for .gguf, pyarrow for .parquet.
+
+A table has the columns prompt and completion, or text, or messages (in JSON), or instruction and output (input
+may be there too), or question and answer. These last become prompt and completion, with a line feed where two
+columns meet.
 """
 import argparse
 import base64
+import csv
+import importlib
 import json
 import math
 import os
@@ -58,14 +67,22 @@ def note(*words):
     print("convert.py: note:", *words, file=sys.stderr)
 
 
-def read_json(path):
+def needed(path, *modules):
+    """The modules that this file needs and many others do not."""
     try:
-        with open(path, encoding="utf-8") as file:
+        return [importlib.import_module(module) for module in modules]
+    except ImportError as error:
+        fail(f"{path}: needs {error.name}: pip install {' '.join(module.split('.')[0] for module in modules)}")
+
+
+def read_json(path, kind=dict, wanted="an object {...}"):
+    try:
+        with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except (ValueError, RecursionError) as error:
         fail(f"{path}: not JSON: {error}")
-    if not isinstance(value, dict):
-        fail(f"{path}: an object {{...}} expected")
+    if not isinstance(value, kind):
+        fail(f"{path}: {wanted} expected")
     return value
 
 
@@ -210,10 +227,7 @@ def read_safetensors(path):
 
 def load_pytorch(path):
     """Whatever PyTorch has saved in the file."""
-    try:
-        import torch
-    except ImportError:
-        fail(f"{path}: needs PyTorch to be read: pip install torch")
+    torch, = needed(path, "torch")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever pickle and zip files can be wrong about
@@ -356,12 +370,17 @@ def write_safetensors(file, tensors):
         file.write(np.ascontiguousarray(value).data)
 
 
-def write_llmc_weights(file, config, tensors, source):
-    n = dimensions(config, source)
-    for key, wanted in LLMC_SETTINGS.items():
+def check_settings(config, source, program, settings):
+    """Ends when config.json asks for arithmetic that the program does not know."""
+    for key, wanted in settings.items():
         value = wanted[0] if config.get(key) is None else config[key]
         if value not in wanted:
-            fail(f"{source}: {key} is {json.dumps(value)}; llm.c knows only {json.dumps(wanted[0])}")
+            fail(f"{source}: {key} is {json.dumps(value)}; {program} knows only {json.dumps(wanted[0])}")
+
+
+def write_llmc_weights(file, config, tensors, source):
+    n = dimensions(config, source)
+    check_settings(config, source, "llm.c", LLMC_SETTINGS)
     if config.get("tie_word_embeddings", True) is False:
         fail(f"{source}: the head is not tied to wte (tie_word_embeddings false): llm.c has no place for it")
     if n["F"] != 4 * n["C"]:
@@ -454,13 +473,221 @@ def write_tokenizer(output, tokens, end, path, positions):
         "eos_token": END, "unk_token": END, "add_prefix_space": False})
 
 
+# ---- llama.cpp's file: GGUF ----
+
+
+def read_tokenizer(folder, rows):
+    """What AutoTokenizer makes of a folder: itself, the names of its tokens by id, its merges, its added tokens
+    {id: flags}. Ends when it has what a GGUF cannot say, or more tokens than the model has rows."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    transformers, = needed(folder, "transformers")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # whatever transformers does not like about the folder
+        fail(f"{folder}: AutoTokenizer cannot load it: {(str(error).splitlines() or [repr(error)])[0]}")
+    before = rules["pre_tokenizer"] or {}
+    if (rules["model"]["type"] != "BPE" or rules["normalizer"] or before.get("type") != "ByteLevel"
+            or not before.get("use_regex") or before.get("add_prefix_space")
+            or tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids):
+        fail(f"{folder}: its tokenizer has rules that are not GPT-2's, which llama.cpp would not follow")
+    added = {token["id"]: token for token in rules["added_tokens"]}
+    for token in added.values():
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token[flag]:
+                fail(f'{folder}: added token {token["content"]} is {flag}, which llama.cpp does not know')
+    vocabulary = {index: name for name, index in tokenizer.get_vocab().items()}
+    names = [vocabulary.get(index) for index in range(max(vocabulary) + 1)]
+    if len(names) > rows:
+        fail(f"{folder}: {len(names)} tokens, but the model has only {rows} rows")
+    if None in names:
+        fail(f"{folder}: no token has the id {names.index(None)}; llama.cpp might draw it")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in rules["model"]["merges"]]
+    return tokenizer, names, merges, added
+
+
+def ends_of_text(folder, config, tokenizer):
+    """The ids at which a text ends: generation_config.json's, else config.json's, else the tokenizer's."""
+    path = os.path.join(folder, "generation_config.json")
+    generation = read_json(path) if os.path.exists(path) else {}
+    for value in (generation.get("eos_token_id"), config.get("eos_token_id"), tokenizer.eos_token_id):
+        ends = [index for index in (value if isinstance(value, list) else [value]) if index is not None]
+        if ends:
+            return ends
+    fail(f"{folder}: names no end of text; llama.cpp would take token 11 for it")
+
+
+def describe_tokenizer(writer, gguf, config, folder):
+    """Tokens, merges and tasks; returns how many tokens there are."""
+    tokenizer, names, merges, added = read_tokenizer(folder, config["vocab_size"])
+    kind = gguf.TokenType
+    ends = ends_of_text(folder, config, tokenizer)
+    if len(ends) > 3 or max(ends) >= len(names):
+        fail(f"{folder}: ends of text {ends}: at most three, below {len(names)}, are possible")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types([kind.NORMAL if index not in added else kind.CONTROL if added[index]["special"]
+                            else kind.USER_DEFINED for index in range(len(names))])
+    writer.add_token_merges(merges)
+    for add, index in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends):
+        add(index)
+    writer.add_bos_token_id(ends[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+    return len(names)
+
+
+def write_gguf(path, config, tensors, folder, half):
+    """Weights, tokenizer and sizes in one file. Matrices are [out, in] there. Rows behind the last token, which
+    only fill the matrix up, are left away, so that llama.cpp cannot draw them."""
+    gguf, = needed(path, "gguf")
+    n = dimensions(config, folder)
+    settings = {key: value for key, value in LLMC_SETTINGS.items() if key != "layer_norm_epsilon"}
+    check_settings(config, folder, "llama.cpp", settings)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
+    writer.add_name(os.path.basename(os.path.abspath(folder)))
+    writer.add_context_length(n["P"])
+    writer.add_embedding_length(n["C"])
+    writer.add_feed_forward_length(n["F"])
+    writer.add_block_count(n["L"])
+    writer.add_head_count(n["H"])
+    writer.add_layer_norm_eps(config.get("layer_norm_epsilon", 1e-5))
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    count = describe_tokenizer(writer, gguf, config, folder)
+    names, parts = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, n["L"]), []
+    for name, (dtype, value) in tensors.items():
+        if name in ("wte.weight", "lm_head.weight"):
+            value = value[:count]
+        elif name.startswith("h.") and value.ndim == 2:
+            value = value.T
+        kind = np.dtype("<f2" if half and value.ndim == 2 and name != "wpe.weight" else "<f4")
+        parts.append((name, dtype, value, kind))
+        writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), value.shape, kind,
+                               value.size * kind.itemsize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, dtype, value, kind in parts:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(widen(dtype, value), kind)
+        if half and not np.isfinite(stored).all():
+            fail(f"{folder}: {name} has values that float16 cannot hold; leave --half away")
+        writer.write_tensor_data(stored)
+    writer.close()
+
+
+# ---- Tables of examples ----
+
+# The columns that make an example, what is scored last; the first row of this list that a table has counts.
+TABLES = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"), ("text",))
+
+
+def read_csv(path):
+    """The rows of a table in text, {column: text}. The separator is the one that its first line has most of."""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            separator = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            rows = csv.DictReader(file, delimiter=separator, strict=True)
+            for row in rows:
+                if None in row or None in row.values():
+                    fail(f"{path}: line {rows.line_num}: {len(rows.fieldnames)} cells expected, as in its head")
+                yield row
+    except UnicodeDecodeError as error:
+        fail(f"{path}: not UTF-8 ({error.reason}): iconv -f latin1 -t utf-8 {path} > new.csv converts Latin-1")
+    except csv.Error as error:
+        fail(f"{path}: line {rows.line_num}: {error}")
+
+
+def read_parquet(path):
+    parquet, = needed(path, "pyarrow.parquet")
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except Exception as error:  # whatever pyarrow finds wrong
+        fail(f"{path}: pyarrow cannot read it: {(str(error).splitlines() or [repr(error)])[0]}")
+
+
+def read_list(path):
+    rows = read_json(path, list, "a list of objects [{...}, ...]")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            fail(f"{path}: row {number}: an object {{...}} expected")
+    return rows
+
+
+READERS = {".csv": read_csv, ".tsv": read_csv, ".json": read_list, ".parquet": read_parquet}
+
+
+def cell(row, column, where):
+    """A cell as text; an empty one, or one that is not there, is ""."""
+    value = row.get(column)
+    if value is None or isinstance(value, (str, int, float)):
+        return "" if value is None else str(value)
+    fail(f"{where}: {column} is neither a text nor a number")
+
+
+def example_of(row, columns, where):
+    """What a row becomes in the .jsonl; None if nothing in it can be scored."""
+    if columns == ("messages",):
+        talk = row.get("messages")
+        try:
+            talk = json.loads(talk) if isinstance(talk, str) else talk
+            return {"messages": [{key: turn[key] for key in ("role", "content")} for turn in talk]}
+        except (ValueError, TypeError, KeyError):
+            fail(f'{where}: messages: a list of {{"role": ..., "content": ...}} expected')
+    parts = [cell(row, column, where) for column in columns]
+    if not parts[-1]:
+        return None
+    if columns == ("text",):
+        return {"text": parts[0]}
+    if columns != ("prompt", "completion"):
+        more = cell(row, "input", where) if columns[0] == "instruction" else ""
+        parts = [parts[0] + ("\n" + more if more else ""), "\n" + parts[1]]
+    return {"prompt": parts[0], "completion": parts[1]}
+
+
+def write_examples(path, rows, file):
+    """A line of .jsonl for each row. Columns that are not used, and rows without anything to learn, are named."""
+    columns, left_out, number = None, [], 0
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number}"
+        if columns is None:
+            columns = next((names for names in TABLES if all(name in row for name in names)), None)
+            if columns is None:
+                fail(f"{path}: its columns are {', '.join(row)}; expected "
+                     + " or ".join(" and ".join(names) for names in TABLES))
+            unused = [name for name in row if name not in columns + ("input",) * (columns[0] == "instruction")]
+        example = example_of(row, columns, where)
+        try:
+            file.write(json.dumps(example, ensure_ascii=False).encode() + b"\n" if example else b"")
+        except UnicodeEncodeError:
+            fail(f"{where}: has half a character (a lone surrogate)")
+        left_out += [] if example else [number]
+    if len(left_out) == number:
+        fail(f"{path}: no row with anything to learn")
+    if unused:
+        note(f"{path}: columns that are not used: {', '.join(unused)}")
+    if left_out:
+        note(f"{path}: {len(left_out)} of {number} rows are left out, the first is row {left_out[0]}: "
+             f"{columns[-1]} is empty")
+
+
 # ---- What is to be done ----
 
 
 def kind_of(path):
-    """What INPUT is, by its content; and of a folder, which file in it has the weights."""
+    """What INPUT is: a table by its name, all else by its content; of a folder, which file in it has the weights."""
     if os.path.isdir(path):
         return "model", find_weights(path)
+    if path.lower().endswith(tuple(READERS)) and not path.endswith(".index.json"):
+        return "table", path
     with open(path, "rb") as file:
         head = file.read(4)
     known = {LLMC_WEIGHTS: "llm.c weights", LLMC_TOKENIZER: "llm.c tokenizer", LLMC_TOKENS: "llm.c tokens"}
@@ -472,7 +699,8 @@ def kind_of(path):
         return "tiktoken", path
     if path.endswith((".safetensors", ".index.json")) or head[:2] in (b"PK", b"\x80\x02"):
         return "model", path
-    fail(f"{path}: neither llm.c's weights or tokenizer, .tiktoken, .safetensors nor PyTorch's")
+    fail(f"{path}: neither llm.c's weights or tokenizer, .tiktoken, .safetensors, PyTorch's nor a table "
+         f"({', '.join(READERS)})")
 
 
 def copy_others(output, source):
@@ -490,20 +718,39 @@ def copy_others(output, source):
                 break
 
 
-def convert(kind, path, output, bin_name):
+def convert_to_file(kind, path, output, name, half):
+    """To llm.c's .bin, llama.cpp's .gguf, or examples in a .jsonl."""
+    ending = os.path.splitext(name)[1]
+    if (kind == "table") != (ending == ".jsonl"):
+        fail(f"{path}: a table; OUTPUT must end in .jsonl" if kind == "table" else
+             f"{path}: no table; a .jsonl is made from {', '.join(READERS)}")
+    if kind in ("llm.c tokenizer", "tiktoken"):
+        fail(f"{path}: a tokenizer; OUTPUT must be a folder")
+    if kind == "llm.c weights" and ending == ".gguf":
+        fail(f"{path}: has no tokenizer beside it: convert it to a folder first, and that to {name}")
+    with output.create(name) as file:
+        if kind == "table":
+            return write_examples(path, READERS[os.path.splitext(path)[1].lower()](path), file)
+        config, tensors = (read_llmc_weights if kind == "llm.c weights" else read_model)(path)
+        if ending == ".bin":
+            return write_llmc_weights(file, config, tensors, path)
+        write_gguf(file.name, config, tensors, os.path.dirname(path) or ".", half)
+
+
+def convert(kind, path, output, name, half):
+    """name: the file to be made in the folder of OUTPUT, or None for a model folder."""
     if kind == "llm.c tokens":
         fail(f"{path}: token shard of llm.c: train_gpt2 --train reads it as it is")
+    if name:
+        return convert_to_file(kind, path, output, name, half)
+    if kind == "table":
+        fail(f"{path}: a table; OUTPUT must end in .jsonl")
     if kind in ("llm.c tokenizer", "tiktoken"):
-        if bin_name:
-            fail(f"{path}: a tokenizer; OUTPUT must be a folder")
         tokens, end = (read_tiktoken if kind == "tiktoken" else read_llmc_tokenizer)(path)
         config = os.path.join(output.folder, "config.json")  # of the model that the tokenizer is added to
         positions = read_json(config).get("n_positions", 1024) if os.path.exists(config) else 1024
         return write_tokenizer(output, tokens, end, path, positions)
     config, tensors = (read_llmc_weights if kind == "llm.c weights" else read_model)(path)
-    if bin_name:
-        with output.create(bin_name) as file:
-            return write_llmc_weights(file, config, tensors, path)
     source = os.path.dirname(path) or "."
     in_place = kind == "model" and os.path.isdir(output.folder) and os.path.samefile(source, output.folder)
     if in_place and os.path.basename(path) == "model.safetensors":
@@ -535,11 +782,14 @@ def main():
     parser.add_argument("input", metavar="INPUT")
     parser.add_argument("output", metavar="OUTPUT")
     parser.add_argument("--force", action="store_true", help="overwrite files of OUTPUT")
+    parser.add_argument("--half", action="store_true", help="matrices of a .gguf in float16")
     args = parser.parse_args()
-    to_bin = args.output.endswith(".bin") and not os.path.isdir(args.output)
-    output = Output((os.path.dirname(args.output) or ".") if to_bin else args.output, args.force)
+    is_file = args.output.endswith((".bin", ".gguf", ".jsonl")) and not os.path.isdir(args.output)
+    if args.half and not args.output.endswith(".gguf"):
+        parser.error("--half is for a .gguf")
+    output = Output((os.path.dirname(args.output) or ".") if is_file else args.output, args.force)
     try:
-        convert(*kind_of(args.input), output, to_bin and os.path.basename(args.output))
+        convert(*kind_of(args.input), output, is_file and os.path.basename(args.output), args.half)
         output.commit()
     except OSError as error:
         fail(f"{error.filename or args.output}: {error.strerror or error}")

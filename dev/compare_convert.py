@@ -61,10 +61,14 @@ def tree(folder):
             if path.is_file()}
 
 
-def check_refused(work, what, pattern, *words):
-    """One line on standard error that matches, exit status 1, and every file as it was."""
+def check_refused(work, what, pattern, *words, without=None):
+    """One line on standard error that matches, exit status 1, and every file as it was. without: a package that
+    cannot be imported."""
     before = tree(work)
-    status, _, errors = convert(*words)
+    if without:
+        words = ["-c", f"import sys, runpy; sys.modules['{without}'] = None; sys.argv[0] = 'convert.py'; "
+                 "runpy.run_path('data/convert.py', run_name='__main__')", *words]
+    status, _, errors = run(sys.executable, *words) if without else convert(*words)
     ok = status == 1 and errors.count("\n") == 1 and re.search(pattern, errors) and tree(work) == before
     check(ok, f"refused: {what}", f"exit status {status}, {errors.strip()[-200:]!r}, files "
           + ("as they were" if tree(work) == before else "changed"))
@@ -515,6 +519,84 @@ def test_gpt2_vocabulary(work):
     print("skipped GPT-2's vocabulary: no mirror with vocab.bpe, encoder.json, gpt2.tiktoken", flush=True)
 
 
+# ---- Tables of examples ----
+
+
+def test_tables(work):
+    """Tables of each kind that someone may have, to .jsonl; the values are what csv, json and pyarrow mean by them."""
+    pairs = [{"prompt": "Wer ist \"Ü\"?", "completion": " Anna,\nsie"}, {"prompt": "", "completion": " 12"}]
+    told = [{"prompt": "Add\n1 2", "completion": "\n3"}, {"prompt": "Say x", "completion": "\nx"}]
+    talk = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
+    written = json.dumps(talk[0]["messages"]).replace('"', '""')
+    cases = {  # name: (text of the file, what is to become of it, what is noted)
+        "pairs.csv": ('prompt,completion\n"Wer ist ""Ü""?"," Anna,\nsie"\n, 12\n', pairs, ""),
+        "bom.csv": ('\ufeffid;completion;prompt\r\n1;" Anna,\nsie";"Wer ist ""Ü""?"\r\n2; 12;\r\n', pairs,
+                    "not used: id"),
+        "TABS.TSV": ('prompt\tcompletion\n"Wer ist ""Ü""?"\t" Anna,\nsie"\n\t 12\nNA\t\n', pairs,
+                     "1 of 3 rows are left out, the first is row 3: completion is empty"),
+        "alpaca.json": (json.dumps([{"instruction": "Add", "input": "1 2", "output": 3},
+                                    {"instruction": "Say x", "input": None, "output": "x"}]), told, ""),
+        "alpaca.csv": ("instruction,input,output\nAdd,1 2,3\nSay x,,x\n", told, ""),
+        "asked.csv": ("answer,question\nx,Say x\n", told[1:], ""),
+        "text.csv": ("text\nNone\n", [{"text": "None"}], ""),
+        "talk.csv": (f'messages\n"{written}"\n', talk, ""),
+        "talk.json": (json.dumps([{**talk[0], "prompt": "x", "completion": "y"}]), talk,
+                      "not used: prompt, completion")}
+    for name, (text, wanted, noted) in cases.items():
+        (work / name).write_text(text, encoding="utf-8", newline="")
+        status, _, errors = convert(work / name, work / (name + ".jsonl"))
+        lines = (work / (name + ".jsonl")).read_text(encoding="utf-8").splitlines() if status == 0 else []
+        check([json.loads(line) for line in lines] == wanted and noted in errors
+              and errors.count("\n") == bool(noted), name, f"{lines} {errors}")
+    try:
+        import pyarrow
+        import pyarrow.parquet
+        tables = {"pairs.parquet": ({"prompt": ["Wer ist \"Ü\"?", None], "completion": [" Anna,\nsie", " 12"]}, pairs),
+                  "numbers.parquet": ({"question": ["Say x", "1+1"], "answer": pyarrow.array([None, 2])},
+                                      [{"prompt": "1+1", "completion": "\n2"}]),
+                  "talk.parquet": ({"messages": [talk[0]["messages"]]}, talk)}
+        for name, (columns, wanted) in tables.items():
+            pyarrow.parquet.write_table(pyarrow.table(columns), work / name)
+            status, _, errors = convert(work / name, work / (name + ".jsonl"))
+            lines = (work / (name + ".jsonl")).read_text(encoding="utf-8").splitlines() if status == 0 else []
+            check([json.loads(line) for line in lines] == wanted, name, f"{lines} {errors}")
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": [b"x"], "completion": ["y"]}), work / "b.parquet")
+        check_refused(work, "bytes in a table", "prompt is neither a text nor a number", work / "b.parquet",
+                      work / "bad.jsonl")
+    except ImportError:
+        counts["skipped"] += 1
+        print("skipped .parquet: pyarrow is not installed", flush=True)
+    status, printed, errors = run("./train_gpt2", "--init", "d4", "--tokenizer", work.parent / "t.tiktoken.folder",
+                                  "--train", work / "asked.csv.jsonl", "--val-fraction", "0", "--plan")
+    check(status == 0, "train_gpt2 takes the examples", errors)
+    good = "prompt,completion\na,b\n"
+    for what, name, data, pattern, output in (
+            ("columns of another table", "b.csv", "a,b\n1,2\n", "columns are a, b; expected messages or prompt", ""),
+            ("a row with a cell too few", "b.csv", good + "c\n", "line 3: 2 cells expected", ""),
+            ("a row with a cell too many", "b.csv", good + "c,d,e\n", "line 3: 2 cells expected", ""),
+            ("an open quote", "b.csv", good + '"c,d\n', "line [23]: unexpected end", ""),
+            ("no rows", "b.csv", "prompt,completion\n", "no row with anything to learn", ""),
+            ("an empty file", "b.csv", "", "no row with anything to learn", ""),
+            ("Latin-1", "b.csv", (good + "é,ü\n").encode("latin1"), "iconv -f latin1", ""),
+            ("a list that is none", "b.json", "{}", "a list of objects", ""),
+            ("a list of something else", "b.json", '[{"text": "x"}, 1]', "row 2: an object", ""),
+            ("no JSON", "b.json", "[", "not JSON", ""),
+            ("a talk without roles", "b.json", '[{"messages": [{"content": "x"}]}]', "row 1: messages: a list", ""),
+            ("half a character", "b.json", '[{"text": "\\ud800"}]', "row 1: has half a character", ""),
+            ("no parquet", "b.parquet", good, "pyarrow cannot read it", ""),
+            ("a table to a folder", "b.csv", good, "must end in .jsonl", "folder"),
+            ("a table to .gguf", "b.csv", good, "must end in .jsonl", "b.gguf"),
+            ("weights to .jsonl", "../v3.bin", None, "no table", "")):
+        if data is not None:
+            (work / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+        check_refused(work, what, pattern, work / name, work / (output or "bad.jsonl"))
+    check_refused(work, "a table without its package", r"pip install pyarrow$", work / "pairs.parquet",
+                  work / "bad.jsonl", without="pyarrow")
+    check_refused(work, "a .gguf without its package", r"pip install gguf$", work.parent / "v3",
+                  work / "bad.gguf", without="gguf")
+    check(convert("--half", "a", "b.bin")[0] == 2, "--half is for .gguf alone")
+
+
 # ---- Downloads ----
 
 
@@ -676,6 +758,7 @@ def main():
                                  (test_nanogpt, work / "nano", shard),
                                  (test_carried, work / "carried", rng),
                                  (test_tokenizers, work), (test_gpt2_vocabulary, work),
+                                 (test_tables, work / "tables"),
                                  (test_downloads, work / "curl", rng, "curl"),
                                  (test_downloads, work / "wget", rng, "wget")):
             try:

@@ -10,7 +10,7 @@
 3. A model folder that train_gpt2 wrote: transformers must load it, and get the same ids, logits, loss of
    completions, and greedy text.
 4. Model folders of all kinds, read and written (dev/compare_folders.py), and with words and ends of text of their
-   own (dev/compare_words.py).
+   own (dev/compare_words.py); the same as llama.cpp's file (dev/compare_gguf.py). Pictures (dev/compare_plot.py).
 5. A fine-tuning, update by update (dev/compare_finetune.py), and greedy texts (dev/compare_greedy.py).
 6. The script behind `make compare`, on a tiny model.
 """
@@ -28,7 +28,9 @@ import checks
 import compare_answers
 import compare_finetune
 import compare_folders
+import compare_gguf
 import compare_greedy
+import compare_plot
 import compare_tokens
 import compare_words
 import numpy as np
@@ -252,6 +254,8 @@ def main():
         compare_folders.compare_silence(WORK + "/out")
     compare_folders.compare()
     compare_words.compare(args.seed)
+    compare_gguf.compare_all(args.seed)
+    compare_plot.compare()
     compare_finetune.compare()
     compare_greedy.compare()
     compare_answers.compare()

@@ -141,6 +141,13 @@ def check_loss(what, folder, path, wanted, *options):
     check(ok, what, f"{got or why} is not {wanted}")
 
 
+def train(folder, data, out, steps, *options):
+    shutil.rmtree(out, ignore_errors=True)
+    ok, _, why = run("./train_gpt2", "--init", folder, "--train", data, "--val-fraction", "0", "--steps", steps,
+                     "--out", out, *options)
+    return ok, why
+
+
 def check_ids(what, folder, text):
     """Ids of a text, and the text of these ids; AutoTokenizer's are right."""
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -199,21 +206,7 @@ def compare_added_tokens(name, base):
             "--plain",
         )
         out = folder + "-out"
-        shutil.rmtree(out, ignore_errors=True)
-        ok, _, why = run(
-            "./train_gpt2",
-            "--init",
-            folder,
-            "--train",
-            data,
-            "--val-fraction",
-            "0",
-            "--steps",
-            "2",
-            "--out",
-            out,
-            "--quiet",
-        )
+        ok, why = train(folder, data, out, "2")
         if check(ok, f"{what}: two updates", why):
             written = transformers.AutoTokenizer.from_pretrained(out)
             check(
@@ -266,21 +259,7 @@ def compare_other_end(base):
         "messages: the assistant's turns and their ends", folder, data, expected(folder, [(ids, labels)])
     )
     out = folder + "-out"
-    shutil.rmtree(out, ignore_errors=True)
-    ok, _, why = run(
-        "./train_gpt2",
-        "--init",
-        folder,
-        "--train",
-        data,
-        "--val-fraction",
-        "0",
-        "--steps",
-        "1",
-        "--out",
-        out,
-        "--quiet",
-    )
+    ok, why = train(folder, data, out, "1")
     if check(ok, "</s>: an update", why):
         config = json.loads(Path(out, "config.json").read_text())
         check(
@@ -325,30 +304,13 @@ def compare_more_rows(name, base, rows):
         good = printed.decode().rstrip("\n") == text if what == "greedy" else printed.startswith(b"the cat")
         check(ok and good, f"{name}, {rows} rows: {what}", f"{printed} {why} is not {text!r}")
     data, out = write("words-rows.jsonl", [{"text": "the cat"}] * 4), folder + "-out"
-    shutil.rmtree(out, ignore_errors=True)
     check_loss(
         f"{name}, {rows} rows: loss over all rows",
         folder,
         data,
         expected(folder, [label_all(tokenizer, "the cat")] * 4),
     )
-    ok, _, why = run(
-        "./train_gpt2",
-        "--init",
-        folder,
-        "--train",
-        data,
-        "--val-fraction",
-        "0",
-        "--steps",
-        "2",
-        "--out",
-        out,
-        "--sample-every",
-        "1",
-        "--sample-tokens",
-        "8",
-    )
+    ok, why = train(folder, data, out, "2", "--sample-every", "1", "--sample-tokens", "8")
     check(
         ok and load_file(out + "/model.safetensors")["transformer.wte.weight"].shape[0] == rows,
         f"{name}, {rows} rows: samples while training",
@@ -382,23 +344,7 @@ def compare_heads(base):
             f"{what}: loss", folder, data, expected(folder, [label_all(tokenizer, "the cat, a zebra")])
         )
         out = folder + "-out"
-        shutil.rmtree(out, ignore_errors=True)
-        ok, _, why = run(
-            "./train_gpt2",
-            "--init",
-            folder,
-            "--train",
-            data,
-            "--val-fraction",
-            "0",
-            "--steps",
-            "1",
-            "--warmup-steps",
-            "1",
-            "--out",
-            out,
-            "--quiet",
-        )  # the first update is at rate 0
+        ok, why = train(folder, data, out, "1", "--warmup-steps", "1")  # the first update is at rate 0
         if check(ok, f"{what}: an update at rate 0", why):
             ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(f) for f in (out, folder))
             wrong = [

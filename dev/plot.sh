@@ -1,52 +1,83 @@
 #!/bin/sh
-# Draws OUT/log.csv as one picture, OUT/log.png: loss, accuracy, learning rate and gradient norm by update.
+# Draws runs: OUT/log.csv as OUT/log.png (loss, accuracy, learning rate, gradient norm by update), and what --find-rate
+# wrote, OUT/find-rate.csv, as OUT/find-rate.png. Several folders become one picture, FIRST/runs.png.
 #
-#   sh dev/plot.sh [OUT]          needs gnuplot (apt, dnf, pacman, brew: package gnuplot)
+#   sh dev/plot.sh [OUT ...]      needs gnuplot 5.4 or newer; FORMAT=svg instead of png
 set -u
-out=${1:-out}
-log=$out/log.csv
-if ! command -v gnuplot >/dev/null; then
-    echo "dev/plot.sh: gnuplot is not here: install the package gnuplot (on Debian gnuplot-nox)" >&2
-    exit 1
-fi
-if ! [ -s "$log" ] || [ "$(grep -c ',train,' "$log")" = 0 ]; then
-    echo "dev/plot.sh: $log: no training log here; make train writes one into out/" >&2
-    exit 1
-fi
+format=${FORMAT:-png}
 
-# A short run shows each update, a long one medians too: the points stay, thin, behind the smoothed line.
-gnuplot <<END || exit 1
-set terminal pngcairo size 1280,900 font "sans,11" noenhanced
-set output "$out/log.png.part"
-set datafile separator ","
-set multiplot layout 2,2 title "$log" font ",13"
-set key top right
-set grid back linecolor "#dddddd"
-set xlabel "update"
-train(column) = stringcolumn(3) eq "train" ? column : NaN
-val(column) = stringcolumn(3) eq "val" ? column : NaN
-set datafile missing NaN
+fail() {
+    echo "dev/plot.sh: $*" >&2
+    exit 1
+}
 
-set title "loss"
-plot "$log" using 1:(train(\$4)) with points pointtype 7 pointsize 0.3 linecolor "#a6c8e8" notitle, \
-     "$log" using 1:(train(\$4)) smooth bezier linewidth 2 linecolor "#1f6fb4" title "train", \
-     "$log" using 1:(val(\$4)) with linespoints pointtype 7 pointsize 0.8 linewidth 2 linecolor "#d1541f" title "val"
-set title "accuracy of scored tokens, %"
-set key bottom right
-plot "$log" using 1:(train(100*\$5)) with points pointtype 7 pointsize 0.3 linecolor "#a6c8e8" notitle, \
-     "$log" using 1:(train(100*\$5)) smooth bezier linewidth 2 linecolor "#1f6fb4" title "train", \
-     "$log" using 1:(val(100*\$5)) with linespoints pointtype 7 pointsize 0.8 linewidth 2 linecolor "#d1541f" title "val"
-set key off
-set title "learning rate"
-set format y "%.1e"
-set yrange [0:*]
-plot "$log" using 1:(train(\$6)) with lines linewidth 2 linecolor "#1f6fb4"
-set title "gradient norm before clipping"
-set format y "%g"
-set yrange [*:*]
-set logscale y
-plot "$log" using 1:(train(\$7)) with points pointtype 7 pointsize 0.3 linecolor "#a6c8e8", \
-     "$log" using 1:(train(\$7)) smooth bezier linewidth 2 linecolor "#1f6fb4"
-unset multiplot
-END
-mv "$out/log.png.part" "$out/log.png" && echo "$out/log.png"
+# What dev/plot.gp must know of the files, as its variables: for each column the range of its values in all files (those
+# that a log axis cannot show count as 1e-6), which files have rows of evaluation and of exact match, and how many
+# training steps each has. Columns are found by their names; a file of --find-rate has training steps only.
+# shellcheck disable=SC2016
+ranges='
+function see(column, factor, smallest, value) {
+    if (!(column in at) || $at[column] == "") return 0
+    value = $at[column] * factor < smallest ? smallest : $at[column] * factor
+    if (!(column in low) || value < low[column]) low[column] = value
+    if (!(column in high) || value > high[column]) high[column] = value
+    return 1
+}
+FNR == 1 {
+    files++
+    split("", at)
+    for (i = 1; i <= NF; i++) at[$i] = i
+    next
+}
+"split" in at && $at["split"] == "val" {
+    if (see("loss", 1, 1e-6)) held_out[files] = 1
+    see("accuracy", 100, 0)
+    if (see("exact_match", 100, 0)) exact[files] = 1
+    next
+}
+{
+    rows[files]++
+    see("step", 1, 0)
+    see("loss", 1, 1e-6)
+    see("accuracy", 100, 0)
+    see("learning_rate", 1, 0)
+    see("grad_norm", 1, 1e-6)
+}
+END {
+    for (column in low) printf "low_%s = %.9g; high_%s = %.9g; ", column, low[column], column, high[column]
+    for (i = 1; i <= files; i++) {
+        counts = counts " " rows[i]
+        if (i in held_out) with_val = with_val " " i
+        if (i in exact) with_exact = with_exact " " i
+    }
+    printf "counts = \"%s\"; with_val = \"%s\"; with_exact = \"%s\"\n", counts, with_val, with_exact
+}'
+
+# draw PICTURE FILE...: the picture gets its name when it is whole.
+draw() {
+    picture=$1
+    shift
+    gnuplot -e "$(awk -F, "$ranges" "$@")" -c "$(dirname "$0")/plot.gp" "$format" "$picture.part" "$@" ||
+        fail "gnuplot could not draw $picture"
+    mv "$picture.part" "$picture" && echo "$picture"
+}
+
+command -v gnuplot >/dev/null ||
+    fail "gnuplot is not here: install the package gnuplot (Debian: gnuplot-nox; dnf, pacman, brew: gnuplot)"
+[ $# -gt 0 ] || set -- out
+first=$1 count=$#
+for out; do
+    shift
+    if [ -s "$out/find-rate.csv" ]; then
+        draw "$out/find-rate.$format" "$out/find-rate.csv"
+    fi
+    if grep -q ',train,' "$out/log.csv" 2>/dev/null; then
+        set -- "$@" "$out/log.csv"
+    elif ! [ -s "$out/find-rate.csv" ]; then
+        fail "$out: has no log.csv with a training step, and no find-rate.csv; training writes its log into --out"
+    fi
+done
+[ $# -gt 0 ] || exit 0
+name=log
+[ "$count" = 1 ] || name=runs
+draw "$first/$name.$format" "$@"
