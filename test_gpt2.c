@@ -4136,6 +4136,7 @@ static void make_wrong_inputs(void) {
     write_text("bad.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n");
     write_text("other.jsonl", "{\"text\": \"a\"}\n{\"prompt\": \"b\"}\n");
     write_text("d.txt", "abc");
+    write_text("half.jsonl", "{\"prompt\": \"a\"}\n");
     make_folder(in_tests("folder.txt"));
     make_folder(in_tests("folder"));
     make_folder(in_tests("halfway"));
@@ -4208,6 +4209,8 @@ static const struct {
     {2, "--train does not apply to --generate", "--generate 3 --train $D/text.txt"},
     {2, "nothing to train on: say --train FILE", "$TINY --out $D/none"},
     {2, "--eval needs --val FILE", "--eval --init $D/model"},
+    {2, "halfway holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
+     "$TINY --train $D/text.txt --out $D/halfway"},
     {2, "--find-rate begins with --init, not with a checkpoint: leave out --resume",
      "$TINY --train $D/text.txt --find-rate --resume"},
     {2, "--find-rate does not apply to --eval", "--eval --val $D/val.txt --find-rate"},
@@ -4240,6 +4243,8 @@ static const struct {
     {1, "notes.md: .txt, .jsonl or .bin expected; if it is plain text, give it such a name: cp '",
      "$TINY --train $D/notes.md"},
     {1, "text.txt.gz: packed: gunzip '", "$TINY --train $D/text.txt.gz"},
+    {1, "half.jsonl:1: {\"prompt\": \"...\", \"completion\": \"...\"}, {\"text\"",
+     "$TINY --train $D/half.jsonl"},
     {1, "cut off", "--init $D/cut --eval --val $D/val.txt"},
     {1, "transformer.wte.weight has shape [259, 16], expected [259, 8]",
      "--init $D/narrow --tokenizer $D/merges.txt --generate 1"},
