@@ -1637,6 +1637,72 @@ static void test_linear_and_layernorm(void) {
     }
 }
 
+// A linear layer whose matrix has an adapter, for finite differences of A and B.
+typedef struct {
+    Layer layer;
+    const float *matrix;
+    double *A, *B, scale;
+    int rank;
+} LoraLayer;
+
+static double lora_loss(const void *context) {
+    const LoraLayer *l = context;
+    const int K = l->layer.K, N = l->layer.N, r = l->rank;
+    for (int k = 0; k < K; k++)
+        for (int n = 0; n < N; n++) {
+            double sum = 0;
+            for (int j = 0; j < r; j++) sum += l->A[j * K + k] * l->B[n * r + j];
+            l->layer.weight[k * N + n] = l->matrix[k * N + n] + l->scale * sum;
+        }
+    return layer_loss(&l->layer);
+}
+
+// An adapter: forward, dx, dA and dB by finite differences, added or written, and each that is not wanted.
+static void test_lora_layer(void) {
+    enum { R = 23, K = 30, N = 41 };
+    for (int r = 1; r < 8; r += 6) {
+        float *x = random_floats(1, R * K), *weight = random_floats(2, K * N), *bias = random_floats(3, N),
+              *A = random_floats(4, r * K), *B = random_floats(5, N * r), *dy = random_floats(6, R * N),
+              *y = xfloats(R * N), *dA = xfloats(r * K), *dB = xfloats(N * r), *dx = xfloats(R * K);
+        LoraLayer lora = {.matrix = weight, .A = doubles(A, r * K), .B = doubles(B, N * r), .rank = r};
+        lora.scale = 0.75;
+        lora.layer = (Layer){.kind = LINEAR,
+                             .R = R,
+                             .K = K,
+                             .N = N,
+                             .x = doubles(x, R * K),
+                             .dy = dy,
+                             .weight = doubles(weight, K * N),
+                             .bias = doubles(bias, N),
+                             .y = doubles(dy, R * N)};
+        for (int wanted = 0; wanted < 16; wanted++) { // dx, dA, dB; the last bit: added to what there is
+            Tensor pair[2] = {{.value = A, .gradient = wanted & 2 ? dA : NULL, .shape = {r, K}},
+                              {.value = B, .gradient = wanted & 4 ? dB : NULL, .shape = {N, r}}};
+            const Tensor matrix = {.value = weight, .shape = {K, N}, .adapter = pair, .adapter_scale = 0.75f};
+            const Tensor vector = {.value = bias};
+            const bool add = wanted & 8;
+            linear_forward(y, NULL, x, &matrix, &vector, R);
+            lora_loss(&lora);
+            check(deviation(y, lora.layer.y, R * N) < 2e-6, "rank %d differs by %.1e", r,
+                  deviation(y, lora.layer.y, R * N));
+            for (int i = 0; i < r * K; i++) dA[i] = add ? 5 : NAN;
+            for (int i = 0; i < N * r; i++) dB[i] = add ? 7 : NAN;
+            for (int i = 0; i < R * K; i++) dx[i] = NAN;
+            linear_backward(NULL, dy, NULL, &matrix, &vector, add, R); // without x: no gradients
+            check(add ? dA[0] == 5 && dB[0] == 7 : isnan(dA[0]) && isnan(dB[0]), "gradients without x");
+            linear_backward(wanted & 1 ? dx : NULL, dy, x, &matrix, &vector, add, R);
+            for (int i = 0; i < r * K; i++) dA[i] -= add ? 5 : 0;
+            for (int i = 0; i < N * r; i++) dB[i] -= add ? 7 : 0;
+            if (wanted & 1) check_differences("dx", lora_loss, &lora, lora.layer.x, R * K, dx, 3);
+            if (wanted & 2) check_differences("dA", lora_loss, &lora, lora.A, r * K, dA, 3);
+            if (wanted & 4) check_differences("dB", lora_loss, &lora, lora.B, N * r, dB, 3);
+        }
+        free(x), free(weight), free(bias), free(A), free(B), free(dy), free(y), free(dA), free(dB), free(dx);
+        free(lora.A), free(lora.B), free(lora.layer.x), free(lora.layer.weight), free(lora.layer.bias);
+        free(lora.layer.y);
+    }
+}
+
 // Ragged sequences, one of them empty, over several tiles of queries and blocks of keys; head sizes from 1 to
 // 64, with dropout and without, and scores so large that softmax picks one key.
 static void test_attention(void) {
@@ -1660,7 +1726,7 @@ static void test_attention(void) {
         float *out = xfloats((size_t)R * C), *dqkv = xfloats((size_t)R * 3 * C),
               *lse = xfloats((size_t)R * NH);
         float *scratch = xfloats(size * omp_get_max_threads());
-        Dropout dropout = {cases[n].p, 99};
+        Dropout dropout = {cases[n].p, 99, NULL};
         for (int i = 0; i < R * 3 * C; i++) qkv[i] *= cases[n].scale, dqkv[i] = NAN;
         Layer layer = {.kind = ATTENTION,
                        .R = R,
@@ -1753,10 +1819,10 @@ static void test_dropout(void) {
     for (int n = 0; n < 3; n++) {
         const float p = n == 0 ? 0.1f : n == 1 ? 0.5f : 0.9f;
         for (int k = 0; k < 8; k++) // 2 layers with 3 places each, then two other streams
-            dropout_add(
-                y[k], k % 2 ? zeros : NULL, ones,
-                dropout_at((Dropout){p, (uint64_t)(k < 6 ? 3 : k)}, k < 6 ? k / 3 : 0, k < 6 ? k % 3 : 0), R,
-                C);
+            dropout_add(y[k], k % 2 ? zeros : NULL, ones,
+                        dropout_at((Dropout){p, (uint64_t)(k < 6 ? 3 : k), NULL}, k < 6 ? k / 3 : 0,
+                                   k < 6 ? k % 3 : 0),
+                        R, C);
         for (int k = 0; k < 8; k++) {
             double dropped = 0, kept = 0, agree, same = p * p + (1 - p) * (1 - p);
             for (int i = 0; i < N; i++)
@@ -1783,7 +1849,7 @@ static void test_attention_dropout(void) {
     for (int i = 0; i < 27; i++) {
         for (uint64_t stream = 0; stream < 64; stream++) {
             float p = 1;
-            attention_dropout(&p, (Dropout){0.5f, stream}, i / 9, 3, i / 3 % 3, keys[i % 3], 1);
+            attention_dropout(&p, (Dropout){0.5f, stream, NULL}, i / 9, 3, i / 3 % 3, keys[i % 3], 1);
             check(p == 0 || p == 2, "attention's dropout makes 1 into %g", p);
             drawn[i] |= (uint64_t)(p > 0) << stream;
         }
@@ -1792,12 +1858,18 @@ static void test_attention_dropout(void) {
     }
 }
 
-// Steps draw differently; the same step draws the same; without dropout the step does not matter.
+// Steps draw differently; the same step draws the same; without dropout the step does not matter. Rows draw by
+// their numbers: in one batch or in two, the same examples get the same loss.
 static void test_dropout_of_steps(void) {
     Model *model = tiny_model(tiny_config(19, 30, 2, 2, 8, 32, true), 1, NULL);
     Batch batches[2] = {ragged_batch(1, 19, 2, (int[]){20, 30}), ragged_batch(1, 19, 2, (int[]){20, 30})};
+    Batch both = {0};
+    batch_clear(&both);
+    for (int s = 0; s < 4; s++) append_sequence(&both, &batches[0], s % 2);
+    batches[1].number = xmalloc(50 * sizeof(size_t));
+    for (size_t r = 0; r < 50; r++) batches[1].number[r] = 50 + r;
     Options options;
-    double loss[2][2], twice = 0;
+    double loss[2][2], twice = 0, once = 0;
     for (int p = 0; p < 2; p++) {
         Activations a = {0};
         options_from_text(&options, p ? "--dropout 0.2" : "");
@@ -1806,6 +1878,8 @@ static void test_dropout_of_steps(void) {
         check(loss[p][0] == take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0).loss,
               "a step draws other masks again");
         twice = take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), 5, 0).loss;
+        once = take_update(model, &a, &both, 1, HYPERPARAMETERS(&options), 5, 0).loss;
+        check(fabs(once - twice) < 1e-6, "loss %.9g in one batch, %.9g in two", once, twice);
         activations_free(&a);
     }
     check(loss[0][0] == loss[0][1], "without dropout the loss depends on the step");
@@ -1817,7 +1891,7 @@ static void test_dropout_of_steps(void) {
     Update update = take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0);
     check(fabs(loss[1][0] - update.loss) > 1e-4, "dropout does not depend on the seed");
     activations_free(&a);
-    batch_free(&batches[0]), batch_free(&batches[1]);
+    batch_free(&batches[0]), batch_free(&batches[1]), batch_free(&both);
     model_free(model);
 }
 
@@ -1893,7 +1967,7 @@ static void test_model(void) {
         Batch batch = ragged_batch(n, 17, 4, cases[n].lengths);
         Oracle oracle = {model,
                          &batch,
-                         {0, 0},
+                         {0, 0, NULL},
                          xmalloc((size_t)model->tensor_count * sizeof(double *)),
                          xmalloc((size_t)batch.rows * 17 * sizeof(double))};
         for (int i = 0; i < model->tensor_count; i++)
@@ -1902,7 +1976,7 @@ static void test_model(void) {
         float *logits = logits_of(model, &batch);
         double error = deviation(logits, oracle.logits, (size_t)batch.rows * 17);
         check(error < 5e-6, "case %d: logits differ by %.1e", n, error);
-        oracle.dropout = (Dropout){cases[n].dropout, 5};
+        oracle.dropout = (Dropout){cases[n].dropout, 5, NULL};
         double loss = gradients_of(model, &batch, 1, oracle.dropout, cases[n].recompute),
                wanted = oracle_loss(&oracle);
         check(fabs(loss - wanted) < 2e-6 * wanted, "case %d: loss %.8g, should be %.8g", n, loss, wanted);
@@ -1913,6 +1987,82 @@ static void test_model(void) {
         free(oracle.value), free(oracle.logits), free(logits);
         batch_free(&batch);
         model_free(model);
+    }
+}
+
+// `plain` with random adapters beside all matrices of its blocks from first_layer on, ready to be trained.
+static Model *adapted_model(const Model *plain, int rank, int first_layer) {
+    Model *model = model_new(plain->config);
+    model_allocate_values(model);
+    for (int i = 0; i < plain->tensor_count; i++)
+        memcpy(model->tensors[i].value, plain->tensors[i].value, plain->tensors[i].size * sizeof(float));
+    model->lora_rank = rank;
+    model->lora_alpha = 1.5f;
+    for (int i = 0; i < plain->tensor_count; i++)
+        if (is_adaptable(&model->tensors[i]) && model->tensors[i].layer >= first_layer)
+            model_add_adapter(model, &model->tensors[i]);
+    adapters_allocate(model);
+    for (int i = plain->tensor_count; i < model->tensor_count; i++)
+        for (size_t j = 0; j < model->tensors[i].size; j++)
+            model->tensors[i].value[j] = 0.5f * random_normal(random_stream(77, (uint64_t)i), j);
+    model_set_training(model, &(Patterns){0}, &(Patterns){0});
+    model_allocate_training(model, true);
+    return model;
+}
+
+// From the gradient dW (K, N) of the merged matrix follow dA = scale · (dW B)ᵀ and dB = scale · (A dW)ᵀ.
+static void check_adapter_gradients(const Tensor *weight, const float *dW, const char *what) {
+    const Tensor *A = &weight->adapter[0], *B = &weight->adapter[1];
+    const size_t K = A->shape[1], N = B->shape[0], r = A->shape[0];
+    double *dA = xcalloc(A->size, sizeof *dA), *dB = xcalloc(B->size, sizeof *dB);
+    for (size_t k = 0; k < K; k++)
+        for (size_t n = 0; n < N; n++)
+            for (size_t j = 0; j < r; j++) {
+                dA[j * K + k] += (double)weight->adapter_scale * dW[k * N + n] * B->value[n * r + j];
+                dB[n * r + j] += (double)weight->adapter_scale * dW[k * N + n] * A->value[j * K + k];
+            }
+    double of_A = deviation(A->gradient, dA, A->size), of_B = deviation(B->gradient, dB, B->size);
+    check(of_A < 1e-5 && of_B < 1e-5, "%s: gradients beside %s differ by %.1e and %.1e", what, weight->name,
+          of_A, of_B);
+    free(dA), free(dB);
+}
+
+// A model with adapters is its merged model: logits and loss, and gradients by the chain rule, with dropout,
+// recomputed, over two batches. What is frozen has no gradient, and blocks below the first adapter keep nothing.
+static void test_lora_model(void) {
+    for (int n = 0; n < 4; n++) {
+        const bool recompute = n % 2, upper = n / 2;
+        Model *plain = tiny_model(tiny_config(17, 16, 2, 2, 8, 20, true), 3, NULL),
+              *model = adapted_model(plain, 3, upper);
+        Model *merged = adapted_model(plain, 3, upper);
+        const Batch batches[2] = {ragged_batch(1, 17, 3, (int[]){9, 0, 14}),
+                                  ragged_batch(2, 17, 2, (int[]){3, 11})};
+        const Dropout dropout = {.probability = upper ? 0.25f : 0, .stream = 5};
+        model_merge(merged);
+        check(merged->tensor_count == plain->tensor_count && merged->lora_rank == 0, "merged: adapters stay");
+        for (int i = 0; i < plain->tensor_count; i++) {
+            const Tensor *weight = &model->tensors[i], *with = &merged->tensors[i];
+            check(!weight->gradient && !weight->exp_avg, "%s is frozen, and has a gradient", weight->name);
+            check(!!weight->adapter == !same_bits(with->value, weight->value, weight->size), "merged: %s",
+                  weight->name);
+            memcpy(plain->tensors[i].value, with->value, with->size * sizeof(float));
+        }
+        float *logits = logits_of(model, batches), *wanted = logits_of(plain, batches);
+        double error = deviation_of_floats(logits, wanted, (size_t)batches[0].rows * 17);
+        check(error < 5e-6, "merged: logits differ by %.1e", error);
+        double loss = gradients_of(model, batches, 2, dropout, recompute),
+               same = gradients_of(plain, batches, 2, dropout, recompute);
+        check(fabs(loss - same) < 2e-6 * same, "merged: loss %.8g, not %.8g", same, loss);
+        for (int i = 0; i < plain->tensor_count; i++)
+            if (model->tensors[i].adapter)
+                check_adapter_gradients(&model->tensors[i], plain->tensors[i].gradient,
+                                        recompute ? "recomputed" : "kept");
+        check(model->lowest_trained == upper, "the lowest trained block is %d", model->lowest_trained);
+        check(model->tensor_count - plain->tensor_count == (upper ? 8 : 16), "%d tensors of adapters",
+              model->tensor_count - plain->tensor_count);
+        free(logits), free(wanted);
+        batch_free((Batch *)&batches[0]), batch_free((Batch *)&batches[1]);
+        model_free(plain), model_free(model), model_free(merged);
     }
 }
 
@@ -2280,7 +2430,7 @@ static void test_freezing(void) {
     for (int n = 0; n < 48; n++) {
         Config config = tiny_config(23, 40, 3, 2, 8, 20, n % 2);
         Batch batch = ragged_batch(6, 23, 4, (int[]){12, 3, 40, 1});
-        Dropout dropout = {n % 3 ? 0.2f : 0, 8};
+        Dropout dropout = {n % 3 ? 0.2f : 0, 8, NULL};
         Model *full = tiny_model(config, 6, NULL);
         gradients_of(full, &batch, 1, dropout, false);
         int lowest = (int)(random_bits(1, n) % 5) - 1, frozen = 0; // all below this block is frozen
@@ -5494,6 +5644,182 @@ static void test_resume(void) {
     }
 }
 
+static const char LORA[] = "--init $D/model --train $D/short.txt --val-fraction 0.2 --steps 12 --val-every 3 "
+                           "--save-every 2 --dropout 0.1 "
+                           "--accumulate 2 --batch-size 2 --learning-rate 1e-2 --matmul builtin --quiet "
+                           "--lora-rank 3 --lora-target c_attn "
+                           "--lora-target mlp.c_fc --out $D/";
+
+// A run with adapters, once, in D/lora.
+static void make_lora(void) {
+    static bool made;
+    make_inputs();
+    if (!made) expect_run(0, NULL, path_of("%slora", LORA));
+    made = true;
+}
+
+static double eval_loss(const char *folder) {
+    Text printed;
+    double loss = NAN;
+    expect_run(0, &printed, path_of("--init $D/%s --eval --val $D/val.txt --quiet --matmul builtin", folder));
+    check(sscanf(printed.data, "loss %lf", &loss) == 1, "--eval: %s", printed.data);
+    free(printed.data);
+    return loss;
+}
+
+// A run of adapters ended as D/lora did.
+static void expect_same_lora(const char *out, const char *how) {
+    static const char *const names[] = {"adapter_model.safetensors", "adapter_config.json", "vocab.json",
+                                        "merged/model.safetensors", "merged/config.json"};
+    for (int i = 0; i < 5; i++) {
+        char *ours = xprintf("%s/%s", out, names[i]);
+        check(same_files(ours, path_of("lora/%s", names[i])), "%s: another %s", how, ours);
+        free(ours);
+    }
+}
+
+// Adapters as files: PEFT's folder and a merged model beside it; the base is left alone; the same bits on any number
+// of threads, recomputed, and resumed; they can be trained on, in bfloat16 too, and give way to another run.
+static void test_lora_run(void) {
+    make_inputs();
+    const uint64_t before = fingerprint(in_tests("model"));
+    make_lora();
+    check(!file_exists(in_tests("lora/config.json")) && !file_exists(in_tests("lora/model.safetensors")),
+          "an adapter's folder looks like a whole model");
+    Model *base = model_load(in_tests("model")), *merged = model_load(in_tests("lora/merged"));
+    for (int i = 0; i < base->tensor_count; i++) {
+        const Tensor *tensor = &base->tensors[i];
+        bool target = tensor->kind == ATTN_WEIGHT || tensor->kind == FC_WEIGHT;
+        check(same_bits(tensor->value, merged->tensors[i].value, tensor->size) == !target, "merged: %s",
+              tensor->name);
+    }
+    model_free(base), model_free(merged);
+    const double start = eval_loss("model"), alone = eval_loss("lora"), whole = eval_loss("lora/merged");
+    check(fabs(alone - whole) < 2e-6 && alone < start - 0.01, "loss %g of the base, %g, %g merged", start,
+          alone, whole);
+    expect_run(0, NULL, path_of("%slora-threads --threads 3", LORA));
+    expect_same_lora("lora-threads", "3 threads");
+    expect_run(0, NULL, path_of("%slora-recomputed --recompute", LORA));
+    expect_same_lora("lora-recomputed", "recomputed");
+    char *words = xprintf("%slora-stopped", LORA);
+    pid_t child = start_trainer(0, words);
+    wait_for_lines("lora-stopped", 5, child);
+    kill(child, SIGTERM);
+    wait_for(child);
+    expect_run(0, NULL, "--resume --quiet --out $D/lora-stopped");
+    expect_same_lora("lora-stopped", "resumed");
+    Text parts = {0}, log = {0};
+    LogLine lines[500];
+    read_log("lora-stopped", lines, &parts);
+    read_log("lora", lines, &log);
+    check(parts.size == log.size && memcmp(parts.data, log.data, log.size) == 0, "resumed: another log");
+    free(words), free(parts.data), free(log.data);
+    expect_run(0, NULL, path_of("%slora-bfloat16 --precision bfloat16", LORA));
+    check(fabs(eval_loss("lora-bfloat16") - alone) < 0.05, "bfloat16: loss %g", eval_loss("lora-bfloat16"));
+    const char *on =
+        "--train $D/short.txt --val-fraction 0 --steps 4 --matmul builtin --quiet --out $D/lora-on";
+    expect_run(0, NULL, path_of("--init $D/lora %s", on));
+    check(same_files("lora-on/adapter_config.json", "lora/adapter_config.json") &&
+              !same_files("lora-on/adapter_model.safetensors", "lora/adapter_model.safetensors"),
+          "an adapter that was trained on");
+    check(fingerprint(in_tests("model")) == before, "a run with adapters changed its base");
+    remove_folder(in_tests("lora-on/checkpoint-000004"));
+    remove_folder(in_tests("lora-on/checkpoint-000003"));
+    remove_folder(in_tests("lora-on/checkpoint-000002"));
+    remove_folder(in_tests("lora-on/checkpoint-000001"));
+    expect_run(0, NULL, path_of("--init $D/model %s", on));
+    check(file_exists(in_tests("lora-on/config.json")) &&
+              !file_exists(in_tests("lora-on/adapter_config.json")) &&
+              !file_exists(in_tests("lora-on/adapter_model.safetensors")) &&
+              !file_exists(in_tests("lora-on/merged/config.json")),
+          "an adapter's files stay beside a later model");
+}
+
+// Writes D/bad: the adapter of D/lora, with `base` as its model and `more` in its configuration.
+static void make_bad_adapter(const char *base, const char *rank, const char *more) {
+    make_folder(in_tests("bad"));
+    Text weights = read_file(in_tests("lora/adapter_model.safetensors"));
+    put_file(in_tests("bad/adapter_model.safetensors"), weights.data, weights.size);
+    free(weights.data);
+    char *config = xprintf("{\"peft_type\": \"LORA\", \"base_model_name_or_path\": \"%s\", \"r\": %s, "
+                           "\"lora_alpha\": 6%s}",
+                           base, rank, more);
+    write_text("bad/adapter_config.json", config);
+    free(config);
+}
+
+// Adapters that are not computed here, or damaged, and options that do not fit: one line each, nothing is changed.
+static void test_lora_refusals(void) {
+    static const char *const unsupported[] = {"use_dora\": true",
+                                              "use_rslora\": true",
+                                              "bias\": \"all\"",
+                                              "modules_to_save\": [\"x\"]",
+                                              "rank_pattern\": {\"x\": 2}",
+                                              "alpha_pattern\": {\"x\": 2}",
+                                              "alora_invocation_tokens\": [5]",
+                                              "init_lora_weights\": \"pissa\"",
+                                              "use_bdlora\": {\"nblocks\": 2}"};
+    static const struct {
+        int status;
+        const char *error, *words;
+    } wrong[] = {
+        {2, "--lora-alpha needs --lora-rank", "--init $D/model --lora-alpha 3"},
+        {2, "--lora-target needs --lora-rank", "--init $D/model --lora-target mlp"},
+        {2, "matches no matrix", "--init $D/model --lora-rank 2 --lora-target ln_1"},
+        {2, "matches transformer.wte.weight", "--init $D/model --lora-rank 2 --lora-target wte"},
+        {2, "begins at random", "--tokenizer $D/merges.txt --lora-rank 2"},
+        {2, "is an adapter already, of rank 3", "--init $D/lora --lora-rank 2"},
+        {2, "--out $D/model would replace", "--init $D/model --lora-rank 2 --out $D/model"},
+        {2, "--out $D/model would replace", "--init $D/lora --out $D/model"},
+        {2, "would replace", "--init $D/held/merged --lora-rank 2 --out $D/held"},
+        {2, "would replace", "--init $D/held/merged --out $D/held"},
+    };
+    make_lora();
+    const char *use = "--init $D/bad --eval --val $D/val.txt --quiet";
+    for (int i = 0; i < 9; i++) {
+        make_bad_adapter(in_tests("model"), "3", path_of(", \"%s", unsupported[i]));
+        char *name = xprintf("%.*s", (int)strcspn(unsupported[i], "\""), unsupported[i]);
+        expect_refusal(1, name, use);
+        free(name);
+    }
+    make_bad_adapter(in_tests("nowhere"), "3", "");
+    expect_refusal(1, "nowhere\", is not a model folder here", use);
+    make_bad_adapter(in_tests("bad"), "3", ""); // itself
+    write_text("bad/config.json", "{}");
+    expect_refusal(1, "is not a model folder here", use);
+    remove_folder(in_tests("bad"));
+    make_bad_adapter(in_tests("model"), "2", "");
+    expect_refusal(1, "[3, 16]", use);
+    make_bad_adapter(in_tests("model"), "2.5", "");
+    expect_refusal(1, "r must be a whole number", use);
+    make_bad_adapter(in_tests("model"), "3", "");
+    expect_run(0, NULL, use); // all but these is right
+    SafeTensors file = safetensors_open(in_tests("lora/adapter_model.safetensors"));
+    safetensors_write(in_tests("bad/adapter_model.safetensors"), file.tensors, file.count - 1);
+    expect_refusal(1, "one of a pair", use);
+    safetensors_close(&file, false);
+    unlink(in_tests("bad/adapter_model.safetensors"));
+    expect_refusal(1, "adapter_model.safetensors", use);
+    make_folder(in_tests("held"));
+    expect_run(
+        0, NULL,
+        "--init $D/model --train $D/short.txt --val-fraction 0 --steps 1 --quiet --out $D/held/merged");
+    const uint64_t before = fingerprint(in_tests("model")), held = fingerprint(in_tests("held/merged"));
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        char *words = xprintf("--train $D/short.txt --steps 2 --quiet %s %s", wrong[i].words,
+                              strstr(wrong[i].words, "--out") ? "" : "--out $D/never");
+        char *error = xprintf("%s%s", strncmp(wrong[i].error, "--out $D/", 9) == 0 ? "--out " : "",
+                              strncmp(wrong[i].error, "--out $D/", 9) == 0
+                                  ? in_tests(wrong[i].error + strlen("--out $D/"))
+                                  : wrong[i].error);
+        expect_refusal(wrong[i].status, error, words);
+        free(words), free(error);
+    }
+    check(!file_exists(in_tests("never")), "a refused run makes its folder");
+    check(fingerprint(in_tests("model")) == before && fingerprint(in_tests("held/merged")) == held,
+          "a refused run changed its base");
+}
+
 // Kills that cannot be caught: after so many lines of the log, then at any moment. A run that is done before
 // it was killed three times begins anew.
 static void test_kills(void) {
@@ -6347,12 +6673,14 @@ static const struct {
     {"layers: gelu", test_gelu},
     {"layers: embedding", test_embedding},
     {"layers: linear and layernorm", test_linear_and_layernorm},
+    {"an adapter (LoRA): forward, gradients by finite differences", test_lora_layer},
     {"layers: attention", test_attention},
     {"layers: cross-entropy", test_cross_entropy},
     {"layers: dropout", test_dropout},
     {"layers: dropout in attention", test_attention_dropout},
     {"model: dropout of each step", test_dropout_of_steps},
     {"model: logits, loss and every gradient", test_model},
+    {"adapters (LoRA): the merged model, gradients by the chain rule", test_lora_model},
     {"model: NaN and changes do not reach what is masked", test_poison},
     {"model: padded batches equal sequences alone", test_padding},
     {"model: micro-batches, and none with targets", test_accumulation},
@@ -6427,6 +6755,8 @@ static const struct {
     {"a talk: answers in a pipe, /reset, a full context", test_talk},
     {"a talk: on a terminal, ^C and ^D", test_talk_on_terminal},
     {"resume: the same run to the bit after any signal", test_resume},
+    {"adapters (LoRA): files, threads, recomputed, resumed, trained on", test_lora_run},
+    {"adapters (LoRA): what is refused changes nothing", test_lora_refusals},
     {"resume: the same run to the bit after kills", test_kills},
     {"resume: a run in bfloat16, to the bit", test_resumed_bfloat16},
     {"resume: tensors that were not frozen, and that were", test_resumed_freezing},

@@ -95,13 +95,13 @@ def encode(tokenizer, example):
     return torch.tensor(prompt + rest), torch.tensor([-100] * len(prompt) + rest)
 
 
-def train_in_pytorch(folder, tokenizer, examples, batch_size, accumulate, steps):
+def train_in_pytorch(model, tokenizer, examples, batch_size, accumulate, steps):
     """(losses, norms, learning rates, initial and final parameters, share of PAD)"""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.eval()  # no dropout, as in train_gpt2
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    plain = [p for name, p in model.named_parameters() if name.endswith("bias") or ".ln_" in name]
-    rest = [p for p in model.parameters() if not any(p is q for q in plain)]
+    trained = {name: p for name, p in reference.parameters(model).items() if p.requires_grad}
+    initial = {name: p.detach().clone() for name, p in trained.items()}
+    plain = [p for name, p in trained.items() if name.endswith("bias") or ".ln_" in name]
+    rest = [p for p in trained.values() if not any(p is q for q in plain)]
     optimizer = torch.optim.AdamW([{"params": rest, "weight_decay": 0.01},
                                    {"params": plain, "weight_decay": 0.0}], lr=LEARNING_RATE)
     encoded = [encode(tokenizer, example) for example in examples]
@@ -125,11 +125,11 @@ def train_in_pytorch(folder, tokenizer, examples, batch_size, accumulate, steps)
             loss += micro.item()
             real, places = real + mask.sum().item(), places + mask.numel()
         losses.append(loss)
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item())
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return losses, norms, rates, initial, dict(model.named_parameters()), 1 - real / places
+    return losses, norms, rates, initial, trained, 1 - real / places
 
 
 def worst(ours, theirs):
@@ -158,8 +158,9 @@ def compare_run(start, tokenizer, name, count, prompts, batch_size, accumulate, 
              "--learning-rate", str(LEARNING_RATE), "--save-every", str(steps))
     with open(out + "/log.csv") as file:
         log = list(csv.DictReader(file))
+    model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     losses, norms, rates, initial, final, padding = train_in_pytorch(
-        start, tokenizer, examples, batch_size, accumulate, steps)
+        model, tokenizer, examples, batch_size, accumulate, steps)
     lengths = [len(encode(tokenizer, example)[0]) for example in examples]
     print(f"       {name}: {count} examples of {min(lengths)} to {max(lengths)} tokens, {steps} updates, loss "
           f"{losses[0]:.4f} to {losses[-1]:.4f}; {100 * padding:.0f} % of PyTorch's batches is PAD")

@@ -11,7 +11,8 @@
    completions, and greedy text.
 4. Model folders of all kinds, read and written (dev/compare_folders.py), and with words and ends of text of their
    own (dev/compare_words.py); the same as llama.cpp's file (dev/compare_gguf.py). Pictures (dev/compare_plot.py).
-5. A fine-tuning, update by update (dev/compare_finetune.py), and greedy texts (dev/compare_greedy.py).
+5. A fine-tuning, update by update (dev/compare_finetune.py), greedy texts (dev/compare_greedy.py), and adapters
+   beside PEFT's (dev/compare_lora.py).
 6. The script behind `make compare`, on a tiny model.
 """
 import argparse
@@ -30,6 +31,7 @@ import compare_finetune
 import compare_folders
 import compare_gguf
 import compare_greedy
+import compare_lora
 import compare_plot
 import compare_tokens
 import compare_words
@@ -258,6 +260,7 @@ def main():
     compare_plot.compare()
     compare_finetune.compare()
     compare_greedy.compare()
+    compare_lora.compare(args.seed)
     compare_answers.compare()
     ok, _, why = run(sys.executable, "dev/compare_pytorch.py", "--quick", show=True)
     check(ok, "dev/compare_pytorch.py --quick", why)

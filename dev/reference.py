@@ -14,6 +14,8 @@ and torch.optim.AdamW, in float32. A folder holds config.json, model.safetensors
   losses, grad_norms, learning_rates   F32 [S], for S updates: before each of them, and before clipping
   param.NAME  each tensor after the last update
 and, as metadata, `options`: the train_gpt2 options with which the same updates are taken.
+With --lora-rank the folder is an adapter's, made and computed by PEFT, and DIR/base is its model. Both A and B
+begin at random, since with B = 0 no gradient would reach A. Names are those of the model, as in train_gpt2.
 
 The updates are also taken in float64, and the largest relative difference is printed. AdamW divides a
 gradient by its own size, so an element whose gradient is nothing but rounding (the key part of c_attn.bias,
@@ -29,6 +31,7 @@ import re
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+import peft
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -57,6 +60,10 @@ def parse(words=None):
     random_model("--layer-norm-epsilon", type=float, default=1e-5)
     random_model("--untied", action="store_true", help="lm_head.weight is a tensor of its own")
     random_model("--init-std", type=float, default=0.25, help="rough on purpose: every gradient is to matter")
+    lora = parser.add_argument_group("an adapter, by PEFT").add_argument
+    lora("--lora-rank", type=int, default=0)
+    lora("--lora-alpha", type=float, help="twice the rank")
+    lora("--lora-target", action="append", metavar="NAME", help="ends of names of modules, such as mlp.c_fc")
     batch = parser.add_argument_group("batch: random token ids, or --batch").add_argument
     batch("--batch", metavar="FILE",
           help="a JSON object a row: input_ids, attention_mask, perhaps labels and position_ids")
@@ -118,6 +125,26 @@ def make_model(args):
     return model
 
 
+def add_adapter(args):
+    """The model in DIR/base with an adapter beside it, as PEFT adds it, its values at random."""
+    base = transformers.GPT2LMHeadModel.from_pretrained(
+        f"{args.out}/base", dtype=torch.float32, attn_implementation=args.attention)
+    model = peft.get_peft_model(base, peft.LoraConfig(
+        task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+        target_modules=args.lora_target or ["attn.c_attn"], fan_in_fan_out=True))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(0.0, args.init_std)
+    return model
+
+
+def parameters(model):
+    """All parameters by the names that they have in train_gpt2."""
+    return {name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", "."): p
+            for name, p in model.named_parameters()}
+
+
 def make_batch(args, vocab_size):
     """Token ids, mask, positions and labels [B, T]."""
     if args.batch:
@@ -172,12 +199,13 @@ def accumulate(model, batch, micro_batches):
 def compute(model, batch, args):
     """All results of a reference. The model's parameters change."""
     model.eval()
-    params = dict(model.named_parameters())
+    params = parameters(model)
     no_decay = ["bias", "ln_.+weight", "ln_.+bias"] if args.no_decay is None else args.no_decay
     no_decay = [] if no_decay == ["none"] else no_decay
     groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in params.items():
-        p.requires_grad_(not any(re.search(regex, name) for regex in args.freeze))
+        base = args.lora_rank and ".lora_" not in name
+        p.requires_grad_(not base and not any(re.search(regex, name) for regex in args.freeze))
         if p.requires_grad:
             groups[any(re.search(regex, name) for regex in no_decay)]["params"].append(p)
     trained = {name: p for name, p in params.items() if p.requires_grad}
@@ -229,12 +257,17 @@ def make_reference(args):
     if not (batch["labels"][:, 1:] != -100).any():
         sys.exit(f"{args.out}: no label is scored")
     os.makedirs(args.out, exist_ok=True)
-    model.save_pretrained(args.out)
-    generation_config = os.path.join(args.out, "generation_config.json")
+    folder = f"{args.out}/base" if args.lora_rank else args.out
+    model.save_pretrained(folder)
+    generation_config = os.path.join(folder, "generation_config.json")
     if os.path.exists(generation_config):
         os.remove(generation_config)
+    if args.lora_rank:
+        model = add_adapter(args)
+        model.save_pretrained(args.out)
+        os.remove(f"{args.out}/README.md")  # a form that PEFT leaves to be filled in
 
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    initial = {name: p.detach().clone() for name, p in parameters(model).items()}
     double = None if args.float32_only else copy.deepcopy(model).double()
     results = compute(model, batch, args)
     exact = compute(double, batch, args) if double else {}
@@ -286,6 +319,8 @@ FIXTURES = {
     "untied-head": "--seed 18 --untied --vocab-size 211 --n-embd 12 --n-head 2 --lengths 12,8",
     "adam": "--seed 19 --beta1 0.8 --beta2 0.95 --epsilon 1e-8 --freeze attn.c_attn.bias --weight-decay 0.1"
             " --init-std 0.15 --max-grad-norm 0 --steps 6 --final-lr 0.5",
+    "lora": "--seed 21 --lora-rank 3 --lora-alpha 5 --lora-target attn.c_attn --lora-target h.1.mlp.c_proj --n-layer 2"
+            " --n-embd 16 --n-head 2 --vocab-size 37 --lengths 12,7,10,4 --accumulate 2 --weight-decay 0.2",
 }
 
 
