@@ -5685,7 +5685,6 @@ static void watch_threads(Run *run, double seconds, double processor) {
     if (threads == 1 || run->updating < 10) return; // -INFINITY: it has been said
     const double cores = run->processor / run->updating;
     const bool busy = cores < 0.5 * threads;
-    if (busy) end_progress();
     if (busy)
         warn("%d threads have only %.1f cores, since other programs use them, and wait for one another: "
              "--threads %d may be faster",
