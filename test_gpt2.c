@@ -5612,7 +5612,7 @@ static void test_lora_run(void) {
     wait_for(child);
     expect_run(0, NULL, "--resume --quiet --out $D/lora-stopped");
     expect_same_lora("lora-stopped", "resumed");
-    Text parts, log;
+    Text parts = {0}, log = {0};
     LogLine lines[500];
     read_log("lora-stopped", lines, &parts);
     read_log("lora", lines, &log);
