@@ -3,11 +3,13 @@
 # Settings, as in `make BLAS=none` (a changed setting rebuilds what it touches):
 #   OPENMP=0     one core only
 #   BLAS=...     openblas, accelerate (macOS), blis, none (built-in matmul); auto takes the best that is here
+#   MPI=1        for many processes, on one machine or several; MPI=mpicc.mpich names a compiler of MPI
 #   SANITIZE=1   programs in build/sanitize/ that stop at the first bad memory access or undefined operation
 #   CC, CFLAGS, CPPFLAGS, LDFLAGS, PREFIX, DESTDIR as everywhere; NATIVE is -march=native where cc has it
 CFLAGS   ?= $(if $(SANITIZER),-O1 -g,-O3) $(NATIVE)
 OPENMP   ?= 1
 BLAS     ?= auto
+MPI      ?= 0
 SANITIZE ?= 0
 PREFIX   ?= /usr/local
 .DEFAULT_GOAL := all
@@ -47,8 +49,9 @@ train_gpt2 tokenizer test_gpt2 data/stories: %: $(O)%
 endif
 PROGRAMS := $(addprefix $(O),train_gpt2 tokenizer test_gpt2 data/stories)
 WARNINGS  = -Wall -Wextra
-FLAGS     = -std=gnu11 -fno-math-errno $(WARNINGS) $(CFLAGS) $(SANITIZER) $(OPENMP_FLAGS) $(BLAS_FLAGS) $(CPPFLAGS)
-LIBS      = $(LDFLAGS) $(BLAS_LIBS) $(OPENMP_LIBS) -lm
+FLAGS     = -std=gnu11 -fno-math-errno $(WARNINGS) $(CFLAGS) $(SANITIZER) $(OPENMP_FLAGS) $(BLAS_FLAGS) $(MPI_FLAGS) \
+            $(CPPFLAGS)
+LIBS      = $(LDFLAGS) $(BLAS_LIBS) $(MPI_LIBS) $(OPENMP_LIBS) -lm
 
 all: $(PROGRAMS) ## build train_gpt2, tokenizer, test_gpt2 and data/stories (the default)
 
@@ -58,7 +61,7 @@ $(CONFIG): ;
 DOWNLOADS := gpt2 gpt2-medium gpt2-large gpt2-xl tinyshakespeare
 ifneq ($(filter-out help clean links fuzz $(DOWNLOADS),$(or $(MAKECMDGOALS),all)),)
 PROBLEM := $(shell CC='$(CC)' CFLAGS='$(CFLAGS) $(CPPFLAGS)' LDFLAGS='$(LDFLAGS)' \
-                   OPENMP='$(OPENMP)' BLAS='$(BLAS)' sh dev/flags.sh $(CONFIG))
+                   OPENMP='$(OPENMP)' BLAS='$(BLAS)' MPI='$(MPI)' sh dev/flags.sh $(CONFIG))
 $(if $(PROBLEM),$(error $(PROBLEM)))
 include $(CONFIG)
 endif
@@ -107,6 +110,9 @@ test: all $(O)dev/tour ## run every test; needs no Python and no network
 	./$(O)dev/tour --check dev/tour.md
 	@# passive: threads that wait do not take the processor from others
 	OMP_WAIT_POLICY=passive ./$(O)test_gpt2
+
+test-mpi: all ## one model on several processes: Open MPI's and MPICH's, whichever are here
+	sh dev/mpi_test.sh
 
 links: ## repair the line numbers of README's links into train_gpt2.c
 	sh dev/links.sh README.md
@@ -164,5 +170,5 @@ show-blas: ## say which BLAS the programs are built with
 help:
 	@sed -n 's/^\([a-z][a-z0-9 -]*\):.*## /  make \1: /p' Makefile
 
-.PHONY: all train finetune demonstration test torture fuzz links bench tour book book-test recipe plot compare-test \
+.PHONY: all train finetune demonstration test test-mpi torture fuzz links bench tour book book-test recipe plot compare-test \
         compare $(DOWNLOADS) install clean show-blas help

@@ -1726,7 +1726,7 @@ static void test_attention(void) {
         float *out = xfloats((size_t)R * C), *dqkv = xfloats((size_t)R * 3 * C),
               *lse = xfloats((size_t)R * NH);
         float *scratch = xfloats(size * omp_get_max_threads());
-        Dropout dropout = {cases[n].p, 99};
+        Dropout dropout = {cases[n].p, 99, NULL};
         for (int i = 0; i < R * 3 * C; i++) qkv[i] *= cases[n].scale, dqkv[i] = NAN;
         Layer layer = {.kind = ATTENTION,
                        .R = R,
@@ -1819,10 +1819,10 @@ static void test_dropout(void) {
     for (int n = 0; n < 3; n++) {
         const float p = n == 0 ? 0.1f : n == 1 ? 0.5f : 0.9f;
         for (int k = 0; k < 8; k++) // 2 layers with 3 places each, then two other streams
-            dropout_add(
-                y[k], k % 2 ? zeros : NULL, ones,
-                dropout_at((Dropout){p, (uint64_t)(k < 6 ? 3 : k)}, k < 6 ? k / 3 : 0, k < 6 ? k % 3 : 0), R,
-                C);
+            dropout_add(y[k], k % 2 ? zeros : NULL, ones,
+                        dropout_at((Dropout){p, (uint64_t)(k < 6 ? 3 : k), NULL}, k < 6 ? k / 3 : 0,
+                                   k < 6 ? k % 3 : 0),
+                        R, C);
         for (int k = 0; k < 8; k++) {
             double dropped = 0, kept = 0, agree, same = p * p + (1 - p) * (1 - p);
             for (int i = 0; i < N; i++)
@@ -1849,7 +1849,7 @@ static void test_attention_dropout(void) {
     for (int i = 0; i < 27; i++) {
         for (uint64_t stream = 0; stream < 64; stream++) {
             float p = 1;
-            attention_dropout(&p, (Dropout){0.5f, stream}, i / 9, 3, i / 3 % 3, keys[i % 3], 1);
+            attention_dropout(&p, (Dropout){0.5f, stream, NULL}, i / 9, 3, i / 3 % 3, keys[i % 3], 1);
             check(p == 0 || p == 2, "attention's dropout makes 1 into %g", p);
             drawn[i] |= (uint64_t)(p > 0) << stream;
         }
@@ -1858,12 +1858,18 @@ static void test_attention_dropout(void) {
     }
 }
 
-// Steps draw differently; the same step draws the same; without dropout the step does not matter.
+// Steps draw differently; the same step draws the same; without dropout the step does not matter. Rows draw by
+// their numbers: in one batch or in two, the same examples get the same loss.
 static void test_dropout_of_steps(void) {
     Model *model = tiny_model(tiny_config(19, 30, 2, 2, 8, 32, true), 1, NULL);
     Batch batches[2] = {ragged_batch(1, 19, 2, (int[]){20, 30}), ragged_batch(1, 19, 2, (int[]){20, 30})};
+    Batch both = {0};
+    batch_clear(&both);
+    for (int s = 0; s < 4; s++) append_sequence(&both, &batches[0], s % 2);
+    batches[1].number = xmalloc(50 * sizeof(size_t));
+    for (size_t r = 0; r < 50; r++) batches[1].number[r] = 50 + r;
     Options options;
-    double loss[2][2], twice = 0;
+    double loss[2][2], twice = 0, once = 0;
     for (int p = 0; p < 2; p++) {
         Activations a = {0};
         options_from_text(&options, p ? "--dropout 0.2" : "");
@@ -1872,6 +1878,8 @@ static void test_dropout_of_steps(void) {
         check(loss[p][0] == take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0).loss,
               "a step draws other masks again");
         twice = take_update(model, &a, batches, 2, HYPERPARAMETERS(&options), 5, 0).loss;
+        once = take_update(model, &a, &both, 1, HYPERPARAMETERS(&options), 5, 0).loss;
+        check(fabs(once - twice) < 1e-6, "loss %.9g in one batch, %.9g in two", once, twice);
         activations_free(&a);
     }
     check(loss[0][0] == loss[0][1], "without dropout the loss depends on the step");
@@ -1883,7 +1891,7 @@ static void test_dropout_of_steps(void) {
     Update update = take_update(model, &a, batches, 1, HYPERPARAMETERS(&options), 5, 0);
     check(fabs(loss[1][0] - update.loss) > 1e-4, "dropout does not depend on the seed");
     activations_free(&a);
-    batch_free(&batches[0]), batch_free(&batches[1]);
+    batch_free(&batches[0]), batch_free(&batches[1]), batch_free(&both);
     model_free(model);
 }
 
@@ -1959,7 +1967,7 @@ static void test_model(void) {
         Batch batch = ragged_batch(n, 17, 4, cases[n].lengths);
         Oracle oracle = {model,
                          &batch,
-                         {0, 0},
+                         {0, 0, NULL},
                          xmalloc((size_t)model->tensor_count * sizeof(double *)),
                          xmalloc((size_t)batch.rows * 17 * sizeof(double))};
         for (int i = 0; i < model->tensor_count; i++)
@@ -1968,7 +1976,7 @@ static void test_model(void) {
         float *logits = logits_of(model, &batch);
         double error = deviation(logits, oracle.logits, (size_t)batch.rows * 17);
         check(error < 5e-6, "case %d: logits differ by %.1e", n, error);
-        oracle.dropout = (Dropout){cases[n].dropout, 5};
+        oracle.dropout = (Dropout){cases[n].dropout, 5, NULL};
         double loss = gradients_of(model, &batch, 1, oracle.dropout, cases[n].recompute),
                wanted = oracle_loss(&oracle);
         check(fabs(loss - wanted) < 2e-6 * wanted, "case %d: loss %.8g, should be %.8g", n, loss, wanted);
@@ -2309,7 +2317,8 @@ static void test_adamw(void) {
     model_free(before);
 }
 
-static void update_that_overflows(void) {
+// An update whose loss is finite and whose gradient is not: says so, and changes nothing.
+static void check_update_that_overflows(void) {
     // Channel 1 dominates, normalised it is 8. The logits are 1.5e38 · 1e-38 · 8 with both signs: a loss of
     // 24; but the gradient of ln_f.weight is 3e38 · 8: infinite.
     Model *model = tiny_model(tiny_config(23, 40, 1, 2, 64, 8, false), 2, NULL);
@@ -2328,7 +2337,14 @@ static void update_that_overflows(void) {
     batch.targets = 1;
     Options options;
     options_from_text(&options, "");
-    take_update(model, &(Activations){0}, &batch, 1, HYPERPARAMETERS(&options), 0, 1e-3);
+    const Tensor *bias = model_tensor(model, LN_F_BIAS, 0);
+    Update update = take_update(model, &(Activations){0}, &batch, 1, HYPERPARAMETERS(&options), 0, 1e-3);
+    check(update.not_finite && strcmp(update.not_finite, "the gradient of transformer.ln_f.weight") == 0,
+          "an overflow says: %s", update.not_finite ? update.not_finite : "nothing");
+    check(isfinite(update.loss) && bias->value[2] == 0 && bias->exp_avg[2] == 0, "an overflow changes %s",
+          bias->name);
+    batch_free(&batch);
+    model_free(model);
 }
 
 // The norm of all gradients, the same on any number of threads; clipping as torch does it; what is not finite
@@ -2365,11 +2381,7 @@ static void test_norm_and_clipping(void) {
     gradient_norm(model, &worst);
     check(worst == &model->tensors[6], "NaN in the gradient of %s was not found", model->tensors[6].name);
     model_free(model);
-    Text text = {0};
-    int status = run_child(update_that_overflows, &text);
-    check(status == 1 && strstr(text.data, "transformer.ln_f.weight"),
-          "an overflow ends with %d and says: %s", status, text.data);
-    free(text.data);
+    check_update_that_overflows();
 }
 
 // transformers' get_*_schedule_with_warmup, in its own form, at every step; and some values by hand.
@@ -2418,7 +2430,7 @@ static void test_freezing(void) {
     for (int n = 0; n < 48; n++) {
         Config config = tiny_config(23, 40, 3, 2, 8, 20, n % 2);
         Batch batch = ragged_batch(6, 23, 4, (int[]){12, 3, 40, 1});
-        Dropout dropout = {n % 3 ? 0.2f : 0, 8};
+        Dropout dropout = {n % 3 ? 0.2f : 0, 8, NULL};
         Model *full = tiny_model(config, 6, NULL);
         gradients_of(full, &batch, 1, dropout, false);
         int lowest = (int)(random_bits(1, n) % 5) - 1, frozen = 0; // all below this block is frozen
@@ -4346,6 +4358,9 @@ static const struct {
     {2, "--train does not apply to --generate", "--generate 3 --train $D/text.txt"},
     {2, "nothing to train on: say --train FILE", "$TINY --out $D/none"},
     {2, "--eval needs --val FILE", "--eval --init $D/model"},
+    {2, "--find-rate begins with --init, not with a checkpoint: leave out --resume",
+     "$TINY --train $D/text.txt --find-rate --resume"},
+    {2, "--find-rate does not apply to --eval", "--eval --val $D/val.txt --find-rate"},
     {1, "none.txt: no such file", "$TINY --train $D/none.txt"},
     {1, "none-*.txt: no such file", "$TINY --train '$D/none-*.txt'"},
     {1, "none/merges.txt: cannot be opened", "--tokenizer $D/none/merges.txt --train $D/text.txt"},
@@ -4522,6 +4537,55 @@ static void test_remembered_options(void) {
     check(strcmp(saved.data, "--steps=4--no-decay=x--freeze=c--freeze=d") == 0, "remembered: %s", saved.data);
     free(saved.data);
     unlink(in_tests("state.json"));
+}
+
+// --find-rate begins as training does with the same options, and writes its curve alone: a run in OUT stays as
+// it was. A loss that explodes or overflows ends the search, and is no error.
+static void test_find_rate(void) {
+    static const char common[] =
+        "$TINY --train $D/text.txt --dropout 0.1 --freeze wpe --accumulate 2 --quiet";
+    Text said, log, curve;
+    double rate[2], loss[2], loss_in_training[2];
+    int last, fields = 0;
+    make_inputs();
+    char *words = xprintf(
+        "%s --steps 3 --schedule constant --warmup-steps 0 --learning-rate 1e-7 --out $D/searched", common);
+    expect_run(0, NULL, words);
+    free(words);
+    uint64_t before = fingerprint(temporary_folder());
+    words = xprintf("%s --find-rate --out $D/searched", common);
+    expect_run(0, &said, words);
+    free(words);
+    check(strstr(said.data, "\nsuggestion, a tenth of that rate: --learning-rate ") != NULL, "it says: %s",
+          said.data);
+    log = read_file(in_tests("searched/log.csv"));
+    curve = read_file(in_tests("searched/find-rate.csv"));
+    check(sscanf(curve.data, "step,learning_rate,loss\n1,%lf,%lf\n2,%lf,%lf\n", &rate[0], &loss[0], &rate[1],
+                 &loss[1]) == 4 &&
+              rate[0] == 1e-7 && fabs(rate[1] / 1e-7 - pow(1e7, 1.0 / 99)) < 1e-6,
+          "find-rate.csv: %s", curve.data);
+    for (int i = 0; i < 2; i++)
+        fields += sscanf(strstr(log.data, i ? "\n2,0" : "\n1,0"), "%*d,%*f,train,%lf", &loss_in_training[i]);
+    check(fields == 2 && loss[0] == loss_in_training[0] && loss[1] == loss_in_training[1],
+          "losses %.9g %.9g, in training %.9g %.9g", loss[0], loss[1], loss_in_training[0],
+          loss_in_training[1]);
+    check(unlink(in_tests("searched/find-rate.csv")) == 0 && fingerprint(temporary_folder()) == before,
+          "--find-rate writes more than its curve");
+    free(said.data), free(log.data), free(curve.data);
+
+    expect_run(0, &said,
+               "$TINY --train $D/text.txt --find-rate --weight-decay 1e3 --quiet --out $D/exploded");
+    check(strstr(said.data, "stopped after rate ") != NULL, "it says: %s", said.data);
+    curve = read_file(in_tests("exploded/find-rate.csv"));
+    last = count_of(curve.data, "\n") - 1;
+    check(last > 20 && last < 100, "%d updates before a loss that explodes", last);
+    free(said.data), free(curve.data);
+    expect_run(0, &said, "$TINY --train $D/text.txt --find-rate --steps 7 --quiet --out $D/exploded");
+    curve = read_file(in_tests("exploded/find-rate.csv"));
+    check(strstr(curve.data, "\n7,1,") && count_of(curve.data, "\n") == 8, "7 updates: %s", curve.data);
+    free(said.data), free(curve.data);
+    expect_run(0, NULL,
+               "$TINY --train $D/text.txt --steps 1 --quiet --out $D/exploded"); // nothing in its way
 }
 
 static void test_plan(void) {
@@ -4727,6 +4791,32 @@ static int read_affinities(cpu_set_t cores[MOST_THREADS]) {
         threads += 1;
     }
     return threads;
+}
+
+static void run_on_busy_cores(void) {
+    Run run = {0};
+    omp_set_num_threads(2);
+    for (int i = 0; i < 30; i++) watch_threads(&run, 1, 1.1); // more than half of two cores
+    fprintf(stderr, "free\n");
+    for (int i = 0; i < 30; i++) watch_threads(&run, 1, 0.9);
+    run = (Run){0};
+    omp_set_num_threads(8);
+    for (int i = 0; i < 10; i++) watch_threads(&run, 1, 3.9);
+    run = (Run){0};
+    omp_set_num_threads(1);
+    for (int i = 0; i < 30; i++) watch_threads(&run, 1, 0.1); // no fewer threads could help
+}
+
+// On a busy machine training says, once, that fewer threads may be faster.
+static void test_busy_machine(void) {
+    Text said = {0};
+    check(run_child(run_on_busy_cores, &said) == 0, "a busy machine is no error");
+    const char *other = said.data ? strstr(said.data, "8 threads have only 3.9 cores") : NULL;
+    check(said.data && strncmp(said.data, "free\n", 5) == 0 && count_of(said.data, "\n") == 3 &&
+              strstr(said.data, "2 threads have only 0.9 cores") && strstr(said.data, "--threads 1 may") &&
+              other && strstr(other, "--threads 3 may"),
+          "on busy cores it says: %s", said.data);
+    free(said.data);
 }
 
 // As many threads as cores: each gets one of the allowed cores, and no two the same. Otherwise, and when
@@ -6631,6 +6721,7 @@ static const struct {
     {"command line: wrong input is one line, and changes nothing", test_wrong_input},
     {"command line: every option, its letter, --help", test_options},
     {"command line: options that a checkpoint remembers", test_remembered_options},
+    {"--find-rate: as training begins, and nothing else is touched", test_find_rate},
     {"command line: --plan", test_plan},
     {"command line: warm-up in steps, percent and epochs", test_warmup},
     {"command line: rows of the largest batch", test_largest_batch},
@@ -6642,6 +6733,7 @@ static const struct {
     {"generation: without a prompt", test_no_prompt},
 #if defined(__linux__) && defined(_OPENMP)
     {"threads: each has a core of its own, if there are as many", test_pin_threads},
+    {"threads: on a busy machine fewer are suggested", test_busy_machine},
 #endif
     {"a run: loss, accuracy and exact match of an evaluation", test_evaluate},
     {"a run: token shards and no tokenizer", test_without_tokenizer},

@@ -34,8 +34,7 @@
 // - A d in front of a name means gradient: dx is d(loss)/dx, how much the loss grows when x grows. It has the
 //   shape of x. X_forward computes a layer; X_backward receives the gradient of the layer's output and
 //   computes the gradients of its inputs and weights.
-// - NULL for an array means not wanted, or not there. The gradient of a frozen tensor, one that
-//   is not trained, is NULL.
+// - NULL for an array means not wanted, or not there. Frozen tensors, those not trained, have gradient NULL.
 // - A function whose name begins with a type's name works on that type: batch_clear(), model_free(). What a
 //   function returns in fresh memory belongs to the caller: X_free() or free() releases it.
 // - die() ends the program with one line on stderr. It is for whatever the outside world does wrong. assert()
@@ -157,8 +156,9 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) 
 }
 
 // Both end the program. die (status 1): a file, the machine, a number is bad. die_usage (2): the command line.
-#define die(...) (warn(__VA_ARGS__), exit(1))
-#define die_usage(...) (warn(__VA_ARGS__), exit(2))
+static void __attribute__((noreturn)) end_program(int status); // exit(), for all ranks (Part IV)
+#define die(...) (warn(__VA_ARGS__), end_program(1))
+#define die_usage(...) (warn(__VA_ARGS__), end_program(2))
 
 static void *xrealloc(void *pointer, size_t size) {
     void *result = realloc(pointer, size ? size : 1);
@@ -294,8 +294,7 @@ typedef struct {
 // Matrices are [in, out], as in y = xW + b; only the head is (V, C) and used transposed.
 //
 // Initial values: normal with deviation 0.02, as in Hugging Face's GPT-2. Each block adds two projections to
-// the residual stream, 2L in all. To keep their sum small, their deviation is divided by sqrt(2L) (Radford et
-// al. 2019, section 2.3).
+// the residual stream, 2L in all. To keep their sum small, their deviation is divided by sqrt(2L).
 //
 // The smallest GPT-2 has V = 50257, P = 1024, C = 768, F = 4C, L = NH = 12. wte has 38.60 million values, wpe
 // 0.79, each block 12 C² + 13 C = 7.088 million: 38.60 + 0.79 + 12 · 7.088 = 124.4 million in all.
@@ -535,6 +534,7 @@ typedef struct {
     int *token;     // (rows)
     int *position;  // (rows) counts the tokens of the sequence: 0, 1, 2, ...
     int *target;    // (rows) the token to predict here, or -1: not scored
+    size_t *number; // (rows) tells rows of an update apart, in whichever batch they are; NULL: 0, 1, 2, ...
     size_t row_capacity, sequence_capacity;
 } Batch;
 
@@ -548,6 +548,7 @@ static void batch_free(Batch *batch) {
     free(batch->token);
     free(batch->position);
     free(batch->target);
+    free(batch->number);
     *batch = (Batch){0};
 }
 
@@ -597,22 +598,26 @@ static void batch_end_sequence(Batch *batch) {
 // as it was (Srivastava et al. 2014). It is used in training only, and it is off by default.
 //   y = x · keep / (1 - p),   keep = 0 with probability p, else 1
 // Which numbers are hidden is a pure function of random stream and index. So the backward pass draws the same
-// choice again, and no mask is stored.
+// choice again, and no mask is stored. The index counts from the row's number in the update.
 typedef struct {
     float probability; // 0: no dropout
     uint64_t stream;
+    const size_t *number; // Batch's
 } Dropout;
 
 static inline float dropout_factor(Dropout dropout, uint64_t index) {
     return random_uniform(dropout.stream, index) < dropout.probability ? 0 : 1 / (1 - dropout.probability);
 }
 
+static inline size_t row_number(Dropout d, int r) { return d.number ? d.number[r] : (size_t)r; }
+
 // y = residual + dropout(x), where the residual is the stream that x joins; NULL for none. y may be x. All
 // (R, C). Backward: dx = dropout(dy), which is the same function with the same Dropout.
 static void dropout_add(float *y, const float *residual, const float *x, Dropout dropout, int R, int C) {
 #pragma omp parallel for
-    for (size_t i = 0; i < (size_t)R * C; i++)
-        y[i] = (residual ? residual[i] : 0) + x[i] * dropout_factor(dropout, i);
+    for (int r = 0; r < R; r++)
+        for (size_t c = 0, i = (size_t)r * C, index = row_number(dropout, r) * C; c < (size_t)C; c++, i++)
+            y[i] = (residual ? residual[i] : 0) + x[i] * dropout_factor(dropout, index + c);
 }
 
 // ---- embedding ----
@@ -712,8 +717,7 @@ static void linear_backward(float *dx, const float *dy, const float *x, const Te
 // channel's scale and centre (Ba, Kiros, Hinton 2016). rstd is the reciprocal standard deviation, 1 / (how
 // far numbers lie from the mean); eps avoids a division by 0.
 //   y = (x - mean) · rstd · weight + bias, per row;   rstd = 1 / sqrt(variance + eps)
-// For example x = 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, rstd 0.53; the row becomes -1.07,
-// -0.53, 0, 1.60.
+// For x = 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, rstd 0.53; it becomes -1.07, -0.53, 0, 1.60.
 //   x, y (R, C); mean, rstd (R) are kept for the backward pass; weight, bias (C)
 // y is not kept: where the backward pass wants it, this function computes it again.
 static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight,
@@ -739,8 +743,7 @@ static void layernorm_forward(float *y, float *mean, float *rstd, const float *x
 // n = (x - mean) · rstd, y = n · weight + bias and g = dy · weight:
 //   dx += rstd · (g - average(g) - n · average(g · n))
 //   dweight = sum over rows of dy · n;   dbias = sum over rows of dy
-// dx is added to, because x is also used elsewhere (section 6). dweight and dbias are overwritten, or added
-// to when accumulate; they may be NULL.
+// dx is added to, as x is also used elsewhere (section 6); dweight and dbias only when accumulate, or are NULL.
 static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x,
                                const float *mean, const float *rstd, const float *weight, bool accumulate,
                                int R, int C) {
@@ -784,14 +787,12 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 // All scores of one head would be T x T numbers: too many to keep. So the forward pass takes a tile, 64
 // queries, at a time. Of each row's softmax it keeps one number, log_sum_exp = log(sum over m of exp(score[i,
 // m])). From it the backward pass computes p again, as exp(score - log_sum_exp), for 64 queries and at most
-// 256 keys at a time. The idea is FlashAttention's (Dao et al. 2022), which takes keys in blocks in its
-// forward pass, too.
+// 256 keys at a time. The idea is FlashAttention's (Dao et al. 2022); its forward pass has key blocks, too.
 //
 // One row of qkv, for example with C = 4, NH = 2, HS = 2, where h0 and h1 are the heads:
 //     q: h0 h0 h1 h1   k: h0 h0 h1 h1   v: h0 h0 h1 h1
 // The head's query in row r is at qkv + r · 3C + head · HS, its key C floats after that, its value 2C after.
-// So one head's queries are a matrix (rows, HS) whose stored rows have 3C floats, and matmul takes it as it
-// is.
+// So one head's queries are a matrix (rows, HS) with stored rows of 3C floats, and matmul takes it as it is.
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
 
 // Where keys and values are. In training they stand in qkv, beside the queries, and a place is a row. When
@@ -825,8 +826,8 @@ static size_t attention_scratch(int longest) {
 // Multiplies p (keys) of one row and head by dropout's factors, those of keys first_key, first_key + 1, ...
 // Each (row, head, key) has an index of its own: a sequence has at most 2^20 keys.
 static void attention_dropout(float *p, Dropout dropout, int row, int NH, int head, int first_key, int keys) {
-    uint64_t index = ((uint64_t)row * NH + head) << 20 | (uint64_t)first_key;
     if (dropout.probability == 0) return;
+    uint64_t index = ((uint64_t)row_number(dropout, row) * NH + head) << 20 | (uint64_t)first_key;
     for (int j = 0; j < keys; j++) p[j] *= dropout_factor(dropout, index + (uint64_t)j);
 }
 
@@ -862,8 +863,7 @@ static void attention_forward_tile(const Attention *a, int s, int head, int begi
     }
 
     // All queries of the tile see all keys before the tile: one product. The first tile has no such keys, and
-    // then the product writes 0 to out. Inside the tile a query sees the keys up to its own row: the loop
-    // skips the rest.
+    // then the product writes 0 to out. In the tile a query sees keys up to its own row: the loop skips others.
     float *out = a->out + (size_t)(first + begin) * C + head * HS;
     matmul(out, C, p, keys, false, v, ldk, false, queries, HS, before, false);
     for (int i = 0; i < queries; i++) {
@@ -1030,14 +1030,12 @@ static void cross_entropy(float *logits, float *loss, bool *correct, const int *
 // The layers in the order that makes them GPT-2 (Radford et al. 2019), as on the first page of Part I.
 //
 // Since x is only added to, its gradient has one path back that no block weakens. For y = x + f(x) with dy =
-// 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; even where f has slope 0, the 0.5 arrives. That
-// is why deep models can be trained.
+// 0.5 and a slope of f of 0.1, dx = 0.5 + 0.1 · 0.5 = 0.55; with slope 0, 0.5 still arrives: so deep models train.
 //
 // The backward pass goes the same way back and needs what the forward pass computed. Of each block it finds
 // x, qkv, attention's output, middle and hidden (10 C floats per row when F = 4C), log_sum_exp, means and
 // rstds: these are kept, and called activations. It computes again what is cheap: the outputs of layernorms,
-// p, gelu and dropout's choices. Logits exist for at most LOGIT_ROWS rows; their gradient takes their place
-// at once.
+// p, gelu and dropout's choices. Logits exist for at most LOGIT_ROWS rows; their gradient replaces them.
 enum { LOGIT_ROWS = 256 };
 
 // What is kept for the backward pass. The sizes are for the smallest GPT-2 and 4 x 1024 rows.
@@ -1211,8 +1209,7 @@ static Attention block_attention(const Model *model, const Activations *a, const
 }
 
 // One block, from residual_at(layer) to residual_at(layer + 1). Without `finish` it ends with hidden: the
-// backward pass, which calls it to compute a block again, needs no more. With a cache, the batch continues
-// the sequences that are in it.
+// backward pass calls it so, to compute a block again. With a cache, the batch continues its sequences.
 static void block_forward(const Model *model, Activations *a, const Batch *batch, int layer, Cache *cache,
                           Dropout dropout, bool finish) {
     const Config *config = &model->config;
@@ -1359,8 +1356,7 @@ static void block_backward(const Model *model, Activations *a, const Batch *batc
 // An update may be made of several batches, and then their gradients add up. The first batch overwrites each
 // gradient (accumulate is false), the others add: no time is lost with clearing half a gigabyte. Only
 // embedding_backward cannot overwrite, because it adds row by row. So wpe's gradient is cleared before it,
-// and wte's too, unless the head is tied to wte: then head_backward has already overwritten it with the
-// head's part.
+// and wte's too, unless the head is tied to wte: head_backward has already overwritten it with its own.
 static double model_forward_backward(const Model *model, Activations *a, const Batch *batch, float loss_scale,
                                      bool accumulate, Dropout dropout) {
     const int R = batch->rows, C = model->config.n_embd, L = model->config.n_layer;
@@ -1508,12 +1504,15 @@ typedef struct {
     double accuracy; // share of scored rows whose target had the highest logit
     double norm, learning_rate;
     size_t rows, targets;
+    const char *not_finite; // "the loss", or a gradient, that is infinite or not a number; else NULL
 } Update;
 
-// Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over the scored rows of all
-// of them together, so without dropout, whose choices depend on the micro-batch, it does not matter how
-// examples fall into them. When nothing is scored, nothing changes and targets is 0. The program ends before
-// the update when the loss or a gradient is not finite.
+static double sum_over_ranks(double x); // ranks: processes that share out an update's examples. Part IV
+static void sum_gradients_over_ranks(const Model *model);
+
+// Takes update `step` = 0, 1, ... on `count` micro-batches. The loss is the mean over all scored rows, those
+// of all ranks: how examples fall into batches does not matter. When nothing is scored, nothing changes and
+// targets is 0. Nor does a weight change when the loss or a gradient is not finite: no model recovers from that.
 static Update take_update(const Model *model, Activations *a, const Batch *batches, long count,
                           const Hyperparameters *h, long step, double learning_rate) {
     Update update = {.learning_rate = learning_rate};
@@ -1523,27 +1522,26 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
         update.targets += (size_t)batches[i].targets;
         update.rows += (size_t)batches[i].rows;
     }
+    update.targets = (size_t)sum_over_ranks((double)update.targets);
     if (update.targets == 0) return update;
 
     // Forward and backward: the first micro-batch overwrites the gradients, the others add to them.
     const uint64_t stream = random_stream(h->seed, 0x64726f70u + (uint64_t)step); // "drop"
     for (long i = 0; i < count; i++) {
-        const Dropout dropout = {h->dropout, random_stream(stream, (uint64_t)i)};
+        const Dropout dropout = {h->dropout, stream, batches[i].number};
         activations_reserve(a, model, batches[i].rows, h->keep);
         loss += model_forward_backward(model, a, &batches[i], 1.0f / (float)update.targets, i > 0, dropout);
         for (int j = 0; j < batches[i].targets; j++) correct += a->correct[j];
     }
-    update.loss = loss / (double)update.targets;
-    update.accuracy = (double)correct / (double)update.targets;
+    sum_gradients_over_ranks(model);
+    update.loss = sum_over_ranks(loss) / (double)update.targets;
+    update.accuracy = sum_over_ranks((double)correct) / (double)update.targets;
 
-    // Stop if the loss or a gradient is infinite or not a number: a model does not recover from that.
-    const Tensor *not_finite = NULL;
-    const bool finite = isfinite(update.loss);
-    update.norm = finite ? gradient_norm(model, &not_finite) : 0;
-    if (!finite || not_finite)
-        die("step %ld: the %s%s is not finite; the last good checkpoint stays. A smaller --learning-rate may "
-            "help",
-            step + 1, not_finite ? "gradient of " : "loss", not_finite ? not_finite->name : "");
+    const Tensor *tensor = NULL; // whose gradient is not finite
+    if (!isfinite(update.loss)) update.not_finite = "the loss";
+    if (!update.not_finite) update.norm = gradient_norm(model, &tensor);
+    if (tensor) update.not_finite = xprintf("the gradient of %s", tensor->name);
+    if (update.not_finite) return update;
 
     adamw_update(model, h, learning_rate, step + 1, clip_factor(update.norm, h->max_grad_norm));
     return update;
@@ -4919,12 +4917,219 @@ static void question_free(Question *q) {
 // finish the step and save. A checkpoint holds all that must survive an interruption. Everything else follows
 // from the options and the step.
 
-// Seconds on a clock that never goes back.
-static double now(void) {
+// ---- ranks ----
+// One model can be trained by several processes, on one machine or on many: `make MPI=1`, then `mpirun -np 8
+// --hostfile hosts ./train_gpt2 ...`. MPI, the Message Passing Interface, calls such a process a rank and
+// numbers them from 0. All ranks hold the whole model and do the same, with one exception: of an update's
+// examples each rank takes every N-th. MPI_Allreduce then gives every rank the sum of all gradients, so all
+// take the same AdamW step, and their parameters stay equal without ever being sent. Rank 0 alone speaks and
+// writes files. The result is the same for any number of ranks, but for rounding.
+//
+// The functions marked (all ranks) talk: each rank must call them in the same order, or all wait for ever. So
+// whatever decides about a call must be equal everywhere: options and data, which are compared at the start,
+// sums, and signals, which are agreed upon. Without MPI there is one rank, and they do nothing.
+
+#ifdef USE_MPI
+#include <mpi.h>
+#endif
+static int this_rank = 0, rank_count = 1, machine_count = 1;
+
+// (all ranks) The largest x of all ranks.
+static long largest_over_ranks(long x) {
+#ifdef USE_MPI
+    if (rank_count > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
+#endif
+    return x;
+}
+
+// (all ranks) The sum of all ranks' x.
+static double sum_over_ranks(double x) {
+#ifdef USE_MPI
+    if (rank_count > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+#endif
+    return x;
+}
+
+// (all ranks) Each gradient becomes the sum of all ranks' gradients: the same bits on each. They lie one
+// behind another (model_allocate_training), so they are summed as one array, in pieces, since MPI counts in int.
+static void sum_gradients_over_ranks(const Model *model) {
+#ifdef USE_MPI
+    float *begin = NULL, *end = NULL;
+    for (int i = 0; i < model->tensor_count && rank_count > 1; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        if (!tensor->gradient) continue;
+        if (!begin) begin = tensor->gradient;
+        end = tensor->gradient + tensor->size;
+    }
+    for (size_t n; begin < end; begin += n) {
+        n = smaller((size_t)(end - begin), (size_t)1 << 30);
+        MPI_Allreduce(MPI_IN_PLACE, begin, (int)n, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+    }
+#endif
+    (void)model;
+}
+
+// A number that is almost surely another one when a byte differs.
+static uint64_t hash_of(const void *bytes, size_t size) {
+    uint64_t sum = size;
+#pragma omp parallel for reduction(+ : sum)
+    for (size_t i = 0; i < size; i += 4) {
+        uint32_t word = 0;
+        memcpy(&word, (const char *)bytes + i, smaller(4, size - i));
+        sum += random_bits(word, i);
+    }
+    return sum;
+}
+
+// (all ranks) Ends the program unless all ranks have the same hash of `what`; `advice` says what to do then.
+static void need_same(const char *what, uint64_t hash, const char *advice) {
+#ifdef USE_MPI
+    uint64_t first = hash;
+    if (rank_count == 1) return;
+    MPI_Bcast(&first, 1, MPI_UINT64_T, 0, MPI_COMM_WORLD);
+    if (sum_over_ranks(first != hash) == 0) return;
+    if (first != hash) die("%s: not the same as on rank 0; %s", what, advice);
+    MPI_Barrier(MPI_COMM_WORLD); // waits until those that differ have ended all
+#endif
+    (void)what, (void)hash, (void)advice;
+}
+
+// (all ranks) Compares weights and moments.
+static void need_same_model(const Model *model) {
+    uint64_t hash = 0;
+    for (int i = 0; i < model->tensor_count && rank_count > 1; i++) {
+        const Tensor *tensor = &model->tensors[i];
+        const float *const arrays[] = {tensor->value, tensor->exp_avg, tensor->exp_avg_sq};
+        for (int a = 0; a < 3 && arrays[a]; a++)
+            hash = random_bits(hash, hash_of(arrays[a], tensor->size * sizeof(float)));
+    }
+    need_same("the model", hash,
+              "start all ranks from the same files; --resume goes on from the last checkpoint");
+}
+
+// Lists in *share what this rank takes of examples begin .. end - 1 of the list `order` (NULL: of the file):
+// every N-th. Returns how many.
+static size_t take_share(const size_t *order, size_t begin, size_t end, size_t **share) {
+    size_t count = 0;
+    *share = xmalloc((end - begin) * sizeof **share);
+    for (size_t i = begin + (size_t)this_rank; i < end; i += (size_t)rank_count)
+        (*share)[count++] = order ? order[i] : i;
+    return count;
+}
+
+// The cores of a machine are shared out evenly among its ranks when more than one rank may use a core: two
+// ranks on one core would each wait for the other. Open MPI by itself binds each of two ranks to a single
+// core, and of more to a socket: unless its --bind-to is given, what mpirun itself may use counts. Each rank
+// has as many threads as cores, if neither --threads nor OMP_NUM_THREADS says another number.
+static void share_cores(void) {
+#if defined(USE_MPI) && defined(__linux__)
+    int running = 0, rank_here, ranks_here;
+    MPI_Comm here;
+    cpu_set_t mine, all;
+    MPI_Initialized(&running);
+    if (!running || getenv("OMP_PROC_BIND") || sched_getaffinity(0, sizeof mine, &mine) != 0) return;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, this_rank, MPI_INFO_NULL, &here);
+    MPI_Comm_rank(here, &rank_here);
+    MPI_Comm_size(here, &ranks_here);
+    machine_count = (int)sum_over_ranks(rank_here == 0);
+    const bool by_default =
+        getenv("OMPI_COMM_WORLD_SIZE") != NULL && getenv("OMPI_MCA_hwloc_base_binding_policy") == NULL;
+    if (!by_default || sched_getaffinity(getppid(), sizeof all, &all) != 0) all = mine;
+    int bound = CPU_COUNT(&mine);
+    MPI_Allreduce(MPI_IN_PLACE, &bound, 1, MPI_INT, MPI_SUM, here);
+    MPI_Allreduce(MPI_IN_PLACE, &all, sizeof all, MPI_BYTE, MPI_BOR, here);
+    MPI_Comm_free(&here);
+    const int cores = CPU_COUNT(&all), begin = rank_here * cores / ranks_here;
+    const int end = (rank_here + 1) * cores / ranks_here;
+    if (bound == cores) return; // each core belongs to one rank already
+    CPU_ZERO(&mine);
+    for (int core = 0, number = 0; core < CPU_SETSIZE; core++) {
+        if (!CPU_ISSET(core, &all)) continue;
+        if (number == begin || (number > begin && number < end)) CPU_SET(core, &mine);
+        number++;
+    }
+    if (sched_setaffinity(0, sizeof mine, &mine) == 0 && !getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads(CPU_COUNT(&mine));
+#endif
+}
+
+// Ends the program when a launcher has started it several times, but MPI knows of one rank only: each would
+// believe to be alone, and all write one folder.
+static void refuse_lonely_ranks(void) {
+    static const char *const launchers[][2] = {{"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+                                               {"PMI_SIZE", "PMI_RANK"},
+                                               {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}};
+    for (int i = 0; i < 3 && rank_count == 1; i++) {
+        const char *size = getenv(launchers[i][0]), *number = getenv(launchers[i][1]);
+        if (!size || atoi(size) <= 1) continue;
+        if (number && atoi(number) > 0) sleep(1); // so that one line is enough
+#ifdef USE_MPI
+        die("started %s times, but not as one program: this launcher belongs to another MPI than the one "
+            "that "
+            "train_gpt2 was built with; use that one's mpirun (srun: try --mpi=pmix or --mpi=pmi2)",
+            size);
+#else
+        die("started %s times, but built without MPI: build it with make MPI=1", size);
+#endif
+    }
+}
+
+// The first thing in main. Rank 0 speaks: what another one prints is dropped, and its lines on stderr are kept
+// back until it fails.
+static void start_ranks(void) {
+#ifdef USE_MPI
+    int level;
+    char machine[MPI_MAX_PROCESSOR_NAME] = "";
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level); // only the main thread talks
+    MPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &rank_count);
+    MPI_Get_processor_name(machine, &level);
+    if (this_rank > 0) {
+        program_name = xprintf("train_gpt2: rank %d on %s", this_rank, machine);
+        setvbuf(stderr, NULL, _IOFBF, 1 << 16);
+        if (!freopen("/dev/null", "w", stdout)) die("/dev/null: %s", strerror(errno));
+    }
+#endif
+    refuse_lonely_ranks();
+}
+
+// (all ranks) The last thing in main: a launcher that sees one rank leave with an error ends the others, so
+// nobody leaves before all have saved.
+static int end_ranks(int status) {
+#ifdef USE_MPI
+    if (this_rank > 0) dup2(STDOUT_FILENO, STDERR_FILENO); // no warnings, after all
+    MPI_Barrier(MPI_COMM_WORLD);
+    MPI_Finalize();
+#endif
+    return status;
+}
+
+// A rank that fails ends all: the others would wait for it for ever. What is wrong on all of them, such as an
+// option, is said once: rank 0 comes first, and the others do not live to say it.
+static void end_program(int status) {
+#ifdef USE_MPI
+    int running = 0;
+    MPI_Initialized(&running);
+    if (rank_count > 1) {
+        if (this_rank > 0) usleep(300000);
+        fflush(stderr);
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+    if (running) MPI_Finalize();
+#endif
+    exit(status);
+}
+
+// ---- evaluation ----
+
+static double seconds_on(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
+// Seconds on a clock that never goes back.
+static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
 
 // The settings of a run, as section 15 reads them from the command line.
 typedef struct {
@@ -4938,7 +5143,7 @@ typedef struct {
     Patterns no_decay, freeze, val, lora_target;
     long lora_rank;
     double lora_alpha;
-    bool resume, overfit, eval, plan, plain, recompute, quiet, help, chat, answer_only;
+    bool resume, overfit, eval, plan, find_rate, plain, recompute, quiet, help, chat, answer_only;
 } Options;
 
 // What --predictions writes.
@@ -4967,6 +5172,7 @@ typedef struct {
     size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
+    double updating, processor;     // seconds of recent updates, and of all threads together in them
     double accuracy;                // of the last update
     long saved_step;                // the step of the newest checkpoint
     bool unsaved;                   // something happened that it does not know of
@@ -4985,17 +5191,23 @@ typedef struct {
     size_t prompted; // the same examples, if exact match makes sense there; else 0
 } Evaluation;
 
+static int agreed_signal = 0; // the stop_signal of some rank: all ranks know of it and act on it
+
 static void remember_signal(int signal_number) { stop_signal = signal_number; }
+
+// (all ranks) A signal to one rank stops all of them, at the same step.
+static void agree_on_stop(void) { agreed_signal = (int)largest_over_ranks(stop_signal); }
 
 // From here on a signal does not end the program at once: the training loop finishes its step and saves. A
 // second ^C (SIGINT) or SIGTERM ends it at once. SIGHUP (the terminal or the ssh connection is gone) and
-// SIGPIPE (the reader of our output is gone) may come again and change nothing. A signal that was ignored
-// when the program began, as nohup does with SIGHUP, stays ignored; SIGPIPE is always caught.
+// SIGPIPE (the reader of our output is gone) may come again and change nothing, as may SIGUSR1, by which batch
+// systems say that time is nearly up. A signal that was ignored when the program began, as nohup does with
+// SIGHUP, stays ignored; SIGPIPE is always caught.
 static void catch_signals(void) {
     static const struct {
         int number, flags;
-    } caught[] = {{SIGINT, SA_RESETHAND}, {SIGTERM, SA_RESETHAND}, {SIGHUP, 0}, {SIGPIPE, 0}};
-    for (int i = 0; i < 4; i++) {
+    } caught[] = {{SIGINT, SA_RESETHAND}, {SIGTERM, SA_RESETHAND}, {SIGHUP, 0}, {SIGPIPE, 0}, {SIGUSR1, 0}};
+    for (int i = 0; i < 5; i++) {
         struct sigaction before, action = {.sa_handler = remember_signal, .sa_flags = caught[i].flags};
         bool ignored = sigaction(caught[i].number, NULL, &before) == 0 && before.sa_handler == SIG_IGN;
         if (!ignored || caught[i].number == SIGPIPE) sigaction(caught[i].number, &action, NULL);
@@ -5064,7 +5276,8 @@ static void write_prediction(Run *run, const Example *example, double loss, bool
     question_free(&q);
 }
 
-// Mean loss, accuracy and exact match over run->val, or its first --val-batches batches.
+// (all ranks) Mean loss, accuracy and exact match over run->val, or its first --val-batches batches. Each rank
+// takes a share of the examples.
 static Evaluation evaluate(Run *run) {
     const Options *options = run->options;
     Evaluation result = {0};
@@ -5073,15 +5286,17 @@ static Evaluation evaluate(Run *run) {
     size_t hits = 0, exact = 0, end = run->val->count, B = (size_t)options->batch_size;
     if (options->val_batches > 0 && (size_t)options->val_batches < (end + B - 1) / B)
         end = (size_t)options->val_batches * B;
-    for (size_t begin = 0; begin < end && !stop_signal; begin += B) {
-        dataset_batch(run->val, NULL, begin, smaller(B, end - begin), &batch);
+    need_same_model(run->model);
+    size_t *share, count = take_share(NULL, 0, end, &share);
+    for (size_t begin = 0; begin < count && !stop_signal; begin += B) {
+        dataset_batch(run->val, share, begin, smaller(B, count - begin), &batch);
         Activations *a = &run->activations;
         activations_reserve(a, run->model, batch.rows, KEEP_NOTHING);
         model_forward(run->model, a, &batch, NULL, (Dropout){0});
         loss += classifier(run->model, a, &batch, false, 0, false);
         result.targets += (size_t)batch.targets;
         for (int s = 0, i = 0; s < batch.sequences; s++) {
-            const Example *example = &run->val->examples[begin + (size_t)s];
+            const Example *example = &run->val->examples[share[begin + (size_t)s]];
             bool all = true;
             double own = 0;
             for (; i < batch.targets && a->scored[i] < batch.first_row[s + 1]; i++) {
@@ -5095,7 +5310,12 @@ static Evaluation evaluate(Run *run) {
         }
     }
     batch_free(&batch);
+    free(share);
     check_mapped_files();
+    agree_on_stop();
+    loss = sum_over_ranks(loss);
+    result.targets = (size_t)sum_over_ranks((double)result.targets);
+    result.examples = (size_t)sum_over_ranks((double)result.examples);
     if (!isfinite(loss)) {
         const Tensor *tensor = find_not_finite(run->model);
         die("%s: the loss is not finite%s%s", run->val->path, tensor ? ", nor are all values of " : "",
@@ -5103,8 +5323,8 @@ static Evaluation evaluate(Run *run) {
     }
     double targets = result.targets ? (double)result.targets : 1;
     result.loss = loss / targets;
-    result.accuracy = (double)hits / targets;
-    result.exact = result.examples ? (double)exact / (double)result.examples : 0;
+    result.accuracy = sum_over_ranks((double)hits) / targets;
+    result.exact = sum_over_ranks((double)exact) / (result.examples ? (double)result.examples : 1);
     result.prompted = run->val->prompts ? result.examples : 0;
     return result;
 }
@@ -5175,6 +5395,7 @@ static FILE *lock_log(const char *out, bool create) {
 // Appends to log.csv. Each line goes to the system at once, so that a process that is killed loses none.
 static void __attribute__((format(printf, 2, 3))) write_log(const Run *run, const char *format, ...) {
     va_list arguments;
+    if (this_rank > 0) return;
     va_start(arguments, format);
     if (vfprintf(run->log, format, arguments) < 0 || fflush(run->log) != 0)
         die("%s/log.csv: could not be written: %s", run->options->out, strerror(errno));
@@ -5184,6 +5405,7 @@ static void __attribute__((format(printf, 2, 3))) write_log(const Run *run, cons
 // Takes off the lines of an earlier run, or when resumed what its checkpoint does not know of.
 static void begin_log(const Run *run) {
     Text old = {0};
+    if (this_rank > 0) return;
     rewind(run->log);
     if (run->step > 0) read_stream(&old, run->log, "log.csv");
     const char *at = old.data, *line;
@@ -5235,7 +5457,7 @@ static void prune_checkpoints(const Run *run) {
     free(steps);
 }
 
-// Saves everything that is needed to go on. The order of what reaches the disk is: the log, the new
+// (all ranks) Saves everything that is needed to go on. The order of what reaches the disk is: the log, the new
 // checkpoint, its name, and only then are older ones deleted.
 static void save_checkpoint(Run *run) {
     const char *out = run->options->out;
@@ -5245,10 +5467,15 @@ static void save_checkpoint(Run *run) {
             "--learning-rate may help",
             run->step, bad->name);
     check_mapped_files();
+    need_same_model(run->model);
+    const bool only_state = run->step == run->saved_step; // an evaluation has been made up for since
+    run->saved_step = run->step;
+    run->unsaved = false;
+    if (this_rank > 0) return;
     if (!sync_to_disk(fileno(run->log)))
         die("%s/log.csv: could not be brought to the disk: %s", out, strerror(errno));
     char *path = xstrdup(checkpoint_path(out, run->step)), *temporary = xprintf("%s.tmp", path);
-    if (run->step == run->saved_step) { // only an evaluation has been made up for since
+    if (only_state) {
         save_trainer_state(run, path);
     } else {
         remove_folder(temporary);
@@ -5259,8 +5486,6 @@ static void save_checkpoint(Run *run) {
     }
     free(path);
     free(temporary);
-    run->saved_step = run->step;
-    run->unsaved = false;
     prune_checkpoints(run);
 }
 
@@ -5292,6 +5517,7 @@ static void load_trainer_state(Run *run, const char *folder, long step) {
 static void save_result(Run *run) {
     const char *out = run->options->out;
     char text[32];
+    if (this_rank > 0) return;
     bool judged = isfinite(run->best_loss), other = judged && run->best_step != run->step;
     Model *model = other ? model_load(checkpoint_path(out, run->best_step)) : run->model;
     const Tensor *bad = find_not_finite(model);
@@ -5355,7 +5581,7 @@ static bool print_answer(const Run *run) {
 
 // Shows what the model writes at the start of a text.
 static void print_sample(const Run *run) {
-    if (!run->tokenizer || print_answer(run)) return;
+    if (!run->tokenizer || this_rank > 0 || print_answer(run)) return;
     Ids prompt = {0};
     Sample output = {0};
     const Sampling sampling = {.temperature = 1,
@@ -5376,7 +5602,7 @@ static void print_sample(const Run *run) {
 // that a signal cut short counts for nothing: --resume does it again.
 static bool evaluate_and_judge(Run *run) {
     Evaluation e = evaluate(run);
-    if (stop_signal) return false;
+    if (agreed_signal) return false;
     end_progress();
     printf("step %ld/%ld  val loss %.4f  perplexity %.2f  accuracy %.2f %%", run->step, run->options->steps,
            e.loss, exp(e.loss), 100 * e.accuracy);
@@ -5399,7 +5625,19 @@ static bool evaluate_and_judge(Run *run) {
     return better;
 }
 
-// Packs the examples of the next update into run->batches, at most --accumulate of them; returns how many.
+// Gives each row of a batch its number in the update, which dropout goes by: it is the same in whichever
+// batch or rank an example is. Sequence 0 of the batch is example `first` of this rank's share.
+static void number_rows(Batch *batch, size_t first, long seq_len) {
+    batch->number = xrealloc(batch->number, (size_t)batch->rows * sizeof *batch->number);
+    for (int s = 0; s < batch->sequences; s++) {
+        size_t example = (first + (size_t)s) * (size_t)rank_count + (size_t)this_rank;
+        for (int r = batch->first_row[s]; r < batch->first_row[s + 1]; r++)
+            batch->number[r] = example * (size_t)seq_len + (size_t)(r - batch->first_row[s]);
+    }
+}
+
+// Packs this rank's share of the next update's examples into run->batches, at most --accumulate of them;
+// returns how many. When there is no share, one batch without rows stands for it.
 static long next_batches(Run *run) {
     const size_t B = (size_t)run->options->batch_size, group = (size_t)run->options->accumulate * B;
     long step = run->options->overfit ? 0 : run->step, epoch = step / run->steps_per_epoch;
@@ -5408,11 +5646,15 @@ static long next_batches(Run *run) {
         run->order = dataset_order(run->train, (uint64_t)run->options->seed, epoch);
         run->order_epoch = epoch;
     }
-    size_t begin = (size_t)(step % run->steps_per_epoch) * group,
-           end = smaller(begin + group, run->train->count);
+    const size_t begin = (size_t)(step % run->steps_per_epoch) * group;
+    size_t *share, size = take_share(run->order, begin, smaller(begin + group, run->train->count), &share);
     long count = 0;
-    for (; begin < end; begin += B)
-        dataset_batch(run->train, run->order, begin, smaller(B, end - begin), &run->batches[count++]);
+    for (size_t first = 0; first < size || count == 0; first += B) {
+        Batch *batch = &run->batches[count++];
+        dataset_batch(run->train, share, first, smaller(B, size - first), batch);
+        number_rows(batch, first, run->options->seq_len);
+    }
+    free(share);
     return count;
 }
 
@@ -5435,19 +5677,46 @@ static void show_update(Run *run, const Update *update, double seconds) {
     show_progress(line, on_terminal);
 }
 
-// Takes the next update: forward and backward over its examples, then AdamW. Logs and shows it.
-static void train_one_step(Run *run, const Hyperparameters *h) {
-    double begin = now();
+// Threads wait for one another. When other programs keep the cores busy, a thread waits for a core, all others
+// wait for it, and fewer threads may be many times faster. Says so once, after ten seconds of updates in which the
+// threads had a core for less than half of the time. (Threads that spin while they wait use their core.)
+static void watch_threads(Run *run, double seconds, double processor) {
+    const int threads = omp_get_max_threads();
+    run->updating += seconds;
+    run->processor += processor;
+    if (threads == 1 || run->updating < 10) return; // -INFINITY: it has been said
+    const double cores = run->processor / run->updating;
+    const bool busy = cores < 0.5 * threads;
+    if (busy) end_progress();
+    if (busy)
+        warn("%d threads have only %.1f cores, since other programs use them, and wait for one another: "
+             "--threads %d may be faster",
+             threads, cores, cores < 2 ? 1 : (int)cores);
+    run->updating = busy ? -INFINITY : 0;
+    run->processor = 0;
+}
+
+// Takes the next update: forward and backward over its examples, then AdamW.
+static Update next_update(Run *run, const Hyperparameters *h, double learning_rate) {
     long count = next_batches(run);
-    Update update = take_update(run->model, &run->activations, run->batches, count, h, run->step,
-                                rate_of(run, run->step));
-    run->step++;
+    return take_update(run->model, &run->activations, run->batches, count, h, run->step++, learning_rate);
+}
+
+// Takes the next update, logs and shows it. Ends the program when it is not finite.
+static void train_one_step(Run *run, const Hyperparameters *h) {
+    const double begin = now(), processor = seconds_on(CLOCK_PROCESS_CPUTIME_ID);
+    const Update update = next_update(run, h, rate_of(run, run->step));
+    if (update.not_finite)
+        die("step %ld: %s is not finite; the last good checkpoint stays. A smaller --learning-rate may help",
+            run->step, update.not_finite);
     run->unsaved = true;
     if (update.targets == 0) {
         warn("step %ld: no token of this batch is scored, skipped", run->step);
         return;
     }
-    double seconds = now() - begin;
+    const double seconds = now() - begin;
+    watch_threads(run, seconds, seconds_on(CLOCK_PROCESS_CPUTIME_ID) - processor);
+    update.rows = (size_t)sum_over_ranks((double)update.rows);
     run->accuracy = update.accuracy;
     write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
               update.loss, update.accuracy, update.learning_rate, update.norm, (double)update.rows / seconds,
@@ -5459,11 +5728,11 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
 static int finish_training(Run *run) {
     const Options *options = run->options;
     end_progress();
-    if (stop_signal) {
+    if (agreed_signal) {
         bool saved = run->step > 0 && !options->overfit;
         printf("stopped at step %ld of %ld", run->step, options->steps);
         printf(saved ? ", saved in %s; --resume goes on from there\n" : "\n", options->out);
-        return 128 + stop_signal;
+        return 128 + agreed_signal;
     }
     if (!options->overfit) {
         save_result(run);
@@ -5503,12 +5772,13 @@ static int train(Run *run) {
     begin_log(run);
     run->batches = xcalloc((size_t)o->accumulate, sizeof *run->batches);
     for (;; train_one_step(run, &h)) {
+        agree_on_stop();
         const bool last = run->step >= o->steps;
         bool save = is_due(run->step, o->save_every) || run->step == run->saved_step;
         if (run->val && (last || is_due(run->step, o->val_every)) && run->evaluated_step != run->step)
             save = evaluate_and_judge(run) || save;
-        const bool ending = last || is_hopeless(run) || stop_signal;
-        if (run->step > 0 && is_due(run->step, o->sample_every) && !stop_signal) print_sample(run);
+        const bool ending = last || is_hopeless(run) || agreed_signal;
+        if (run->step > 0 && is_due(run->step, o->sample_every) && !agreed_signal) print_sample(run);
         if (run->unsaved && (save || ending) && !o->overfit) save_checkpoint(run);
         if (ending) break;
     }
@@ -5517,6 +5787,76 @@ static int train(Run *run) {
         printf("no better loss in %ld evaluations: stopped (--patience)\n", run->stale);
     }
     return finish_training(run);
+}
+
+// ---- the finder of learning rates ----
+
+typedef struct {
+    long step;
+    double rate, loss; // the loss before this rate was applied
+} RatePoint;
+
+// The mean loss of a point and up to four neighbours on each side.
+static double smooth_loss(const RatePoint *points, long count, long at) {
+    const long begin = at > 4 ? at - 4 : 0, end = at + 5 < count ? at + 5 : count;
+    double sum = 0;
+    for (long i = begin; i < end; i++) sum += points[i].loss;
+    return sum / (double)(end - begin);
+}
+
+// Says which rate to take: a tenth of that at which the smoothed loss was lowest, where it still fell fast.
+static void suggest_rate(const RatePoint *points, long count) {
+    long best = 0;
+    for (long i = 1; i < count; i++)
+        if (smooth_loss(points, count, i) < smooth_loss(points, count, best)) best = i;
+    const double rate = points[best].rate / 10;
+    printf("lowest loss %.4f at rate %.2g, %.4f at the beginning (means of nine updates)\n",
+           smooth_loss(points, count, best), points[best].rate, smooth_loss(points, count, 0));
+    if (rate < points[0].rate)
+        printf("no suggestion: at no rate did the loss fall\n");
+    else
+        printf("suggestion, a tenth of that rate: --learning-rate %.1g\n", rate);
+}
+
+// Writes the curve and says what follows from it.
+static void report_rates(const Run *run, const RatePoint *points, long count) {
+    const char *path = xprintf("%s/find-rate.csv", run->options->out);
+    FILE *file = create_file(path);
+    fprintf(file, "step,learning_rate,loss\n");
+    for (const RatePoint *p = points; p < points + count; p++)
+        fprintf(file, "%ld,%.9g,%.9g\n", p->step, p->rate, p->loss);
+    finish_file(file, path);
+    suggest_rate(points, count);
+    printf("the curve is in %s\n", path);
+}
+
+// --find-rate: takes --steps updates as training would, but with a rate that rises from 1e-7 to 1, each time by
+// the same factor. Too high a rate ends the search: the loss doubles (mean of nine updates) or is not finite.
+// Only the curve is written; the model is forgotten.
+static int find_rate(Run *run) {
+    const long steps = run->options->steps;
+    const Hyperparameters h = hyperparameters_of(run->options);
+    RatePoint *points = xcalloc((size_t)steps, sizeof *points);
+    const char *problem = NULL;
+    long count = 0;
+    run->batches = xcalloc((size_t)run->options->accumulate, sizeof *run->batches);
+    while (run->step < steps && !problem) {
+        const double begin = now(), part = steps > 1 ? (double)run->step / (double)(steps - 1) : 0;
+        const Update update = next_update(run, &h, 1e-7 * pow(1e7, part));
+        if (update.not_finite) problem = xprintf("%s is not finite", update.not_finite);
+        if (update.not_finite || update.targets == 0) continue;
+        points[count++] = (RatePoint){run->step, update.learning_rate, update.loss};
+        if (smooth_loss(points, count, count - 5) > 2 * smooth_loss(points, count, 4))
+            problem = "the loss has doubled";
+        show_update(run, &update, now() - begin);
+    }
+    end_progress();
+    check_mapped_files();
+    if (count == 0) die("--find-rate: nothing was learned: %s", problem ? problem : "no token is scored");
+    if (problem) printf("stopped after rate %.2g: %s\n", points[count - 1].rate, problem);
+    report_rates(run, points, count);
+    free(points);
+    return 0;
 }
 
 // =====================================================================================================
@@ -5604,6 +5944,7 @@ static const Option option_table[] = {
     {"samples", 0, COUNT, FIELD(samples), "1", 1, 10000, GENERATE | NOT_SAVED, "N", "how many, side by side"},
     {"stop", 0, WORD, FIELD(stop), "", 0, 0, GENERATE | CHAT | NOT_SAVED | ONCE, "TEXT", "a sample ends before this text"},
     {"plan", 0, FLAG, FIELD(plan), "", 0, 0, TRAIN | NOT_SAVED, NULL, "print tensors, memory, steps and schedule, then stop"},
+    {"find-rate", 0, FLAG, FIELD(find_rate), "", 0, 0, TRAIN | NOT_SAVED, NULL, "try rates from 1e-7 to 1 in --steps updates (default: 100), suggest one, then stop; writes OUT/find-rate.csv alone"},
     {"help", 'h', FLAG, FIELD(help), "", 0, 0, ANY | NOT_SAVED, NULL, "this text"},
     {.help = "The machine"},
     {"threads", 0, COUNT, FIELD(threads), "0", 1, 1024, ANY | NOT_SAVED, "N", "default: OMP_NUM_THREADS, or one for each core"},
@@ -6005,7 +6346,7 @@ static void refuse_other_formats(const char *folder) {
     if (!file_exists(folder) && is_gpt2) die("%s: is not here; this downloads it: make %s", folder, name);
     if (!file_exists(folder) && slash > folder && strchr(folder, '/') == slash && folder[0] != '.')
         die("%s: is not here; this downloads it: hf download %s --local-dir %s", folder, folder, name);
-    if (!is_folder(folder) || file_exists(path_of("%s/config.json", folder)) || is_adapter(folder)) return;
+    if (!is_folder(folder) || is_adapter(folder) || file_exists(path_of("%s/config.json", folder))) return;
     size_t count;
     const long *steps = list_checkpoints(folder, &count);
     if (count > 0)
@@ -6058,6 +6399,37 @@ static Ids read_ends(const char *folder, const Tokenizer *tokenizer) {
     }
     if (ends.size == 0 && tokenizer && tokenizer->end_of_text >= 0) ids_push(&ends, tokenizer->end_of_text);
     return ends;
+}
+
+// (all ranks) All must have been started with the same options, the number of threads apart, and by the same
+// program: another build may round differently in what each rank does for itself.
+static void need_same_options(const Options *options) {
+    Patterns words = {0};
+    for (const Option *option = option_table; option < option_table + OPTION_COUNT && rank_count > 1;
+         option++)
+        if (option->name && strcmp(option->name, "threads") != 0)
+            add_pattern(&words, option_text(options, option));
+    char *text = joined(&words);
+    need_same("options", hash_of(text, strlen(text)), "give all ranks the same ones (but for --threads)");
+    free(text);
+    if (rank_count == 1 || !file_exists("/proc/self/exe")) return;
+    Text program = read_file("/proc/self/exe");
+    need_same("the program", hash_of(program.data, program.size),
+              "copy one train_gpt2 to all machines; make NATIVE=-march=x86-64-v3 builds one for different "
+              "processors");
+    free(program.data);
+}
+
+// (all ranks) Compares examples and tokens; data may be NULL.
+static void need_same_data(const Dataset *data) {
+    uint64_t hash = 0;
+    for (size_t i = 0; data && i < data->count && rank_count > 1; i++) {
+        const Example *example = &data->examples[i];
+        hash = random_bits(hash, (uint64_t)example->size);
+        for (int t = 0; t < example->size; t++)
+            hash = random_bits(hash, (uint64_t)dataset_token(data, example, t));
+    }
+    need_same(data ? data->path : "data", hash, "all ranks need the same file");
 }
 
 // Ends the program when what this run writes would take the place of the model that it begins with, and that
@@ -6152,6 +6524,9 @@ static Run start_run(Options *options, const char *checkpoint) {
     else if (run.train && options->val_fraction > 0)
         run.val = dataset_split(run.train, options->val_fraction);
     run.saved_options = options_to_save(options);
+    need_same_options(options);
+    need_same_data(run.train);
+    need_same_data(run.val);
     // Not before weights of 16 bits are read: they become what they mean by way of denormals. Some OpenMP
     // runtimes hand the calling thread's mode on to the others, some do not.
     flush_denormals();
@@ -6312,8 +6687,13 @@ static void print_banner(const Run *run, const char *checkpoint, const char *cha
     const Config *config = &run->model->config;
     size_t tokens, targets;
     dataset_size(run->train, &tokens, &targets);
-    printf("machine: %d threads, %s\n", omp_get_max_threads(),
-           bfloat16_products ? precision_name() : matmul_name());
+    const char *products = bfloat16_products ? precision_name() : matmul_name();
+    const int threads = (int)sum_over_ranks(omp_get_max_threads());
+    if (rank_count > 1)
+        printf("machine: %d ranks on %d machine%s, %d threads in all, %s\n", rank_count, machine_count,
+               machine_count > 1 ? "s" : "", threads, products);
+    else
+        printf("machine: %d threads, %s\n", threads, products);
     printf(
         "model: %s, %d layers, %d channels, %d heads, vocabulary %d; %zu parameters, %zu of them trained\n",
         checkpoint ? checkpoint : options->init, config->n_layer, config->n_embd, config->n_head,
@@ -6354,22 +6734,27 @@ static void check_if_finished(const Run *run, const char *changes) {
            options->out, run->step, options->steps);
 }
 
-// Finds the newest checkpoint in --out to go on from, its step in *newest, or returns NULL. `log` belongs to
-// this process, if it is there.
+// (all ranks) Finds the newest checkpoint in --out to go on from, its step in *newest, or returns NULL. Rank 0
+// looks for it: log.csv belongs to it, if it is there.
 static char *find_checkpoint(const Options *options, long *newest) {
     size_t count;
     long *steps = list_checkpoints(options->out, &count);
-    *newest = count > 0 ? steps[count - 1] : -1;
+    *newest = largest_over_ranks(count > 0 && this_rank == 0 ? steps[count - 1] : -1);
     free(steps);
-    if (count == 0) return NULL;
-    if (!options->resume && !options->plan)
+    if (*newest < 0) return NULL;
+    if (!options->resume && !options->plan && !options->find_rate)
         die_usage("%s holds checkpoints of an earlier run: --resume goes on with it; or choose another --out",
                   options->out);
     return options->resume ? xstrdup(checkpoint_path(options->out, *newest)) : NULL;
 }
 
 static int run_training(Options *options, int argc, char **argv) {
-    FILE *log = options->plan ? NULL : lock_log(options->out, false);
+    const bool only_looks = options->plan || options->find_rate; // a run in --out may go on beside it
+    if (options->find_rate && options->resume)
+        die_usage("--find-rate begins with --init, not with a checkpoint: leave out --resume");
+    if (options->find_rate && !options->steps) options->steps = 100;
+    if (options->find_rate && rank_count > 1) die_usage("--find-rate runs on one machine: leave out mpirun");
+    FILE *log = only_looks || this_rank > 0 ? NULL : lock_log(options->out, false);
     long newest, newer;
     char *checkpoint = find_checkpoint(options, &newest), *changes = NULL;
     Options before;
@@ -6386,9 +6771,11 @@ static int run_training(Options *options, int argc, char **argv) {
     Run run = start_run(options, checkpoint);
     if (checkpoint) changes = changed_options(options, &before, ANY);
     if (run.train) set_lengths(&run, options);
-    const double full = (double)options->batch_size * (double)options->seq_len; // rows of whole sequences
-    const int rows = run.train ? largest_batch(run.train, options->batch_size, (int)options->seq_len)
-                               : (int)fmin(full, INT_MAX);
+    const size_t N = (size_t)rank_count, group = (size_t)(options->batch_size * options->accumulate);
+    const size_t share = smaller((size_t)options->batch_size, (group + N - 1) / N); // examples of a rank
+    const double full = (double)share * (double)options->seq_len;                   // rows of whole sequences
+    const int rows =
+        run.train ? largest_batch(run.train, (long)share, (int)options->seq_len) : (int)fmin(full, INT_MAX);
     const Keep keep = options->recompute ? KEEP_INPUTS : KEEP_ALL;
     run.activations.memory_size = activations_lay_out(&run.activations, run.model, rows, keep, NULL);
     if (!options->plan) activations_reserve(&run.activations, run.model, rows, keep);
@@ -6396,18 +6783,23 @@ static int run_training(Options *options, int argc, char **argv) {
         print_plan(&run);
         return end_run(&run, 0);
     }
-    make_folder(options->out);
-    run.log = log ? log : lock_log(options->out, true);
+    if (this_rank == 0) make_folder(options->out);
+    if (options->find_rate) {
+        model_allocate_training(run.model, true);
+        return end_run(&run, find_rate(&run));
+    }
+    if (this_rank == 0) run.log = log ? log : lock_log(options->out, true);
     free(find_checkpoint(options, &newer)); // until now another process may have had the lock
     if (newer != newest) die("%s: another run has just written there; start again", options->out);
-    remove_leftovers(options->out);
+    if (this_rank == 0) remove_leftovers(options->out);
     model_allocate_training(run.model, checkpoint == NULL);
     run.started = now();
     if (checkpoint) {
         load_trainer_state(&run, checkpoint, newest);
         check_if_finished(&run, changes);
-        prune_checkpoints(&run); // a kill may have come between saving and pruning
+        if (this_rank == 0) prune_checkpoints(&run); // a kill may have come between saving and pruning
     }
+    need_same_model(run.model);
     if (!options->quiet) print_banner(&run, checkpoint, changes);
     return end_run(&run, train(&run));
 }
@@ -6446,6 +6838,8 @@ static int run_evaluation(Options *options) {
     const char *path = options->predictions;
     const size_t files = options->val.size;
     if (files == 0) die_usage("--eval needs --val FILE");
+    if (*path && rank_count > 1)
+        die_usage("--predictions FILE: one process writes it; start it without mpirun");
     Run run = start_run(options, NULL);
     Evaluation all = {0};
     Predictions predictions = {0};
@@ -6458,6 +6852,7 @@ static int run_evaluation(Options *options) {
         dataset_free(run.val);
         run.val = dataset_load(options->val.items[i], run.tokenizer, (int)options->seq_len,
                                run.model->config.vocab_size);
+        need_same_data(run.val);
         evaluate_file(&run, &all, files > 1);
     }
     if (files > 1) {
@@ -6489,6 +6884,8 @@ static Sampling sampling_of(const Options *options) {
 
 // Starts a run that needs a tokenizer.
 static Run start_writing(Options *options) {
+    if (rank_count > 1)
+        die_usage("only training and evaluation can be shared out: start this without mpirun");
     Run run = start_run(options, NULL);
     if (!run.tokenizer)
         die("%s: has no tokenizer (vocab.json and merges.txt); say --tokenizer FOLDER", options->init);
@@ -6625,6 +7022,7 @@ static int train_gpt2_main(int argc, char **argv) {
     if (options.help) {
         print_help();
     } else {
+        share_cores();
         set_threads(options.threads);
         pin_threads();
         status = options.chat       ? run_chat(&options)
@@ -6638,7 +7036,11 @@ static int train_gpt2_main(int argc, char **argv) {
 }
 
 #ifndef TRAIN_GPT2_NO_MAIN
-int main(int argc, char **argv) { return train_gpt2_main(argc, argv); }
+int main(int argc, char **argv) {
+    keep_standard_streams();
+    start_ranks();
+    return end_ranks(train_gpt2_main(argc, argv));
+}
 #endif
 
 // #####################################################################################################

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Finds how this machine's compiler is told about its own processor, OpenMP and a BLAS, by compiling and running
-# a small program, and writes the answer to FILE as make variables. The Makefile calls this on each run:
+# Finds how this machine's compiler is told about its own processor, OpenMP, a BLAS and MPI, by compiling and
+# running a small program, and writes the answer to FILE as make variables. The Makefile calls this on each run:
 #
-#   CC=cc CFLAGS=-O3 LDFLAGS= OPENMP=1 BLAS=auto sh dev/flags.sh FILE
+#   CC=cc CFLAGS=-O3 LDFLAGS= OPENMP=1 BLAS=auto MPI=0 sh dev/flags.sh FILE
 #
 # Where FILE holds the answer to the same question already, nothing is done; where the answer is the same as
 # before, FILE keeps its time, so that nothing is rebuilt. What stands in the way is printed as one line on
@@ -10,7 +10,7 @@
 # (built by hand, say) is named by make CPPFLAGS=-I... LDFLAGS=-L...
 set -u
 file=$1
-question="# CC=$CC CFLAGS=$CFLAGS LDFLAGS=$LDFLAGS OPENMP=$OPENMP BLAS=$BLAS"
+question="# CC=$CC CFLAGS=$CFLAGS LDFLAGS=$LDFLAGS OPENMP=$OPENMP BLAS=$BLAS MPI=${MPI:=0}"
 [ -f "$file" ] && read -r answered <"$file" && [ "$answered" = "$question" ] && exit 0
 
 fail() {
@@ -33,11 +33,17 @@ cat >"$scratch/test.c" <<'END_OF_C'
 #elif defined USE_CBLAS
 #include <cblas.h>
 #endif
+#ifdef USE_MPI
+#include <mpi.h>
+#endif
 
 int main(void) // status 0: all is well; 2: OpenBLAS runs, but was built with threads of its own
 {
     float a[4] = {1, 2, 3, 4}, c[4] = {0};
     int threads = 0, status = 0;
+#ifdef USE_MPI
+    MPI_Initialized(&threads);
+#endif
 #pragma omp parallel reduction(+ : threads)
     threads += 1;
 #ifdef USE_CBLAS
@@ -149,6 +155,30 @@ auto)
 *) fail "BLAS=$BLAS: it must be auto, openblas, accelerate, blis or none" ;;
 esac
 
+# MPI. Its compiler, mpicc, is the usual one with more flags, and says which. Fedora and openSUSE keep it out of
+# PATH until a module is loaded.
+mpi_flags='' mpi_libs=''
+find_mpi() {
+    for mpicc in ${MPI#1} $([ "$MPI" = 1 ] && echo mpicc /usr/lib64/mpich/bin/mpicc /usr/lib64/openmpi/bin/mpicc \
+        /usr/lib64/mpi/gcc/*/bin/mpicc); do
+        words=$($mpicc -show 2>"$scratch/log") || continue
+        mpi_flags=-DUSE_MPI mpi_libs=
+        for word in ${words#* }; do
+            case $word in
+            -L* | -l* | -Wl,*) mpi_libs="$mpi_libs $word" ;;
+            *) mpi_flags="$mpi_flags $word" ;;
+            esac
+        done
+        for folder in $(printf '%s\n' $mpi_libs | sed -n 's/^-L//p'); do # where the loader does not look by itself
+            mpi_libs="$mpi_libs -Wl,-rpath,$folder"
+        done
+        runs "$mpi_flags" "$mpi_libs" && return
+    done
+    return 1
+}
+[ "$MPI" = 0 ] || find_mpi || fail "MPI=$MPI: no MPI found here: run MPI=1 sh dev/deps.sh, or say MPI=MPICC, where" \
+    "MPICC is its compiler, such as mpicc.mpich"
+
 cat >"$scratch/answer" <<END_OF_ANSWER
 $question
 NATIVE       := $native
@@ -157,5 +187,7 @@ OPENMP_LIBS  := $openmp_libs
 BLAS_NAME    := $blas_name
 BLAS_FLAGS   := $blas_flags
 BLAS_LIBS    := $blas_libs
+MPI_FLAGS    := $mpi_flags
+MPI_LIBS     := $mpi_libs
 END_OF_ANSWER
 cmp -s "$scratch/answer" "$file" || mv "$scratch/answer" "$file"
