@@ -5705,7 +5705,7 @@ static Update next_update(Run *run, const Hyperparameters *h, double learning_ra
 // Takes the next update, logs and shows it. Ends the program when it is not finite.
 static void train_one_step(Run *run, const Hyperparameters *h) {
     const double begin = now(), processor = seconds_on(CLOCK_PROCESS_CPUTIME_ID);
-    const Update update = next_update(run, h, rate_of(run, run->step));
+    Update update = next_update(run, h, rate_of(run, run->step));
     if (update.not_finite)
         die("step %ld: %s is not finite; the last good checkpoint stays. A smaller --learning-rate may help",
             run->step, update.not_finite);
