@@ -3,7 +3,7 @@
 //   cc -O3 -march=native -fopenmp tokenizer.c -o tokenizer -lm
 //   ./tokenizer --help
 //
-// Encoding and decoding are in section 9 of train_gpt2.c, the vocabulary's files in section 11. Here are
+// Encoding and decoding are in section 10 of train_gpt2.c, the vocabulary's files in section 12. Here are
 //   1. Input      any number of files, of any size, in bounded memory
 //   2. Output     encode, count, decode, padded examples, token shards
 //   3. Learning   byte pair encoding: from text to merges

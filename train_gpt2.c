@@ -7,12 +7,12 @@
 // ---- the parts ----
 //
 //   I.   GPT-2           1 support   2 random numbers   3 parameters   4 batches   5 layers   6 model
-//                        7 optimizer   8 one training step
-//   II.  Text            9 tokenizer: text <-> token ids   10 generation
-//   III. Files and data  11 files and JSON   12 model folders, checkpoints   13 text, shards, JSONL examples
-//   IV.  Running it      14 evaluation, log, the training loop   15 options and main
-//   V.   Speed           16 how a product of matrices gets fast   17 with half the bits, faster
-//                        18 the one matmul, and a fast exp
+//                        7 optimizer   8 one training step   9 LoRA
+//   II.  Text            10 tokenizer: text <-> token ids   11 generation
+//   III. Files and data  12 files and JSON   13 model folders, checkpoints   14 text, shards, JSONL examples
+//   IV.  Running it      15 ranks, evaluation, log, the training loop   16 options and main
+//   V.   Speed           17 how a product of matrices gets fast   18 with half the bits, faster
+//                        19 the one matmul, and a fast exp
 //
 // Part I is the whole of GPT-2 and of one training step; read it from top to bottom. The other parts are
 // chapters to open when you want them. dev/tour.md follows one batch through Part I with real numbers, and
@@ -796,7 +796,7 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
 enum { QUERY_TILE = 64, KEY_BLOCK = 256 };
 
 // Where keys and values are. In training they stand in qkv, beside the queries, and a place is a row. When
-// the model writes text, earlier calls have made most of them, and a cache holds them (section 10).
+// the model writes text, earlier calls have made most of them, and a cache holds them (section 11).
 typedef struct {
     const float *key, *value;         // of head 0 at place 0
     size_t place_stride, head_stride; // floats from one place to the next, and from one head to the next
@@ -1167,7 +1167,7 @@ static void activations_free(Activations *a) {
 }
 
 // When the model writes text, token by token, a cache holds the keys and values of earlier calls.
-// cache_append adds those of this batch and says where all of them are. Section 10.
+// cache_append adds those of this batch and says where all of them are. Section 11.
 typedef struct Cache Cache;
 static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int layer);
 
@@ -1662,7 +1662,7 @@ static void model_merge(Model *model) {
 // Part I knows only token ids. Here text becomes ids and ids become text again, and a trained model writes.
 
 // =====================================================================================================
-// 9. Tokenizer
+// 10. Tokenizer
 // =====================================================================================================
 // A model reads and writes token ids, numbers below V; people read and write text. The tokenizer turns one
 // into the other. GPT-2's is a byte-level BPE (Radford et al. 2019; byte pair encoding: Sennrich et al. 2016)
@@ -2386,7 +2386,7 @@ static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
 }
 
 // =====================================================================================================
-// 10. Generation
+// 11. Generation
 // =====================================================================================================
 // A model gives the probabilities of the next token; text comes from drawing one, appending it and asking
 // again. The model is run on the prompt once; then each new token is a batch of one row per sample that
@@ -2740,7 +2740,7 @@ static void talk_answer(Talk *talk, const Model *model, const Tokenizer *tokeniz
 // What comes from the disk is never trusted, and what goes there is never left half written.
 
 // =====================================================================================================
-// 11. Files
+// 12. Files
 // =====================================================================================================
 // A run lasts for hours, and a disk may be full, a cable may be pulled, another program may change a file.
 // Then the program must say so in one line and leave the last good files whole. That is what the first
@@ -3656,7 +3656,7 @@ static void tokenizer_save(const Tokenizer *t, const char *folder) {
 }
 
 // =====================================================================================================
-// 12. Model folders
+// 13. Model folders
 // =====================================================================================================
 // A model is a folder as Hugging Face writes it: config.json, model.safetensors, vocab.json, merges.txt
 // and some small files for the tokenizer and generation. A checkpoint is such a folder together with what
@@ -4422,7 +4422,7 @@ static void publish_model(const char *folder) {
 }
 
 // =====================================================================================================
-// 13. Data
+// 14. Data
 // =====================================================================================================
 // Text comes in three kinds of files, and training wants one thing: examples. An example of n tokens makes
 // n - 1 rows: row i reads token i and is scored on token i + 1, unless that is part of the prompt.
@@ -4745,10 +4745,8 @@ static bool has_ending(const char *path, const char *ending) {
 // Ends the program because a path is neither .txt, .jsonl nor .bin, and says how to get there.
 static void __attribute__((noreturn)) refuse_data(const char *path) {
     if (is_folder(path)) die("%s: a folder: name its files, as in '%s/*.txt'", path, path);
-    if (has_ending(path, ".json"))
-        die("%s: JSON: expected an object a line, in a .jsonl file: jq -c '.[]' '%s' > '%sl'", path, path,
-            path);
-    if (has_ending(path, ".csv") || has_ending(path, ".tsv") || has_ending(path, ".parquet"))
+    if (has_ending(path, ".csv") || has_ending(path, ".tsv") || has_ending(path, ".parquet") ||
+        has_ending(path, ".json"))
         die("%s: a table; this makes examples of it: python3 data/convert.py '%s' '%.*s.jsonl'", path, path,
             (int)(strrchr(path, '.') - path), path);
     if (has_ending(path, ".gz")) die("%s: packed: gunzip '%s'", path, path);
@@ -4911,7 +4909,7 @@ static void question_free(Question *q) {
 // log, checkpoints, signals, and the command line that sets all of it.
 
 // =====================================================================================================
-// 14. Training
+// 15. Training
 // =====================================================================================================
 // The recipe: the learning rate rises, then falls; evaluate now and then; keep the best model; on a signal,
 // finish the step and save. A checkpoint holds all that must survive an interruption. Everything else follows
@@ -5131,7 +5129,7 @@ static double seconds_on(clockid_t clock) {
 // Seconds on a clock that never goes back.
 static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
 
-// The settings of a run, as section 15 reads them from the command line.
+// The settings of a run, as section 16 reads them from the command line.
 typedef struct {
     const char *init, *tokenizer, *train, *out, *predictions, *warmup_steps, *prompt, *prompts, *stop;
     double val_fraction, epochs, learning_rate, final_lr, weight_decay, beta1, beta2, epsilon, max_grad_norm;
@@ -5687,7 +5685,6 @@ static void watch_threads(Run *run, double seconds, double processor) {
     if (threads == 1 || run->updating < 10) return; // -INFINITY: it has been said
     const double cores = run->processor / run->updating;
     const bool busy = cores < 0.5 * threads;
-    if (busy) end_progress();
     if (busy)
         warn("%d threads have only %.1f cores, since other programs use them, and wait for one another: "
              "--threads %d may be faster",
@@ -5860,7 +5857,7 @@ static int find_rate(Run *run) {
 }
 
 // =====================================================================================================
-// 15. Command line
+// 16. Command line
 // =====================================================================================================
 // One table makes the parser, --help, defaults and range checks, and the settings that a
 // checkpoint remembers.
@@ -6570,19 +6567,24 @@ static double megabytes(size_t floats) { return (double)floats * sizeof(float) /
 static void print_example(const Run *run) {
     enum { SHOWN = 200 };
     const Example *example = &run->train->examples[0];
+    const int shown = example->size < SHOWN ? example->size : SHOWN;
     int scored = -1; // of the run at work
     Text text = {0};
     printf("\nfirst example: %d tokens, %d of them scored", example->size, example->targets);
-    for (int i = 0; i < example->size && i < SHOWN; i++) {
+    for (int i = 0; i < shown; i++) {
         int token = dataset_token(run->train, example, i), now_scored = i > 0 && token >= 0;
         if (now_scored != scored) printf(now_scored ? "\n  scored    " : "\n  not scored");
         scored = now_scored;
-        text.size = 0;
         tokenizer_decode(run->tokenizer, &text, token < 0 ? ~token : token);
+        // the tokens of one character are shown together
+        if (utf8_whole(text.data, text.size) < text.size && i + 1 < shown &&
+            (dataset_token(run->train, example, i + 1) >= 0) == now_scored)
+            continue;
         putchar(' ');
-        json_write_string(stdout, text.data, text.size);
+        write_json_text(stdout, &text);
+        text.size = 0;
     }
-    printf(example->size > SHOWN ? "\n  and %d tokens more\n" : "\n", example->size - SHOWN);
+    printf(example->size > shown ? "\n  and %d tokens more\n" : "\n", example->size - shown);
     free(text.data);
 }
 
@@ -7050,7 +7052,7 @@ int main(int argc, char **argv) {
 // products of matrices take nearly all the time, and of the rest only exp() is slow by itself.
 
 // =====================================================================================================
-// 16. How a product gets fast
+// 17. How a product gets fast
 // =====================================================================================================
 // C = A · B is three loops around C[i][j] += A[i][k] * B[k][j]. Written like that it runs at a few percent of
 // what the processor can do: every multiplication waits for memory. Four steps repair that.
@@ -7090,7 +7092,7 @@ typedef struct {
     size_t ldc, lda, ldb, M, N, K;
     bool transpose_a, transpose_b, accumulate;
     size_t rows, columns, blocks_across; // of a block of C, and how many blocks lie side by side
-    bool round_operands;                 // to bfloat16: section 17
+    bool round_operands;                 // to bfloat16: section 18
 } Product;
 
 // C (rows, columns) = or += the sums of a tile; C may have less room than a tile has rows or columns.
@@ -7159,7 +7161,7 @@ static void matmul_pack(float *panel, size_t size, const Product *p, size_t k, s
         }
 }
 
-static void round_in_place(float *x, size_t count); // to bfloat16: section 17
+static void round_in_place(float *x, size_t count); // to bfloat16: section 18
 
 // One block of C, for all of K.
 static void matmul_block(const void *product, size_t block) {
@@ -7284,7 +7286,7 @@ static void matmul_builtin(Product p) {
 }
 
 // =====================================================================================================
-// 17. How a product gets faster with half the bits
+// 18. How a product gets faster with half the bits
 // =====================================================================================================
 // A bfloat16 is the upper half of a float: the sign, the eight bits of the exponent, and seven of the 23 bits
 // behind the point. It has the range of a float, but only two to three decimal digits. For the operands of a
@@ -7297,7 +7299,7 @@ static void matmul_builtin(Product p) {
 // What that brings depends on the processor. All of it rests on one idea, the pair: two neighbours along k
 // stand side by side in 32 bits, where one float was before.
 // 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum. A step
-//    is now two k long; the tiles of section 16 stay as they are.
+//    is now two k long; the tiles of section 17 stay as they are.
 // 2. Packing. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels. The
 //    tiles need only half the time now, so copies weigh twice as much as before, and most of their time is
 //    waiting for memory. So all threads first share the packing of A. Then each packs B panel by panel, and
@@ -7847,7 +7849,7 @@ static void matmul_few_pairs(Product p, const Copy *copy) {
 }
 
 // =====================================================================================================
-// 18. The one matmul, and a fast exp
+// 19. The one matmul, and a fast exp
 // =====================================================================================================
 // Every product of the program goes through matmul(): a CBLAS where there is one, or the built-in one.
 

@@ -5,7 +5,7 @@ the loss and the greedy answer that transformers gives for each example.
   dev/compare_answers.py      usually through dev/compare_test.sh, which sets all up
 
 A model is trained on {"messages"}: short talks that data/stories' questions make. The other side joins the turns by
-the end of text, as DialoGPT's page does it, and forgets the oldest ones by the rule that section 10 states.
+the end of text, as DialoGPT's page does it, and forgets the oldest ones by the rule that section 11 states.
 """
 import json
 import os

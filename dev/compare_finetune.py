@@ -6,7 +6,7 @@
 Prompts and completions of uneven lengths, 50 updates and more over several epochs, train_gpt2's default recipe:
 tokens of prompts not scored, no decay on biases and layernorms, warm-up of an epoch, linear decay, clipping at
 1, epsilon 1e-8. PyTorch pads at the right and masks. Which examples make an update is not asked of train_gpt2:
-epoch_order() below is written anew from what sections 1 and 10 of train_gpt2.c document, and ids come from
+epoch_order() below is written anew from what sections 2 and 14 of train_gpt2.c document, and ids come from
 transformers' tokenizer. An update made of other examples would show in loss and gradient norm at once.
 
 Compared: losses and gradient norms of all updates (1e-4 relative; torch sums the norm in float32), learning

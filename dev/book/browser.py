@@ -104,7 +104,7 @@ class Browser:
 def main():
     page, folder = sys.argv[1], Path(sys.argv[2])
     places = sys.argv[3:] or ["book", "section-4", "section-5-layernorm", "attention_backward_tile",
-                              "picture-attention", "picture-memory", "section-16", "questions"]
+                              "picture-attention", "picture-memory", "section-17", "questions"]
     folder.mkdir(parents=True, exist_ok=True)
     browser = Browser(find_chromium())
     for width, height, dark in ((1440, 900, False), (1440, 900, True), (390, 844, False), (390, 844, True)):
