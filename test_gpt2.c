@@ -2037,7 +2037,7 @@ static void test_lora_model(void) {
         Model *merged = adapted_model(plain, 3, upper);
         const Batch batches[2] = {ragged_batch(1, 17, 3, (int[]){9, 0, 14}),
                                   ragged_batch(2, 17, 2, (int[]){3, 11})};
-        const Dropout dropout = {upper ? 0.25f : 0, 5};
+        const Dropout dropout = {.probability = upper ? 0.25f : 0, .stream = 5};
         model_merge(merged);
         check(merged->tensor_count == plain->tensor_count && merged->lora_rank == 0, "merged: adapters stay");
         for (int i = 0; i < plain->tensor_count; i++) {
@@ -5710,7 +5710,7 @@ static void test_lora_run(void) {
     wait_for(child);
     expect_run(0, NULL, "--resume --quiet --out $D/lora-stopped");
     expect_same_lora("lora-stopped", "resumed");
-    Text parts, log;
+    Text parts = {0}, log = {0};
     LogLine lines[500];
     read_log("lora-stopped", lines, &parts);
     read_log("lora", lines, &log);
