@@ -11,7 +11,7 @@
   python3 data/convert.py ckpt.pt mine                   nanoGPT's checkpoint to a folder
   python3 data/convert.py out mine.bin                   a folder to llm.c's weights, float32
   python3 data/convert.py out mine.gguf                  a folder to what llama.cpp and ollama read
-  python3 data/convert.py pairs.csv pairs.jsonl          a table (.csv, .tsv, .json, .parquet) to examples
+  python3 data/convert.py pairs.csv pairs.jsonl          a table (.csv, .tsv, .json, .parquet, .jsonl) to examples
 
 INPUT is known by its content, the direction by OUTPUT: a name that ends in .bin, .gguf or .jsonl, or a folder,
 which may exist already. No file is overwritten without --force, and none is ever left half written. bfloat16
@@ -23,7 +23,8 @@ pytorch_model.bin and ckpt.pt, gguf and transformers for .gguf, pyarrow for .par
 
 A table has the columns prompt and completion, or text, or messages (in JSON), or instruction and output (input
 may be there too), or question and answer. These last become prompt and completion, with a line feed where two
-columns meet.
+columns meet. With --messages a pair becomes a talk of two turns, which is what train_gpt2 --chat continues; so a .jsonl
+of pairs can be INPUT too.
 """
 import argparse
 import base64
@@ -273,6 +274,8 @@ def find_weights(folder):
                  "pytorch_model.bin.index.json", "ckpt.pt"):
         if os.path.exists(path := os.path.join(folder, name)):
             return path
+    if os.path.exists(os.path.join(folder, "adapter_model.safetensors")):
+        fail(f"{folder}: an adapter (LoRA); train_gpt2 writes the whole model into {os.path.join(folder, 'merged')}")
     fail(f"{folder}: has no model.safetensors, pytorch_model.bin, index of shards (… .index.json) or ckpt.pt")
 
 
@@ -545,7 +548,7 @@ def describe_tokenizer(writer, gguf, config, folder):
 def write_gguf(path, config, tensors, folder, half):
     """Weights, tokenizer and sizes in one file. Matrices are [out, in] there. Rows behind the last token, which
     only fill the matrix up, are left away, so that llama.cpp cannot draw them."""
-    gguf, = needed(path, "gguf")
+    gguf, = needed(path.removesuffix(".part"), "gguf")
     n = dimensions(config, folder)
     settings = {key: value for key, value in LLMC_SETTINGS.items() if key != "layer_norm_epsilon"}
     check_settings(config, folder, "llama.cpp", settings)
@@ -622,7 +625,18 @@ def read_list(path):
     return rows
 
 
-READERS = {".csv": read_csv, ".tsv": read_csv, ".json": read_list, ".parquet": read_parquet}
+def read_lines(path):
+    for number, line in enumerate(filter(str.strip, open(path, encoding="utf-8-sig")), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            fail(f"{path}: row {number}: not JSON: {error}")
+        if not isinstance(row, dict):
+            fail(f"{path}: row {number}: an object {{...}} expected")
+        yield row
+
+
+READERS = {".csv": read_csv, ".tsv": read_csv, ".json": read_list, ".parquet": read_parquet, ".jsonl": read_lines}
 
 
 def cell(row, column, where):
@@ -653,7 +667,7 @@ def example_of(row, columns, where):
     return {"prompt": parts[0], "completion": parts[1]}
 
 
-def write_examples(path, rows, file):
+def write_examples(path, rows, file, talks):
     """A line of .jsonl for each row. Columns that are not used, and rows without anything to learn, are named."""
     columns, left_out, number = None, [], 0
     for number, row in enumerate(rows, 1):
@@ -665,6 +679,9 @@ def write_examples(path, rows, file):
                      + " or ".join(" and ".join(names) for names in TABLES))
             unused = [name for name in row if name not in columns + ("input",) * (columns[0] == "instruction")]
         example = example_of(row, columns, where)
+        if talks and example and "prompt" in example:
+            example = {"messages": [{"role": "user", "content": example["prompt"]},
+                                    {"role": "assistant", "content": example["completion"].lstrip("\n")}]}
         try:
             file.write(json.dumps(example, ensure_ascii=False).encode() + b"\n" if example else b"")
         except UnicodeEncodeError:
@@ -718,7 +735,7 @@ def copy_others(output, source):
                 break
 
 
-def convert_to_file(kind, path, output, name, half):
+def convert_to_file(kind, path, output, name, args):
     """To llm.c's .bin, llama.cpp's .gguf, or examples in a .jsonl."""
     ending = os.path.splitext(name)[1]
     if (kind == "table") != (ending == ".jsonl"):
@@ -730,19 +747,19 @@ def convert_to_file(kind, path, output, name, half):
         fail(f"{path}: has no tokenizer beside it: convert it to a folder first, and that to {name}")
     with output.create(name) as file:
         if kind == "table":
-            return write_examples(path, READERS[os.path.splitext(path)[1].lower()](path), file)
+            return write_examples(path, READERS[os.path.splitext(path)[1].lower()](path), file, args.messages)
         config, tensors = (read_llmc_weights if kind == "llm.c weights" else read_model)(path)
         if ending == ".bin":
             return write_llmc_weights(file, config, tensors, path)
-        write_gguf(file.name, config, tensors, os.path.dirname(path) or ".", half)
+        write_gguf(file.name, config, tensors, os.path.dirname(path) or ".", args.half)
 
 
-def convert(kind, path, output, name, half):
+def convert(kind, path, output, name, args):
     """name: the file to be made in the folder of OUTPUT, or None for a model folder."""
     if kind == "llm.c tokens":
         fail(f"{path}: token shard of llm.c: train_gpt2 --train reads it as it is")
     if name:
-        return convert_to_file(kind, path, output, name, half)
+        return convert_to_file(kind, path, output, name, args)
     if kind == "table":
         fail(f"{path}: a table; OUTPUT must end in .jsonl")
     if kind in ("llm.c tokenizer", "tiktoken"):
@@ -783,13 +800,16 @@ def main():
     parser.add_argument("output", metavar="OUTPUT")
     parser.add_argument("--force", action="store_true", help="overwrite files of OUTPUT")
     parser.add_argument("--half", action="store_true", help="matrices of a .gguf in float16")
+    parser.add_argument("--messages", action="store_true", help="pairs become talks of two turns, for --chat")
     args = parser.parse_args()
     is_file = args.output.endswith((".bin", ".gguf", ".jsonl")) and not os.path.isdir(args.output)
     if args.half and not args.output.endswith(".gguf"):
         parser.error("--half is for a .gguf")
+    if args.messages and not args.output.endswith(".jsonl"):
+        parser.error("--messages is for a .jsonl")
     output = Output((os.path.dirname(args.output) or ".") if is_file else args.output, args.force)
     try:
-        convert(*kind_of(args.input), output, is_file and os.path.basename(args.output), args.half)
+        convert(*kind_of(args.input), output, is_file and os.path.basename(args.output), args)
         output.commit()
     except OSError as error:
         fail(f"{error.filename or args.output}: {error.strerror or error}")

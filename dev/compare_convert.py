@@ -548,6 +548,11 @@ def test_tables(work):
         lines = (work / (name + ".jsonl")).read_text(encoding="utf-8").splitlines() if status == 0 else []
         check([json.loads(line) for line in lines] == wanted and noted in errors
               and errors.count("\n") == bool(noted), name, f"{lines} {errors}")
+    for name in "asked.csv", "asked.csv.jsonl":
+        status, _, errors = convert("--messages", work / name, work / "talks.jsonl", "--force")
+        said = json.loads((work / "talks.jsonl").read_text()) if status == 0 else {}
+        check(said == {"messages": [{"role": "user", "content": "Say x"}, {"role": "assistant", "content": "x"}]},
+              f"{name} as talks", f"{said} {errors}")
     try:
         import pyarrow
         import pyarrow.parquet
@@ -583,6 +588,7 @@ def test_tables(work):
             ("no JSON", "b.json", "[", "not JSON", ""),
             ("a talk without roles", "b.json", '[{"messages": [{"content": "x"}]}]', "row 1: messages: a list", ""),
             ("half a character", "b.json", '[{"text": "\\ud800"}]', "row 1: has half a character", ""),
+            ("no JSON in a line", "b.jsonl", '{"text": "x"}\n[\n', "row 2: not JSON", ""),
             ("no parquet", "b.parquet", good, "pyarrow cannot read it", ""),
             ("a table to a folder", "b.csv", good, "must end in .jsonl", "folder"),
             ("a table to .gguf", "b.csv", good, "must end in .jsonl", "b.gguf"),
@@ -595,6 +601,11 @@ def test_tables(work):
     check_refused(work, "a .gguf without its package", r"pip install gguf$", work.parent / "v3",
                   work / "bad.gguf", without="gguf")
     check(convert("--half", "a", "b.bin")[0] == 2, "--half is for .gguf alone")
+    check(convert("--messages", "a", "b.bin")[0] == 2, "--messages is for .jsonl alone")
+    (work / "adapter").mkdir()
+    (work / "adapter/adapter_model.safetensors").write_bytes(b"")
+    check_refused(work, "an adapter", r"an adapter \(LoRA\); train_gpt2 writes the whole model into .*merged$", work / "adapter",
+                  work / "bad.gguf")
 
 
 # ---- Downloads ----

@@ -91,7 +91,7 @@ def test_drawing(work):
     check(status == 0 and not errors, "plot: gnuplot draws all of them in one", errors)
     for run, wanted, unwanted in (("run 0", {"2.2", "2.8", "50", "training"}, {"validation", "100"}),
                                   ("run 1", {"exact match", "validation", "100", "0.01"}, {"120"}),
-                                  ("run real", {"training", "validation"}, {"exact match"})):
+                                  ("run rate", {"suggested: 0.008"}, set()), ("run real", {"training", "validation"}, {"exact match"})):
         status, printed, errors = plot(work / run, FORMAT="svg")
         found = marks(Path(printed.strip())) if status == 0 else set()
         check(wanted <= found and not found & unwanted, f"plot: titles and marks of {run}", str(found))

@@ -29,6 +29,10 @@ if (ARGV[3][strlen(ARGV[3]) - 12:] eq "find-rate.csv") {
     set xlabel "learning rate"
     set ylabel "loss"
     set format x "%.0e"
+    if (best / 10 >= low_learning_rate) {
+        set arrow from suggested, graph 0 to suggested, graph 1 nohead dashtype 2 linewidth 2 linecolor rgb colour(2)
+        set label sprintf(" suggested: %.1g", suggested) at suggested, graph 0.04 textcolor rgb colour(2)
+    }
     plot ARGV[3] using "learning_rate":(floor_value(column("loss"))) with linespoints pointtype 7 pointsize 0.4 \
         linewidth 2 linecolor rgb colour(1) notitle
     exit

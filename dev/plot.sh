@@ -13,7 +13,8 @@ fail() {
 
 # What dev/plot.gp must know of the files, as its variables: for each column the range of its values in all files (those
 # that a log axis cannot show count as 1e-6), which files have rows of evaluation and of exact match, and how many
-# training steps each has. Columns are found by their names; a file of --find-rate has training steps only.
+# training steps each has. Columns are found by their names; a file of --find-rate has training steps only. From the last
+# file comes what --find-rate suggests: a tenth of the rate at which the mean loss of nine updates is lowest.
 # shellcheck disable=SC2016
 ranges='
 function see(column, factor, smallest, value) {
@@ -36,7 +37,8 @@ FNR == 1 {
     next
 }
 {
-    rows[files]++
+    rate[++rows[files]] = $at["learning_rate"]
+    loss[rows[files]] = $at["loss"]
     see("step", 1, 0)
     see("loss", 1, 1e-6)
     see("accuracy", 100, 0)
@@ -50,6 +52,12 @@ END {
         if (i in held_out) with_val = with_val " " i
         if (i in exact) with_exact = with_exact " " i
     }
+    for (i = 1; i <= rows[files]; i++) {
+        sum = near = 0
+        for (j = i < 5 ? 1 : i - 4; j <= i + 4 && j <= rows[files]; j++) { sum += loss[j]; near++ }
+        if (i == 1 || sum / near < lowest) { lowest = sum / near; best = rate[i] }
+    }
+    printf "best = %.9g; suggested = %.1g; ", best, best / 10
     printf "counts = \"%s\"; with_val = \"%s\"; with_exact = \"%s\"\n", counts, with_val, with_exact
 }'
 
