@@ -18,7 +18,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.abspath(os.environ.get("PROGRAM", f"{HERE}/../../train_gpt2"))
 SEED = int(os.environ.get("SEED", "0")) or int.from_bytes(os.urandom(3), "big") + 1
 OUT = "runs/out"  # the shim watches runs/: a new folder must be durable, too
-OPTIONS = f"""--init d4 --n-layer 1 --n-embd 8 --n-head 2 --n-positions 16 --train ../train.txt --val ../val.txt
+RANDOM = "--init d4 --n-layer 1 --n-embd 8 --n-head 2 --n-positions 16 --tokenizer".split()
+ADAPTER = "--init ../base --lora-rank 2 --lora-target c_".split()  # base: a model that the campaign trains first
+OPTIONS = f"""--train ../train.txt --val ../val.txt
     --out {OUT} --resume --steps 12 --val-every 4 --keep 1 --threads 2 --learning-rate 1e-2 --batch-size 2
     --dropout 0.1 --quiet {os.environ.get("OPTIONS", "")}""".split()
 ERRORS = {"create": "EACCES EMFILE ENOSPC EIO", "open": "EACCES EMFILE EIO", "write": "ENOSPC EIO EDQUOT",
@@ -43,7 +45,7 @@ def start(folder, tokenizer, options=(), stdout=subprocess.DEVNULL, before=None,
     more = {f"TORTURE_{name}": str(value) for name, value in settings.items()}
     if more:
         more |= {"TORTURE_OUT": "runs", "LD_PRELOAD": f"{base}/shim.so"}
-    words = [PROGRAM, "--tokenizer", f"../{tokenizer}.txt", *OPTIONS, *options]
+    words = [PROGRAM, *(RANDOM + [f"../{tokenizer}.txt"] if tokenizer else ADAPTER), *OPTIONS, *options]
     return subprocess.Popen([w for w in words if w != "--quiet" or stdout == subprocess.DEVNULL], cwd=folder, text=True,
                             stdout=stdout, stderr=subprocess.PIPE, preexec_fn=before,
                             env={**os.environ, "OMP_WAIT_POLICY": "passive", **more})
@@ -76,7 +78,8 @@ def difference(found, wanted):
 
 
 class Scene:
-    """A beginning: no folder yet; a run stopped half way; or the result of another run, with another vocabulary."""
+    """A beginning: no folder yet; a run stopped half way; or the result of another run, with another vocabulary.
+    Without a tokenizer an adapter (LoRA) of a trained model is learned."""
 
     def __init__(self, name, tokenizer):
         self.name, self.tokenizer = name, tokenizer
@@ -93,7 +96,7 @@ class Scene:
             results.append(content(f"{folder}/runs"))
         need(results[0] == results[1], f"{self.name}: two undisturbed runs: {difference(*results)}")
         self.wanted, records = results[0], read_trace(self.trace)
-        self.old = {n: d for n, d in content(f"{self.before}/{OUT}").items() if "/" not in n and n != "log.csv"}
+        self.old = self.models(self.before)
         self.calls = [record[1:] for record in records if record[0] == "call"]
         self.states = crash_states(self.before, records)
         os.remove(self.trace)
@@ -114,13 +117,25 @@ class Scene:
         found = {n: d for n, d in content(f"{folder}/runs").items() if passed_over not in n}
         need(found == self.wanted, f"{when}{difference(found, self.wanted)}")
 
+    @staticmethod
+    def models(folder):
+        """The files of OUT's own model and of OUT/merged."""
+        return {n: d for n, d in content(f"{folder}/{OUT}").items()
+                if d is not None and n != "log.csv" and ("/" not in n or n.startswith("merged/") and n.count("/") == 1)}
+
     def check_mix(self, folder):
-        """OUT's own model is all old or all new, or does not load."""
-        now = {n: d for n, d in content(f"{folder}/{OUT}").items() if n in self.old and d is not None}
-        if now != self.old and now != {n: self.wanted.get(f"out/{n}") for n in now}:
-            words = [PROGRAM, "--init", OUT, "--generate", "1", "--prompt", "the"]
-            status = subprocess.run(words, cwd=folder, capture_output=True).returncode
-            need(status != 0, f"a mix of two models loads: {difference(now, self.old)}")
+        """OUT's own model is all old or all new, or does not load. The same for OUT/merged, and whatever loads there
+        belongs to the adapter in OUT if that loads."""
+        found, ages = self.models(folder), []
+        for part in ("", "merged/"):
+            now = {n: d for n, d in found.items() if n in self.old and ("/" in n) == bool(part)}
+            old = {n: d for n, d in self.old.items() if ("/" in n) == bool(part)}
+            new = {n: self.wanted.get(f"out/{n}") for n in now}
+            words = [PROGRAM, "--init", f"{OUT}/{part}", "--generate", "1", "--prompt", "the"]
+            loads = old and subprocess.run(words, cwd=folder, capture_output=True).returncode == 0
+            need(not loads or now == old or now == new, f"a mix of two models loads: {difference(now, old)}")
+            ages += ["old" if now == old else "new"] if loads else []
+        need(len(set(ages)) < 2, f"OUT and OUT/merged do not belong together: {' and '.join(ages)}")
 
 
 # ---- kinds of trouble: each yields its cases, (words that name it, function, its arguments) ----
@@ -262,7 +277,7 @@ def endless(kind, scenes):
 
 
 def prepare():
-    """The shim, the data, and the three scenes."""
+    """The shim, the data, and the scenes."""
     global duration
     subprocess.run([os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", "-o", f"{base}/shim.so", f"{HERE}/shim.c",
                     "-ldl"], check=True)
@@ -271,7 +286,8 @@ def prepare():
     text = " ".join(random.Random(1).choices(words, k=600))
     for name, data in {"a": merges, "b": merges.replace("e r", "h e"), "train": text, "val": text[:300]}.items():
         open(f"{base}/{name}.txt", "w").write(data)
-    fresh, half, again = scenes = Scene("fresh", "a"), Scene("half", "a"), Scene("again", "b")
+    fresh, half, again, adapter = scenes = [Scene("fresh", "a"), Scene("half", "a"), Scene("again", "b"),
+                                            Scene("adapter", None)]
     began = time.time()
     fresh.learn()
     duration = (time.time() - began) / 2
@@ -283,6 +299,12 @@ def prepare():
         shutil.rmtree(folder)
     half.learn()
     again.learn()
+    shutil.copytree(f"{again.before}/{OUT}", f"{base}/base")
+    status, error = end(start(adapter.before, None, ["--seed", "7"]))
+    need(status == 0, f"a first adapter: exit {status}: {error}")
+    for folder in glob.glob(f"{adapter.before}/{OUT}/checkpoint-*"):
+        shutil.rmtree(folder)
+    adapter.learn()
     return scenes
 
 
