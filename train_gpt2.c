@@ -6011,11 +6011,12 @@ static void set_defaults(Options *options) {
         if (option->name && option->kind != FLAG) set_option(options, option, option->initial, false);
 }
 
-// The items of a list side by side, a copy.
+// The items of a list side by side, a copy; "" when there are none.
 static char *joined(const Patterns *list) {
     size_t length = 1;
     for (size_t i = 0; i < list->size; i++) length += strlen(list->items[i]) + 1;
     char *text = xmalloc(length), *end = text;
+    *end = 0;
     for (size_t i = 0; i < list->size; i++) end += sprintf(end, "%s%s", i ? " " : "", list->items[i]);
     return text;
 }
