@@ -5060,7 +5060,11 @@ static void refuse_lonely_ranks(void) {
     for (int i = 0; i < 3 && rank_count == 1; i++) {
         const char *size = getenv(launchers[i][0]), *number = getenv(launchers[i][1]);
         if (!size || atoi(size) <= 1) continue;
-        if (number && atoi(number) > 0) sleep(1); // so that one line is enough
+        if (number &&
+            atoi(number) > 0) { // one line is enough; a launcher may end all when the first one ends
+            sleep(1);
+            exit(1);
+        }
 #ifdef USE_MPI
         die("started %s times, but not as one program: this launcher belongs to another MPI than the one "
             "that "
@@ -5111,6 +5115,7 @@ static void end_program(int status) {
     if (rank_count > 1) {
         if (this_rank > 0) usleep(300000);
         fflush(stderr);
+        usleep(100000); // the launcher hands the line on, before it ends all
         MPI_Abort(MPI_COMM_WORLD, status);
     }
     if (running) MPI_Finalize();
@@ -5685,7 +5690,6 @@ static void watch_threads(Run *run, double seconds, double processor) {
     if (threads == 1 || run->updating < 10) return; // -INFINITY: it has been said
     const double cores = run->processor / run->updating;
     const bool busy = cores < 0.5 * threads;
-    if (busy) end_progress();
     if (busy)
         warn("%d threads have only %.1f cores, since other programs use them, and wait for one another: "
              "--threads %d may be faster",

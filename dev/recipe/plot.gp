@@ -21,7 +21,7 @@ if (letter eq 'f') {
     set offsets 0.6, 0.6, 0, 0
     set xtics rotate by 25 right
     unset key
-    if (letter eq 'e') {
+    if (letter eq 'e' || letter eq 'h') {
         set y2label 'loss on the stories'
         set y2range [0:*]
         set y2tics

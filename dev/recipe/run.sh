@@ -1,7 +1,7 @@
 #!/bin/sh
 # One experiment for each claim of the fine-tuning recipe: `make recipe` runs them all.
 #
-#   sh dev/recipe/run.sh [--quick] [--write] [EXPERIMENT...]     EXPERIMENT: a b c d e f g, all without one
+#   sh dev/recipe/run.sh [--quick] [--write] [EXPERIMENT...]     EXPERIMENT: a b c d e f g h, all without one
 #
 # Starts from a model as `make train` makes it and teaches it half the questions of `make finetune`, for half as many
 # epochs: so not all is learned where all goes well, and a difference can show. Rows go to build/recipe/runs/, tables
@@ -16,8 +16,8 @@ for word in "$@"; do
     --quick) work=build/recipe_quick seeds=1 length="--steps 4" ;;
     --write) write=yes ;;
     --one) break ;;
-    [a-g]) chosen="$chosen $word" ;;
-    *) echo "run.sh: $word: --quick, --write or letters from a to g expected" >&2 && exit 2 ;;
+    [a-h]) chosen="$chosen $word" ;;
+    *) echo "run.sh: $word: --quick, --write or letters from a to h expected" >&2 && exit 2 ;;
     esac
 done
 base=$work/base train=$work/questions_train.jsonl held_out=$work/questions_held_out.jsonl
@@ -164,6 +164,14 @@ e-embeddings_and_MLPs ./train_gpt2 --freeze wte|wpe|mlp
 END
         ;;
     f) echo "f-overfit" ;;
+    h) echo "h-everything ./train_gpt2 --freeze none"
+        echo "h-attention_alone ./train_gpt2"
+        for rank in 1 2 4 8 16; do echo "h-LoRA_rank_$rank ./train_gpt2 --freeze none --lora-rank $rank"; done
+        cat <<END
+h-rank_8_all_matrices ./train_gpt2 --freeze none --lora-rank 8 --lora-target c_attn|c_proj|c_fc
+h-rank_8_rate_1e-2 ./train_gpt2 --freeze none --lora-rank 8 --learning-rate 1e-2
+END
+        ;;
     g) for count in 32 128 512; do
             data="--train $work/few_$count.jsonl --steps $([ "$length" = "--epochs 2" ] && echo 200 || echo 4) --warmup-steps 10%"
             echo "g-tuned_on_$count ./train_gpt2 $data"
@@ -208,18 +216,20 @@ overfit_table() {
     done
 }
 
-memory_of() { # what --plan says that training takes, in MB
-    ./train_gpt2 --init "$base" --train "$train" $fixed --plan --freeze "$1" | sed -n 's/^  in all \([0-9.]*\).*/\1/p'
+# What --plan says of each variant: parameters that are trained, and what training takes, in MB.
+plan_table() {
+    echo && echo "| | trained parameters | memory of training by --plan, MB |" && echo "| --- | --- | --- |"
+    experiment "$1" | while read -r name _ options; do
+        case " $options " in *" --freeze "*) ;; *) options="$options --freeze $freeze" ;; esac
+        plan=$(./train_gpt2 --init "$base" --train "$train" $fixed --plan $options)
+        echo "| $(echo "${name#*-}" | tr _ ' ') | $(number trained "$plan") | $(number 'in all' "$plan") |"
+    done
 }
 
 report() {
     for letter in $chosen; do
         if [ "$letter" = f ]; then overfit_table; else table "$letter"; fi >"$work/$letter.md"
-        if [ "$letter" = e ]; then
-            { echo && echo "| frozen | memory of training by --plan, MB |" && echo "| --- | --- |"
-            experiment e | while read -r name _ _ regex; do echo "| ${name#*-} | $(memory_of "$regex") |" | tr _ ' '; done
-            } >>"$work/e.md"
-        fi
+        case $letter in [eh]) plan_table "$letter" >>"$work/$letter.md" ;; esac
         { echo && echo "## $letter" && cat "$work/$letter.md"; } | sed 's/^$//'
         if command -v gnuplot >/dev/null 2>&1; then
             case $letter in f) ;; *)
@@ -245,7 +255,7 @@ report() {
     done
 }
 
-[ -n "$chosen" ] || chosen="a b c d e f g"
+[ -n "$chosen" ] || chosen="a b c d e f g h"
 quick=$([ "$work" = build/recipe ] || echo --quick)
 for program in train_gpt2 tokenizer data/stories; do
     [ -x "$program" ] || fail "./$program is missing: run make first"
