@@ -6609,19 +6609,21 @@ static void print_tensors(const Model *model) {
     printf("\nparameters %zu, trained %zu, decayed %zu, frozen %zu\n", all, trained, decayed, all - trained);
 }
 
-// Which part of the products with weights is not computed since something is frozen. A matrix takes part in
-// three: y = xW, dx = dy Wᵀ, dW = xᵀ dy. The last one goes when it is frozen, dx when nothing below is
-// trained.
-static double skipped_work(const Model *model) {
-    size_t products = 0, skipped = 0;
+// Multiplications of an update with weights, for each row; *skipped of them are not computed since something is
+// frozen. A matrix takes part in three products: y = xW, dx = dy Wᵀ, dW = xᵀ dy. The last one goes when it is
+// frozen, dx when nothing below is trained.
+static double weight_products(const Model *model, double *skipped) {
+    double products = 0;
+    *skipped = 0;
     for (int i = 0; i < model->tensor_count; i++) {
         const Tensor *t = &model->tensors[i];
-        bool in_block = kind_is_per_layer(t->kind);
+        const bool in_block = kind_is_per_layer(t->kind),
+                   no_dx = in_block && t->layer < model->lowest_trained;
         if (t->dims != 2 || !(in_block || t == model_head(model))) continue;
-        products += 3 * t->size;
-        skipped += (t->frozen ? t->size : 0) + (in_block && t->layer < model->lowest_trained ? t->size : 0);
+        products += 3 * (double)t->size;
+        *skipped += (double)t->size * (t->frozen + no_dx);
     }
-    return (double)skipped / (double)products;
+    return products;
 }
 
 static size_t packed_size(const Config *config, size_t rows); // Part V
@@ -6638,6 +6640,7 @@ static void print_memory(const Run *run) {
     if (packed > 0) printf("  operands in bfloat16 %.1f\n", megabytes(packed));
     printf("  in all %.1f\n", megabytes(all + 3 * trained + activations + packed));
     if (frozen == 0) return;
+    double skipped, products = weight_products(model, &skipped);
     Model unfrozen = *model;
     unfrozen.lowest_trained = -1;
     Activations full = {0};
@@ -6646,7 +6649,35 @@ static void print_memory(const Run *run) {
     printf("freezing saves %.1f MB of gradients, %.1f of moments, %.1f of activations, and %.0f %% of the "
            "products with weights\n",
            megabytes(frozen), megabytes(2 * frozen), megabytes(full.memory_size - activations),
-           100 * skipped_work(model));
+           100 * skipped / products);
+}
+
+// What each rank sends for an update, beside what it computes: whether more machines pay. A sum over N ranks
+// takes 2 (N - 1) / N times its bytes, sent and received, whatever the algorithm (Patarasuk, Yuan 2009).
+static void print_traffic(const Run *run) {
+    const Options *options = run->options;
+    const Config *c = &run->model->config;
+    const double N = rank_count, trained = (double)count_parameters(run->model, true);
+    const double bytes = 2 * (N - 1) / N * trained * sizeof(float),
+                 group = (double)(options->batch_size * options->accumulate);
+    const double share =
+        fmin((double)options->batch_size, ceil(group / N)); // examples of run->activations.rows
+    double skipped, products = weight_products(run->model, &skipped), best = INFINITY;
+    const int R = run->activations.rows, C = c->n_embd, F = c->n_inner;
+    float *x = xfloats((size_t)R * C), *w = xfloats((size_t)C * F), *y = xfloats((size_t)R * F);
+    memset(x, 0, (size_t)R * C * sizeof(float));
+    memset(w, 0, (size_t)C * F * sizeof(float));
+    for (int i = 0; i < 3; i++) { // how fast is a product here?
+        const double begin = now();
+        matmul(y, F, x, C, false, w, F, false, R, F, C, false);
+        best = fmin(best, now() - begin);
+    }
+    const double rate = (double)R * C * F / best, work = (products - skipped) * R * ceil(group / N) / share;
+    printf("\n%d ranks: each sends %.1f MB an update: %.3g s at 1 Gbit/s, %.3g at 10, %.3g at 100; its "
+           "products take "
+           "about %.3g s\n",
+           rank_count, bytes / 1e6, bytes * 8e-9, bytes * 8e-10, bytes * 8e-11, work / rate);
+    free(x), free(w), free(y);
 }
 
 static void print_plan(const Run *run) {
@@ -6654,6 +6685,7 @@ static void print_plan(const Run *run) {
     size_t rows, targets;
     print_tensors(run->model);
     print_memory(run);
+    if (rank_count > 1) print_traffic(run);
     if (!run->train) {
         printf("\n--train FILE adds the number of updates, the learning rates and the first example\n");
         return;
