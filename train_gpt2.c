@@ -7021,7 +7021,8 @@ static int run_chat(Options *options) {
     Sampling sampling = sampling_of(options);
     Text line = {0};
     if (on_terminal && !options->quiet)
-        printf("A turn a line. /reset forgets the talk, ^C ends an answer, ^D the program.\n");
+        printf("A turn a line. /reset forgets the talk, ^C ends an answer; at the prompt ^C or ^D ends the "
+               "program.\n");
     for (; read_turn(&talk, &line, on_terminal); sampling.seed++) {
         Ids turn = {0};
         tokenizer_encode(run.tokenizer, &turn, line.data, line.size);
