@@ -31,6 +31,7 @@ check() { # NAME COMMAND...: status 0 is a pass; what the command says is shown 
 MODEL="--tokenizer $folder/tokenizer --n-layer 2 --n-embd 64 --n-head 2 --n-positions 64 --threads 1"
 SMALL="$MODEL --train $folder/questions.jsonl --batch-size 4 --accumulate 2 --learning-rate 1e-3 --quiet --matmul builtin"
 FORTY="$SMALL --steps 40 --val-every 10 --save-every 10 --keep 9"
+ADAPTER="--init $folder/alone-freeze --lora-rank 2 --lora-target c_ --threads 1 ${FORTY#"$MODEL"}"
 
 run() { # N OUT OPTIONS...: N ranks of the program that was built with $mpi
     ranks=$1 out=$folder/$mpi-$2
@@ -71,6 +72,7 @@ compared() { # N NAME OPTIONS...: N ranks train as one process does
     run "$ranks" "$name-$ranks" $FORTY "$@" && close "alone-$name" "$mpi-$name-$ranks" $limits
 }
 limits=
+adapted() { run "$1" lora-"$1" $ADAPTER && close alone-lora "$mpi-lora-$1"; } # N
 
 resumed() { # FROM N: N ranks go on from checkpoint 20 of FROM
     from=$folder/$mpi-$1 to=$folder/$mpi-$1-resumed-$2
@@ -142,6 +144,7 @@ alone() { name=$1 && shift && ./train_gpt2 $FORTY "$@" --out "$folder/alone-$nam
 check "dropout, uneven examples, accumulation" alone dropout --dropout 0.1
 check "frozen tensors" alone freeze --freeze 'wte|wpe|h.0.'
 check "bfloat16" alone bfloat16 --precision bfloat16
+check "an adapter (LoRA)" ./train_gpt2 $ADAPTER --out $folder/alone-lora
 program=./train_gpt2
 
 if [ -z "${MPIS:-}" ]; then
@@ -170,8 +173,8 @@ for mpi in $MPIS; do
     check "2 ranks again" run 2 again-2 $FORTY --dropout 0.1
     check "2 ranks twice give the same bits" same_bits "$mpi-dropout-2" "$mpi-again-2"
     check "3 ranks: frozen tensors" compared 3 freeze --freeze 'wte|wpe|h.0.'
-    # A rounding to bfloat16 that falls the other way moves a loss further than the order of sums does: as far as
-    # other micro-batches do in one process.
+    check "3 ranks: an adapter (LoRA)" adapted 3
+    # A rounding to bfloat16 that falls the other way moves a loss further than the order of sums does.
     limits="2e-4 2e-3"
     check "2 ranks: bfloat16" compared 2 bfloat16 --precision bfloat16
     limits=
