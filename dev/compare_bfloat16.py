@@ -14,6 +14,7 @@ import sys
 
 import reference  # first: it turns off the network
 import checks
+import peft
 import torch
 import transformers
 from checks import check
@@ -25,10 +26,14 @@ WORK = checks.WORK + "/bfloat16"
 
 def autocast(folder, tensors, options):
     """Logits, loss and gradients in PyTorch's bfloat16, by the names of the reference."""
-    args = reference.parse(["--out", folder, "--model", folder, *options])
+    adapter = os.path.exists(folder + "/adapter_config.json")
+    args = reference.parse(["--out", folder, "--model", folder + "/base" if adapter else folder, *options])
     model = reference.make_model(args).eval()
-    trained = {name: p for name, p in model.named_parameters() if "grad." + name in tensors}
-    for name, p in model.named_parameters():
+    if adapter:
+        model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+    parameters = reference.parameters(model)
+    trained = {name: p for name, p in parameters.items() if "grad." + name in tensors}
+    for name, p in parameters.items():
         p.requires_grad_(name in trained)
     batch = {key: tensors[key] for key in ("input_ids", "attention_mask", "position_ids", "labels")}
     with torch.autocast("cpu", torch.bfloat16):
