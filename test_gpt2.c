@@ -1268,7 +1268,7 @@ static Config tiny_config(int V, int P, int L, int NH, int C, int F, bool tied) 
 static Model *tiny_model(Config config, uint64_t seed, const char *freeze) {
     const char *no_decay[] = {"bias", "ln_"};
     Model *model = model_new(config);
-    model_allocate_values(model);
+    model->value_memory = allocate_values(model, 0);
     for (int i = 0; i < model->tensor_count; i++)
         for (size_t j = 0; j < model->tensors[i].size; j++)
             model->tensors[i].value[j] = 0.3f * random_normal(random_stream(seed, (uint64_t)i), j) +
@@ -1993,7 +1993,7 @@ static void test_model(void) {
 // `plain` with random adapters beside all matrices of its blocks from first_layer on, ready to be trained.
 static Model *adapted_model(const Model *plain, int rank, int first_layer) {
     Model *model = model_new(plain->config);
-    model_allocate_values(model);
+    model->value_memory = allocate_values(model, 0);
     for (int i = 0; i < plain->tensor_count; i++)
         memcpy(model->tensors[i].value, plain->tensors[i].value, plain->tensors[i].size * sizeof(float));
     model->lora_rank = rank;
@@ -2001,7 +2001,7 @@ static Model *adapted_model(const Model *plain, int rank, int first_layer) {
     for (int i = 0; i < plain->tensor_count; i++)
         if (is_adaptable(&model->tensors[i]) && model->tensors[i].layer >= first_layer)
             model_add_adapter(model, &model->tensors[i]);
-    adapters_allocate(model);
+    model->adapter_memory = allocate_values(model, plain->tensor_count);
     for (int i = plain->tensor_count; i < model->tensor_count; i++)
         for (size_t j = 0; j < model->tensors[i].size; j++)
             model->tensors[i].value[j] = 0.5f * random_normal(random_stream(77, (uint64_t)i), j);

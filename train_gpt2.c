@@ -427,19 +427,19 @@ static void model_free(Model *model) {
     free(model);
 }
 
-static void model_allocate_values(Model *model) {
+// Places the values of the tensors from number `first` on in fresh memory, one behind another.
+static float *allocate_values(Model *model, int first) {
     size_t total = 0;
-    for (int i = 0; i < model->tensor_count; i++) total += aligned_size(model->tensors[i].size);
-    float *at = model->value_memory = xfloats(total);
-    for (int i = 0; i < model->tensor_count; i++) {
-        model->tensors[i].value = at;
-        at += aligned_size(model->tensors[i].size);
-    }
+    for (int i = first; i < model->tensor_count; i++) total += aligned_size(model->tensors[i].size);
+    float *memory = xfloats(total);
+    for (int i = first; i < model->tensor_count; memory += aligned_size(model->tensors[i++].size))
+        model->tensors[i].value = memory;
+    return memory - total;
 }
 
 // A model to be trained from nothing. The same seed gives the same values, up to the last digits of log().
 static void model_initialise(Model *model, uint64_t seed) {
-    model_allocate_values(model);
+    model->value_memory = allocate_values(model, 0);
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
         Initial initial = tensor_table[tensor->kind].initial;
@@ -3865,7 +3865,7 @@ static void model_load_values(Model *model, SafeTensors *file, bool with_values)
         if (i == model->tensor_count && !is_mask && strcmp(t->name, "lm_head.weight") != 0)
             die("%s: tensor %s is not one of this GPT-2's (%d layers)", path, t->name, model->config.n_layer);
     }
-    if (!mapped && with_values) model_allocate_values(model);
+    if (!mapped && with_values) model->value_memory = allocate_values(model, 0);
     for (int i = 0; i < model->tensor_count && (mapped || with_values); i++) {
         Tensor *tensor = &model->tensors[i];
         if (mapped) {
@@ -4048,19 +4048,6 @@ static char *base_folder(const char *folder) {
     return copy;
 }
 
-// Allocates the values of all adapters.
-static void adapters_allocate(Model *model) {
-    size_t total = 0;
-    for (int i = 0; i < model->tensor_count; i++)
-        if (model->tensors[i].kind >= LORA_A) total += aligned_size(model->tensors[i].size);
-    float *at = model->adapter_memory = xfloats(total);
-    for (int i = 0; i < model->tensor_count; i++) {
-        if (model->tensors[i].kind < LORA_A) continue;
-        model->tensors[i].value = at;
-        at += aligned_size(model->tensors[i].size);
-    }
-}
-
 // May a tensor have an adapter? The matrices of the blocks may.
 static bool is_adaptable(const Tensor *tensor) {
     return kind_is_per_layer(tensor->kind) && tensor->dims == 2;
@@ -4096,7 +4083,7 @@ static Model *adapter_open(const char *folder, bool with_values) {
             if (known && (strstr(name, ".lora_A.weight") || strstr(name, ".lora_B.weight"))) continue;
             die("%s: tensor %s is not one of a pair lora_A, lora_B: it is not supported", file.path, name);
         }
-    adapters_allocate(model);
+    model->adapter_memory = allocate_values(model, plain);
     for (int i = plain; i < model->tensor_count; i++) {
         const Tensor *tensor = &model->tensors[i];
         const StoredTensor *stored =
@@ -6481,7 +6468,7 @@ static void start_adapters(Model *model, const Options *options) {
                       "mlp.c_fc and mlp.c_proj",
                       one.items[0]);
     }
-    adapters_allocate(model);
+    model->adapter_memory = allocate_values(model, plain);
     adapters_initialise(model, random_stream((uint64_t)options->seed, 0x6c6f7261u)); // "lora"
 }
 

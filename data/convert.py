@@ -76,15 +76,23 @@ def needed(path, *modules):
         fail(f"{path}: needs {error.name}: pip install {' '.join(module.split('.')[0] for module in modules)}")
 
 
+def parse_json(text, where, kind=dict, wanted="an object {...}"):
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        fail(f"{where}: not JSON: {error}")
+    if not isinstance(value, kind):
+        fail(f"{where}: {wanted} expected")
+    return value
+
+
 def read_json(path, kind=dict, wanted="an object {...}"):
     try:
         with open(path, encoding="utf-8-sig") as file:
-            value = json.load(file)
-    except (ValueError, RecursionError) as error:
+            text = file.read()
+    except UnicodeDecodeError as error:
         fail(f"{path}: not JSON: {error}")
-    if not isinstance(value, kind):
-        fail(f"{path}: {wanted} expected")
-    return value
+    return parse_json(text, path, kind, wanted)
 
 
 class Output:
@@ -627,13 +635,7 @@ def read_list(path):
 
 def read_lines(path):
     for number, line in enumerate(filter(str.strip, open(path, encoding="utf-8-sig")), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            fail(f"{path}: row {number}: not JSON: {error}")
-        if not isinstance(row, dict):
-            fail(f"{path}: row {number}: an object {{...}} expected")
-        yield row
+        yield parse_json(line, f"{path}: row {number}")
 
 
 READERS = {".csv": read_csv, ".tsv": read_csv, ".json": read_list, ".parquet": read_parquet, ".jsonl": read_lines}
