@@ -236,7 +236,7 @@ def compare_model_folder(out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="repeats a run")
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED", time.time())), help="repeats a run")
     parser.add_argument("--count", type=int, default=8, help="random references")
     args = parser.parse_args()
     print(f"dev/compare_test.py --seed {args.seed} --count {args.count}")

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The live comparison with PyTorch: makes a virtual environment in build/venv, runs dev/compare_test.py.
-#   sh dev/compare_test.sh [--seed N] [--count N]     PYTHON=python3.12 chooses another Python
+#   sh dev/compare_test.sh [--seed N] [--count N]     SEED=N is --seed N; PYTHON=python3.12 chooses another Python
 #   SCRIPT=dev/compare_pytorch.py sh dev/compare_test.sh [options]     runs another script in it
 # The programs must have been built. The environment is used again until dev/requirements.txt changes.
 set -eu
