@@ -5413,11 +5413,47 @@ static void test_talk_on_terminal(void) {
             check(shows(&session, "\r\n> "), "^C does not end an answer: %.200s", session.seen.data);
         }
         type(&session, way ? "the\3" : "\4");
+        shows(&session, "\1"); // which it never does: reads to the end
         int status = wait_for(session.child);
-        check(status == (way ? 128 + SIGINT : 0), "%s: status %d", way ? "^C" : "^D", status);
+        check(status == (way ? 128 + SIGINT : 0), "%s: status %d, %s", way ? "^C" : "^D", status,
+              session.seen.data ? session.seen.data : "");
         close(session.master);
         free(session.seen.data);
     }
+}
+
+// A signal ends an answer also while nobody reads it: the write that it interrupts goes on, and nothing is lost.
+static void test_talk_unread(void) {
+    int in[2], out[2], before = -1, waiting = 0;
+    char *command = xprintf("exec $T --trainer --chat --init $D/talker --generate 190000 --temperature 0");
+    char buffer[4096], last = 0;
+    model_free(make_talker(200000));
+    setenv("T", self_path, 1);
+    if (pipe(in) != 0 || pipe(out) != 0) die("no pipe: %s", strerror(errno));
+#ifdef F_SETPIPE_SZ
+    fcntl(out[1], F_SETPIPE_SZ, 4096);
+#endif
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(in[0], 0), dup2(out[1], 1);
+        close(in[0]), close(in[1]), close(out[0]), close(out[1]);
+        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        _exit(127);
+    }
+    close(in[0]), close(out[1]);
+    check(write(in[1], "the cat\n", 8) == 8, "no turn: %s", strerror(errno));
+    close(in[1]);
+    for (int same = 0; same < 5; same = waiting && waiting == before ? same + 1 : 0, before = waiting) {
+        usleep(20000); // until the pipe is full, when for 100 ms nothing comes
+        ioctl(out[0], FIONREAD, &waiting);
+    }
+    kill(child, SIGINT);
+    usleep(100000); // else the pipe may have room again before the signal arrives
+    for (ssize_t size; (size = read(out[0], buffer, sizeof buffer)) > 0;) last = buffer[size - 1];
+    int status = wait_for(child);
+    check(status == 0 && last == '\n', "status %d, the last character is %d", status, last);
+    close(out[0]);
+    free(command);
 }
 
 // Prompts from a file, one a line, as one after the other; --answer-only leaves the prompt out.
@@ -6762,6 +6798,7 @@ static const struct {
     {"a run: --predictions", test_predictions},
     {"a talk: answers in a pipe, /reset, a full context", test_talk},
     {"a talk: on a terminal, ^C and ^D", test_talk_on_terminal},
+    {"a talk: ^C while nobody reads", test_talk_unread},
     {"resume: the same run to the bit after any signal", test_resume},
     {"adapters (LoRA): files, threads, recomputed, resumed, trained on", test_lora_run},
     {"adapters (LoRA): what is refused changes nothing", test_lora_refusals},

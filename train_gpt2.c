@@ -5192,13 +5192,14 @@ static void agree_on_stop(void) { agreed_signal = (int)largest_over_ranks(stop_s
 // second ^C (SIGINT) or SIGTERM ends it at once. SIGHUP (the terminal or the ssh connection is gone) and
 // SIGPIPE (the reader of our output is gone) may come again and change nothing, as may SIGUSR1, by which batch
 // systems say that time is nearly up. A signal that was ignored when the program began, as nohup does with
-// SIGHUP, stays ignored; SIGPIPE is always caught.
+// SIGHUP, stays ignored; SIGPIPE is always caught. SA_RESTART: a write that waits goes on after the signal.
 static void catch_signals(void) {
     static const struct {
         int number, flags;
     } caught[] = {{SIGINT, SA_RESETHAND}, {SIGTERM, SA_RESETHAND}, {SIGHUP, 0}, {SIGPIPE, 0}, {SIGUSR1, 0}};
     for (int i = 0; i < 5; i++) {
-        struct sigaction before, action = {.sa_handler = remember_signal, .sa_flags = caught[i].flags};
+        struct sigaction before, action = {.sa_handler = remember_signal};
+        action.sa_flags = caught[i].flags | SA_RESTART;
         bool ignored = sigaction(caught[i].number, NULL, &before) == 0 && before.sa_handler == SIG_IGN;
         if (!ignored || caught[i].number == SIGPIPE) sigaction(caught[i].number, &action, NULL);
     }
@@ -7014,7 +7015,8 @@ static int run_chat(Options *options) {
         Ids turn = {0};
         tokenizer_encode(run.tokenizer, &turn, line.data, line.size);
         check_tokens(run.tokenizer, &turn, run.model->config.vocab_size, "this turn");
-        if (!ignored) sigaction(SIGINT, &(struct sigaction){.sa_handler = remember_signal}, NULL);
+        const struct sigaction end_answer = {.sa_handler = remember_signal, .sa_flags = SA_RESTART};
+        if (!ignored) sigaction(SIGINT, &end_answer, NULL);
         talk_answer(&talk, run.model, run.tokenizer, &turn, (int)most, &run.ends, &sampling);
         if (!ignored) signal(SIGINT, SIG_DFL);
         stop_signal = 0;
