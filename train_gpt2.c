@@ -4902,6 +4902,15 @@ static void question_free(Question *q) {
 // finish the step and save. A checkpoint holds all that must survive an interruption. Everything else follows
 // from the options and the step.
 
+static double seconds_on(clockid_t clock) {
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Seconds on a clock that never goes back.
+static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
+
 // ---- ranks ----
 // One model can be trained by several processes, on one machine or on many: `make MPI=1`, then `mpirun -np 8
 // --hostfile hosts ./train_gpt2 ...`. MPI, the Message Passing Interface, calls such a process a rank and
@@ -4918,6 +4927,8 @@ static void question_free(Question *q) {
 #include <mpi.h>
 #endif
 static int this_rank = 0, rank_count = 1, machine_count = 1;
+static bool sums_in_bfloat16 = false; // --sum-precision bfloat16
+static double summing = 0;            // seconds that sums of gradients took, with waiting for slower ranks
 
 // (all ranks) The largest x of all ranks.
 static long largest_over_ranks(long x) {
@@ -4935,10 +4946,47 @@ static double sum_over_ranks(double x) {
     return x;
 }
 
+#ifdef USE_MPI
+static inline uint32_t round_to_bfloat16(float x); // section 18
+static inline float float_of(uint16_t bfloat16);
+
+// (all ranks) Sends n numbers to every other rank r, those at from + r · stride, and gets as many from each, those
+// of rank r at to + r · n. In each round all send and all receive, so that no cable is idle.
+static void exchange(uint16_t *to, const uint16_t *from, size_t stride, size_t n) {
+    for (int step = 1; step < rank_count; step++) {
+        const int next = (this_rank + step) % rank_count, last = (this_rank + rank_count - step) % rank_count;
+        MPI_Sendrecv(from + (size_t)next * stride, (int)n, MPI_UINT16_T, next, 0, to + (size_t)last * n,
+                     (int)n, MPI_UINT16_T, last, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+    }
+}
+
+// (all ranks) Sums x (n) over the ranks, rounded to bfloat16 on its way: half the bytes. Each rank gets all
+// ranks' numbers of its own N-th part of x, adds them up in float32, rounds the sum and sends it to all.
+// scratch: twice n + 2N numbers
+static void sum_rounded(float *x, size_t n, uint16_t *scratch) {
+    const size_t N = (size_t)rank_count, part = (n + N - 1) / N, mine = (size_t)this_rank * part;
+    uint16_t *rounded = scratch, *received = scratch + N * part;
+#pragma omp parallel for
+    for (size_t i = 0; i < N * part; i++) rounded[i] = (uint16_t)(round_to_bfloat16(i < n ? x[i] : 0) >> 16);
+    exchange(received, rounded, part, part);
+    memcpy(received + mine, rounded + mine, part * sizeof *rounded);
+#pragma omp parallel for
+    for (size_t i = 0; i < part; i++) {
+        float sum = 0;
+        for (size_t rank = 0; rank < N; rank++) sum += float_of(received[rank * part + i]);
+        rounded[mine + i] = (uint16_t)(round_to_bfloat16(sum) >> 16);
+    }
+    exchange(rounded, rounded + mine, 0, part);
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) x[i] = float_of(rounded[i]);
+}
+#endif
+
 // (all ranks) Each gradient becomes the sum of all ranks' gradients: the same bits on each. They lie one
 // behind another (model_allocate_training), so they are summed as one array, in pieces, since MPI counts in int.
 static void sum_gradients_over_ranks(const Model *model) {
 #ifdef USE_MPI
+    const double started = now();
     float *begin = NULL, *end = NULL;
     for (int i = 0; i < model->tensor_count && rank_count > 1; i++) {
         const Tensor *tensor = &model->tensors[i];
@@ -4946,10 +4994,18 @@ static void sum_gradients_over_ranks(const Model *model) {
         if (!begin) begin = tensor->gradient;
         end = tensor->gradient + tensor->size;
     }
+    const size_t most = sums_in_bfloat16 ? (size_t)1 << 20 : (size_t)1 << 30; // floats in a piece
+    uint16_t *scratch =
+        sums_in_bfloat16 ? xmalloc(2 * (most + 2 * (size_t)rank_count) * sizeof *scratch) : NULL;
     for (size_t n; begin < end; begin += n) {
-        n = smaller((size_t)(end - begin), (size_t)1 << 30);
-        MPI_Allreduce(MPI_IN_PLACE, begin, (int)n, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+        n = smaller((size_t)(end - begin), most);
+        if (sums_in_bfloat16)
+            sum_rounded(begin, n, scratch);
+        else
+            MPI_Allreduce(MPI_IN_PLACE, begin, (int)n, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
     }
+    free(scratch);
+    summing += now() - started;
 #endif
     (void)model;
 }
@@ -5112,15 +5168,6 @@ static void end_program(int status) {
 
 // ---- evaluation ----
 
-static double seconds_on(clockid_t clock) {
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-// Seconds on a clock that never goes back.
-static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
-
 // The settings of a run, as section 16 reads them from the command line.
 typedef struct {
     const char *init, *tokenizer, *train, *out, *predictions, *warmup_steps, *prompt, *prompts, *stop;
@@ -5129,7 +5176,7 @@ typedef struct {
     long n_layer, n_head, n_embd, n_positions, batch_size, seq_len, accumulate, steps;
     long val_every, val_batches, sample_every, sample_tokens, save_every, keep, patience;
     long generate, samples, top_k, threads, seed;
-    long schedule, matmul, precision; // numbers of their choices
+    long schedule, matmul, precision, sum_precision; // numbers of their choices
     Patterns no_decay, freeze, val, lora_target;
     long lora_rank;
     double lora_alpha;
@@ -5162,7 +5209,8 @@ typedef struct {
     size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
-    double updating, processor;     // seconds of recent updates, and of all threads together in them
+    double updating, processor;     // seconds of recent updates (of all, if there are several ranks), and of
+                                    // all threads together in them
     double accuracy;                // of the last update
     long saved_step;                // the step of the newest checkpoint
     bool unsaved;                   // something happened that it does not know of
@@ -5705,7 +5753,10 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
         return;
     }
     const double seconds = now() - begin;
-    watch_threads(run, seconds, seconds_on(CLOCK_PROCESS_CPUTIME_ID) - processor);
+    if (rank_count == 1)
+        watch_threads(run, seconds, seconds_on(CLOCK_PROCESS_CPUTIME_ID) - processor);
+    else
+        run->updating += seconds;
     update.rows = (size_t)sum_over_ranks((double)update.rows);
     run->accuracy = update.accuracy;
     write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
@@ -5718,6 +5769,9 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
 static int finish_training(Run *run) {
     const Options *options = run->options;
     end_progress();
+    if (rank_count > 1 && !options->quiet)
+        printf("sums of gradients took %.1f s of the updates' %.1f s, waiting for slower ranks included\n",
+               summing, run->updating);
     if (agreed_signal) {
         bool saved = run->step > 0 && !options->overfit;
         printf("stopped at step %ld of %ld", run->step, options->steps);
@@ -5942,13 +5996,14 @@ static const Option option_table[] = {
     {"recompute", 0, FLAG, FIELD(recompute), "", 0, 0, TRAIN, NULL, "keep less for the backward pass: less memory, more time"},
     {"matmul", 0, CHOICE, FIELD(matmul), "auto", 0, 0, ANY, "auto|openblas|builtin", "auto: OpenBLAS, unless it cannot use this processor or its threads"},
     {"precision", 0, CHOICE, FIELD(precision), "float32", 0, 0, ANY, "float32|bfloat16", "of what products multiply; bfloat16 is faster where the processor has it"},
+    {"sum-precision", 0, CHOICE, FIELD(sum_precision), "float32", 0, 0, TRAIN, "float32|bfloat16", "of gradients on their way between ranks (MPI); bfloat16 halves what is sent"},
     {"quiet", 0, FLAG, FIELD(quiet), "", 0, 0, ANY | NOT_SAVED, NULL, "no banner and no progress line"},
 };
 // clang-format on
 enum { OPTION_COUNT = sizeof option_table / sizeof *option_table };
 // Numbers of a CHOICE's words, as Schedule has them for --schedule; a test compares both with the table.
 enum { AUTO_CHOICE, OPENBLAS_CHOICE, BUILTIN_CHOICE }; // of --matmul
-enum { FLOAT32_CHOICE, BFLOAT16_CHOICE };              // of --precision
+enum { FLOAT32_CHOICE, BFLOAT16_CHOICE };              // of --precision and --sum-precision
 
 static void add_pattern(Patterns *patterns, const char *item) {
     patterns->items = grow(patterns->items, patterns->size + 1, &patterns->capacity, sizeof *patterns->items);
@@ -6646,7 +6701,7 @@ static void print_traffic(const Run *run) {
     const Options *options = run->options;
     const Config *c = &run->model->config;
     const double N = rank_count, trained = (double)count_parameters(run->model, true);
-    const double bytes = 2 * (N - 1) / N * trained * sizeof(float),
+    const double bytes = 2 * (N - 1) / N * trained * (sums_in_bfloat16 ? 2 : 4),
                  group = (double)(options->batch_size * options->accumulate);
     const double share =
         fmin((double)options->batch_size, ceil(group / N)); // examples of run->activations.rows
@@ -7792,6 +7847,7 @@ static void few_pairs_transposed(const FewProduct *q, size_t column, size_t end)
     enum { STEP = 2 * LANES }; // elements in a vector of pairs
     for (size_t j = column; j < end; j++) {
         const BFloat16 *b = q->b + j * p->ldb;
+        for (size_t k = 0; k < p->K; k += STEP) __builtin_prefetch(b + 96 * p->ldb + k);
         for (size_t i = 0; i < p->M; i++) {
             const BFloat16 *a = q->a + i * q->lda;
             Vector sum[2] = {0};
@@ -7872,7 +7928,11 @@ static void matmul_few_pairs(Product p, const Copy *copy) {
     p.columns = each * TILE_COLUMNS;
     const FewProduct q = {p, (const BFloat16 *)a, copy->to + (packed ? 0 : p.B - copy->from), 2 * steps,
                           copy->panel_size};
-    share_out(packed ? few_pairs_packed : few_pairs, &q, (panels + each - 1) / each, threads);
+    if (!packed || threads == 1)
+        share_out(packed ? few_pairs_packed : few_pairs, &q, (panels + each - 1) / each, threads);
+    else // guided: long runs first, since memory is fastest in one stream; then single panels, to end together
+#pragma omp parallel for schedule(guided)
+        for (size_t panel = 0; panel < panels; panel++) few_pairs_packed(&q, panel);
     free(a);
 }
 
@@ -8002,6 +8062,7 @@ static void choose_matmul(Options *options) {
 // number in the processor's list of states, 0x1023 Linux's request for permission.)
 static void choose_precision(Options *options) {
     bfloat16_products = options->precision == BFLOAT16_CHOICE;
+    sums_in_bfloat16 = options->sum_precision == BFLOAT16_CHOICE;
     if (!bfloat16_products) return;
     if (options->matmul == OPENBLAS_CHOICE)
         die_usage("--precision bfloat16: its products are built in; leave out --matmul openblas");

@@ -4,11 +4,12 @@ DistributedDataParallel over gloo, in turn.
 
   build/venv/bin/python dev/bench_ddp.py [MPIRUN] [ROUNDS]     mpirun.mpich and 3 without; needs make MPI=1
 
-Both begin at random weights, take the same number of examples an update, clip at norm 1 and use AdamW. Prints each
-round's medians in seconds, and the ratio of the medians.
+PROGRAM=build/mpich/train_gpt2 takes another program, OPTIONS adds options to it. Both begin at random weights, take the same number of examples an update, clip at norm 1 and use AdamW. Prints each
+round's medians in seconds, our sums' share of the time, and the ratio of the medians.
 """
 import csv
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -65,13 +66,16 @@ def ours(mpirun, folder):
         tokens = numpy.random.default_rng(1).integers(0, 50257, BATCH * LENGTH * (UPDATES + 2)).astype("<u2")
         header[:3] = 20240520, 1, len(tokens)
         open(data, "wb").write(header.tobytes() + tokens.tobytes())
-    subprocess.run([mpirun, "-np", str(RANKS), "./train_gpt2", "--init", "d12", "--train", data, "--out", out,
-                    "--val-fraction", "0", "--batch-size", str(BATCH), "--seq-len", str(LENGTH), "--steps",
-                    str(UPDATES + 1), "--threads", "1", "--save-every", "1000", "--quiet"], check=True)
+    program, options = os.environ.get("PROGRAM", "./train_gpt2"), os.environ.get("OPTIONS", "").split()
+    said = subprocess.run([mpirun, "-np", str(RANKS), program, "--init", "d12", "--train", data, "--out", out,
+                           "--val-fraction", "0", "--batch-size", str(BATCH), "--seq-len", str(LENGTH), "--steps",
+                           str(UPDATES + 1), "--threads", "1", "--save-every", "1000", *options],
+                          check=True, capture_output=True, text=True).stdout
+    sums, updates = map(float, re.search(r"sums of gradients took (\S+) s of the updates' (\S+) s", said).groups())
     with open(f"{out}/log.csv") as file:
         # a line's seconds count from the start: their differences are updates
         at = [float(row["seconds"]) for row in csv.DictReader(file)]
-    return statistics.median(b - a for a, b in zip(at, at[1:]))
+    return statistics.median(b - a for a, b in zip(at, at[1:])), sums / updates
 
 
 if __name__ == "__main__":
@@ -80,7 +84,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         pairs = []
         for number in range(rounds):
-            pairs.append((ours(mpirun, folder), theirs(number)))
-            print("ours %.2f  DDP %.2f" % pairs[-1], flush=True)
+            seconds, share = ours(mpirun, folder)
+            pairs.append((seconds, theirs(number)))
+            print("ours %.2f  DDP %.2f" % pairs[-1], f" sums {100 * share:.0f} % of ours", flush=True)
     mine, other = (statistics.median(column) for column in zip(*pairs))
     print(f"medians: ours {mine:.2f} s, DDP {other:.2f} s, ratio {mine / other:.2f}")

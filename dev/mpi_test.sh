@@ -74,6 +74,11 @@ compared() { # N NAME OPTIONS...: N ranks train as one process does
 limits=
 adapted() { run "$1" lora-"$1" $ADAPTER && close alone-lora "$mpi-lora-$1"; } # N
 
+rounded() { # N NAME: with gradients that are sent in bfloat16
+    run "$1" "$2-$1" $FORTY --dropout 0.1 --sum-precision bfloat16 && close alone-dropout "$mpi-$2-$1" $limits
+}
+different() { ! same_bits "$@" >/dev/null; }
+
 resumed() { # FROM N: N ranks go on from checkpoint 20 of FROM
     from=$folder/$mpi-$1 to=$folder/$mpi-$1-resumed-$2
     mkdir -p "$to" && cp -r "$from"/checkpoint-000010 "$from"/checkpoint-000020 "$from"/log.csv "$to" &&
@@ -177,6 +182,12 @@ for mpi in $MPIS; do
     # A rounding to bfloat16 that falls the other way moves a loss further than the order of sums does.
     limits="2e-4 2e-3"
     check "2 ranks: bfloat16" compared 2 bfloat16 --precision bfloat16
+    for ranks in 2 3; do
+        check "$ranks ranks: sums in bfloat16" rounded $ranks rounded
+        check "$ranks ranks: which are not those in float32" different "$mpi-dropout-$ranks" "$mpi-rounded-$ranks"
+        check "$ranks ranks again: sums in bfloat16" rounded $ranks rounded-again
+        check "$ranks ranks: the same bits" same_bits "$mpi-rounded-$ranks" "$mpi-rounded-again-$ranks"
+    done
     limits=
     check "2 ranks resume" resumed dropout-2 2
     check "2 ranks resume with the same bits" same_bits "$mpi-dropout-2" "$mpi-dropout-2-resumed-2"
