@@ -155,8 +155,8 @@ static void __attribute__((format(printf, 1, 2))) warn(const char *format, ...) 
     va_end(arguments);
 }
 
-// Both end the program. die (status 1): a file, the machine, a number is bad. die_usage (2): the command line.
-static void __attribute__((noreturn)) end_program(int status); // exit(), for all ranks (Part IV)
+// die() ends the program with status 1: something outside is wrong. die_usage(), with 2: the command line is.
+static void __attribute__((noreturn)) end_program(int status); // exit() of all its processes (Part IV)
 #define die(...) (warn(__VA_ARGS__), end_program(1))
 #define die_usage(...) (warn(__VA_ARGS__), end_program(2))
 
@@ -232,7 +232,7 @@ static size_t lay_out(float *memory, const Part *parts, size_t count) {
 // op(B) is (K, N), C is (M, N). op(A) is A, or Aᵀ if transpose_a: then A is stored (K, M). The same for B.
 //     for m < M, n < N:   C[m][n] = sum over k of op(A)[m][k] · op(B)[k][n]
 // ldc, lda and ldb ("leading dimension") are the lengths of rows as stored. They are larger than what is used
-// when a matrix is a part of a wider one. Matmul takes nearly all the time of training. Part V.
+// when a matrix is a part of a wider one. Matmul takes nearly all the time of training; Part V makes it fast.
 //     y += x · w      x (R, K), w (K, N):             matmul(y, N, x, K, false, w, N, false, R, N, K, true)
 //     dx = dy · wᵀ    dy (R, N), w stored (K, N):     matmul(dx, K, dy, N, false, w, N, true, R, K, N, false)
 static void matmul(float *C, size_t ldc, const float *A, size_t lda, bool transpose_a, const float *B,
@@ -329,8 +329,8 @@ static const struct {
     [LN_F_WEIGHT]      = {"transformer.ln_f.weight",              "C",  ONES},            // last layernorm
     [LN_F_BIAS]        = {"transformer.ln_f.bias",                "C",  ZEROS},
     [LM_HEAD]          = {"lm_head.weight",                       "VC", NORMAL},          // unless it is wte
-    [LORA_A]           = {"*.lora_A.weight",                      "RI", UNIFORM},         // section 9: beside a
-    [LORA_B]           = {"*.lora_B.weight",                      "OR", ZEROS},           // matrix named *
+    [LORA_A]           = {"*.lora_A.weight",                      "rK", UNIFORM},         // section 9: beside a
+    [LORA_B]           = {"*.lora_B.weight",                      "Nr", ZEROS},           // matrix named *
 };
 // clang-format on
 enum { BLOCK_TENSORS = LN_F_WEIGHT - LN_1_WEIGHT, LORA_ROOM = 4 * 2 }; // per layer
@@ -1551,24 +1551,24 @@ static Update take_update(const Model *model, Activations *a, const Batch *batch
 // 9. LoRA
 // =====================================================================================================
 // To train all of a model takes four times its memory (values, gradients, two moments), and every task leaves
-// a whole new model behind. But what fine-tuning adds to a matrix W is simple, as it turned out: a product of
-// two thin matrices can stand for it. LoRA learns only these (Hu et al. 2021). W stays frozen, and beside it
-// goes a detour through r numbers per row, r being 1 to 32 or so and called the rank:
+// a whole new model behind. But what fine-tuning adds to a matrix W turned out to be simple: a product of two
+// thin matrices comes close to it. LoRA learns only these two, A and B, an adapter (Hu et al. 2021). W stays
+// frozen, and beside it x takes a detour through r numbers per row. r, the rank, is 1 to 32 or so.
 //   y = x W + b + scale · (x Aᵀ) Bᵀ,   scale = alpha / r
 //   x (R, K); y (R, N); W (K, N); A (r, K); B (N, r)
-// Of the smallest GPT-2's c_attn, W has 768 · 2304 = 1.77 million values, A and B with r = 8 have 8 · (768 +
+// In the smallest GPT-2 c_attn's W has 768 · 2304 = 1.77 million values; A and B, with r = 8, have 8 · (768 +
 // 2304) = 24,576. B begins at 0, so the detour adds nothing at first and the model begins as what it was. A
-// begins at random: if both were 0, so would be both gradients, and nothing would ever move. The user's alpha
-// says how much the detour weighs; divided by r, so that another rank does not need another learning rate.
+// begins at random: if both were 0, so would be both gradients, and nothing would ever move. The user chooses
+// alpha, the weight of the detour; divided by r, it lets the learning rate stay when the rank changes.
 //
-// After training scale · (B A)ᵀ can be added to W itself. The merged model is as fast as before, and every
-// program can load it that knows GPT-2. Names, shapes, scale and initial values are those of PEFT, the
-// library in which most adapters are made, so that it loads ours and we load its.
+// After training scale · (B A)ᵀ, (K, N), can be added to W itself. The merged model is as fast as before, and
+// every program that knows GPT-2 can load it. Names, shapes, scale and initial values are those of PEFT, the
+// library in which most adapters are made: it loads ours, and we load its.
 
-// Adds the pair A, B, without values, beside a matrix of a block.
+// Adds an adapter, A and B without values, beside a matrix of a block.
 static void model_add_adapter(Model *model, Tensor *weight) {
     const size_t r = (size_t)model->lora_rank,
-                 size_of[] = {['I'] = weight->shape[0], ['O'] = weight->shape[1], ['R'] = r};
+                 size_of[] = {['K'] = weight->shape[0], ['N'] = weight->shape[1], ['r'] = r};
     weight->adapter = &model->tensors[model->tensor_count];
     weight->adapter_scale = model->lora_alpha / (float)r;
     for (int kind = LORA_A; kind <= LORA_B; kind++) {
@@ -1582,14 +1582,14 @@ static void model_add_adapter(Model *model, Tensor *weight) {
     }
 }
 
-// Gives adapters that a new run begins with their values. A: uniform between -1 / sqrt(K) and 1 / sqrt(K),
-// which is "kaiming uniform with a = sqrt(5)" in PEFT. B: zero.
+// Gives new adapters their first values. A: uniform between -1 / sqrt(K) and 1 / sqrt(K), which PEFT calls
+// "kaiming uniform with a = sqrt(5)". B: zero.
 static void adapters_initialise(Model *model, uint64_t seed) {
     for (int i = 0; i < model->tensor_count; i++) {
         Tensor *tensor = &model->tensors[i];
-        const float bound = 1 / sqrtf((float)tensor->shape[1]);
-        const uint64_t stream = random_stream(seed, (uint64_t)i);
         if (tensor->kind < LORA_A) continue;
+        const float bound = 1 / sqrtf((float)tensor->shape[1]); // of A, whose shape[1] is K
+        const uint64_t stream = random_stream(seed, (uint64_t)i);
         for (size_t j = 0; j < tensor->size; j++)
             tensor->value[j] = tensor->kind == LORA_B ? 0 : bound * (2 * random_uniform(stream, j) - 1);
     }
@@ -1605,7 +1605,7 @@ static float *lora_down(const float *x, const Tensor *weight, int R) {
     return h;
 }
 
-// y += h Bᵀ
+// y += h Bᵀ, with h (R, r) as above
 static void lora_forward(float *y, const float *x, const Tensor *weight, int R) {
     const Tensor *B = &weight->adapter[1];
     const int N = (int)B->shape[0], r = (int)B->shape[1];
@@ -1616,7 +1616,8 @@ static void lora_forward(float *y, const float *x, const Tensor *weight, int R) 
 
 // From y += h Bᵀ with h = scale · x Aᵀ follow, with dh = scale · dy B (R, r),
 //   dB = dyᵀ h,   dA = dhᵀ x,   dx += dh A
-// Without x or dx (NULL), and without gradients of A and B, that part is left out.
+// dA and dB are overwritten, or added to when accumulate. x NULL: no dA and dB are wanted; dx NULL: no dx.
+// A and B have no gradient when they are frozen.
 static void lora_backward(float *dx, const float *dy, const float *x, const Tensor *weight, bool accumulate,
                           int R) {
     const Tensor *A = &weight->adapter[0], *B = &weight->adapter[1];
@@ -1634,10 +1635,9 @@ static void lora_backward(float *dx, const float *dy, const float *x, const Tens
     free(dh);
 }
 
-// W += scale · (B A)ᵀ beside each adapter, which leaves the list: what remains is a plain GPT-2.
+// W += scale · (B A)ᵀ for each adapter. Then adapters leave the list of tensors, and a plain GPT-2 remains.
 static void model_merge(Model *model) {
-    int count = 0;
-    for (int i = 0; i < model->tensor_count && model->tensors[i].kind < LORA_A; i++, count++) {
+    for (int i = 0; i < model->tensor_count; i++) {
         Tensor *weight = &model->tensors[i];
         if (!weight->adapter) continue;
         const Tensor A = weight->adapter[0], B = weight->adapter[1];
@@ -1651,8 +1651,8 @@ static void model_merge(Model *model) {
             }
         weight->adapter = NULL;
     }
-    for (int i = count; i < model->tensor_count; i++) free(model->tensors[i].name);
-    model->tensor_count = count;
+    while (model->tensors[model->tensor_count - 1].kind >= LORA_A)
+        free(model->tensors[--model->tensor_count].name);
     model->lora_rank = 0;
 }
 
@@ -2056,7 +2056,7 @@ struct Encoder {
 // The encoder of the calling thread, made when the thread first asks for it.
 static Encoder *encoder_of_thread(Tokenizer *t) {
     int thread = omp_get_thread_num();
-    if (thread >= MAX_THREADS) die("at most %d threads can encode text", MAX_THREADS);
+    if (thread >= MAX_THREADS) die("at most %d threads can encode text: choose fewer", MAX_THREADS);
     Encoder **encoder = &t->encoders[thread];
     if (!*encoder) // aligned to a cache line, so that no slot lies in two
         *encoder = memset(xfloats(sizeof **encoder / sizeof(float)), 0, sizeof **encoder);
@@ -2389,16 +2389,16 @@ static void tokenizer_decode(const Tokenizer *t, Text *text, int id) {
 // 11. Generation
 // =====================================================================================================
 // A model gives the probabilities of the next token; text comes from drawing one, appending it and asking
-// again. The model is run on the prompt once; then each new token is a batch of one row per sample that
-// attends to the keys and values of all earlier rows, which the cache keeps. Such a batch reads every weight
-// for hardly any arithmetic, so a token takes the time of one pass over the weights, and a few samples cost
-// little more than one.
+// again. The model first runs once on the whole prompt. After that a batch has one row for each sample: its
+// newest token. That row attends to all earlier ones, whose keys and values a cache keeps, so that nothing is
+// computed twice. Such a batch does little arithmetic but reads every weight. So a token takes as long as one
+// pass over the weights, and several samples at once cost little more than one.
 
 typedef struct {
-    double temperature; // logits are divided by it; 0: always the most likely token
-    int top_k;          // only the k most likely tokens; 0: all
-    double top_p;       // only the most likely tokens that together reach this probability; 1: all
-    uint64_t seed;
+    double temperature;        // logits are divided by it; 0: always the most likely token
+    int top_k;                 // only the k most likely tokens; 0: all
+    double top_p;              // only the most likely tokens that together reach this probability; 1: all
+    uint64_t seed;             // the same seed draws the same tokens
     const char *stop;          // a sample ends before this text; NULL: no such text
     double repetition_penalty; // above 1: what the text has already becomes less likely; 1: no change
     bool silent;               // a single sample is not printed while it is made
@@ -2411,20 +2411,20 @@ typedef struct {
 } Sample;
 
 // Keys and values of the tokens so far: (L, sequences, key and value, NH, positions, HS), so that what a head
-// reads lies in one stretch of memory. Some sequences end earlier, and the batch has only the others:
-// first_key says where the keys of each begin.
+// reads lies in one stretch of memory. Some samples end earlier, and a batch has only the others: so
+// first_key says for each sequence of the batch where its keys begin.
 struct Cache {
     int sequences, positions, past; // `past` positions are filled
     int NH, HS;
     float *memory;
-    int *first_key; // (sequences of the batch) in rows of HS, within a layer's part
+    int *first_key; // (sequences of the batch) counted in rows of HS from where the layer's part begins
 };
 
 // With --precision bfloat16, arrays that are read again for each token are copied in half the size: Part V.
-static void keep_copy(const float *from, size_t size);    // keeps a copy of this array; it is filled by
-static void refresh_copy(const float *from, size_t size); // this, wherever the array has changed
+static void keep_copy(const float *from, size_t size);    // makes room for a copy of this array, empty yet
+static void refresh_copy(const float *from, size_t size); // copies a part of it that has changed
 static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N); // copies op(B) (K, N)
-static void drop_copies(void);
+static void drop_copies(void);                                                      // frees all copies
 
 // Keeps copies of all weights that products multiply by.
 static void keep_packed_copies(const Model *model) {
@@ -2457,8 +2457,8 @@ static Keys cache_append(Cache *cache, const Batch *batch, const float *qkv, int
     return (Keys){layer_part, layer_part + values, HS, head_stride, cache->first_key, cache->past};
 }
 
-// An empty cache for so many samples of up to n_positions tokens; and copies of all weights that products
-// multiply by, for as long as the cache lives.
+// An empty cache for `samples` samples of up to n_positions tokens. With it come copies of the weights that
+// products multiply by. cache_free drops all copies, so only one cache may live at a time.
 static Cache cache_new(const Model *model, int samples) {
     const Config *config = &model->config;
     const size_t size = (size_t)config->n_layer * samples * config->n_positions * 2 * config->n_embd;
@@ -2502,8 +2502,8 @@ static float kth_largest(const float *x, int n, int k) {
     return result;
 }
 
-// Draws a token from softmax(logits / temperature), cut to the top k (with those that equal the k-th) and
-// then to the top p, as transformers does.
+// Draws a token from softmax(logits / temperature), cut first to the top k (and those that equal the k-th),
+// then to the top p, as transformers does. Ends the program when the logits are not finite.
 //   logits (V); draw: uniform in [0, 1); candidates: room for V
 static int sample_token(const float *logits, int V, const Sampling *sampling, float draw,
                         Candidate *candidates) {
@@ -2525,8 +2525,8 @@ static int sample_token(const float *logits, int V, const Sampling *sampling, fl
             sum += candidates[count++].probability;
         }
     if (sampling->top_p < 1) {
-        // All tokens below `least` together have less than 1 - p, so none of them is kept: they need no
-        // sorting.
+        // Each token below `least` has less than (1 - p) / count of the sum, so all of them together have
+        // less than 1 - p, and the others reach p without them: only the others need sorting.
         double least = sum * (1 - sampling->top_p) / count, wanted = sum * sampling->top_p;
         for (int i = 0; i < count; i++)
             if (candidates[i].probability >= least) candidates[kept++] = candidates[i];
@@ -2600,7 +2600,8 @@ typedef struct {
 } Writing;
 
 // Runs the model on what it has not seen yet of each running sample of `size` tokens: first of all the prompt,
-// then one token at a time. When the context is full, it goes on with the last half.
+// then one token at a time. When the context is full, it goes on with the last half of it, and reads that
+// half anew: keys and values were made for the old positions.
 static void read_on(Writing *w, size_t size) {
     const Config *config = &w->model->config;
     Cache *cache = w->cache;
@@ -2626,8 +2627,8 @@ static void read_on(Writing *w, size_t size) {
 
 static volatile sig_atomic_t stop_signal = 0; // the signal that asks for an end; 0: none has come
 
-// Continues the prompt by up to `count` tokens, in as many different ways at once as the cache has sequences,
-// in outputs[0], outputs[1] ..., which are empty before. A sample ends at one of the ids in `ends`, at
+// Continues the prompt by up to `count` tokens. Each sequence of the cache makes one sample of its own, in
+// outputs[0], outputs[1], ..., which are empty before. A sample ends at one of the ids in `ends`, at
 // sampling->stop, or at a signal. Without a tokenizer there is no text, only ids; with one, a single sample is
 // printed as it comes. The cache may hold the first tokens of the prompt already.
 static void continue_prompt(const Model *model, const Tokenizer *tokenizer, const Ids *prompt, int count,
@@ -2707,22 +2708,21 @@ static void talk_forget(Talk *talk, size_t count) {
     talk->cache.past = 0;
 }
 
-// Makes room for an answer of `room` tokens when the context is full: the oldest turns go, each with its
-// answer, until the others take no more than half of the context. If the newest turn alone is too long, its
-// beginning goes. Says so.
+// Makes room for an answer of `room` tokens when the context is full. The oldest turns go, each with its
+// answer, until the rest takes no more than half of the context and the answer fits: so this does not happen
+// again at the next turn. If the newest turn alone is too long, its beginning goes. The user is told.
 static void talk_make_room(Talk *talk, size_t room) {
     const size_t P = (size_t)talk->cache.positions, size = talk->ids.size, turns = talk->begins.size;
     if (size + room <= P) return;
-    size_t first = 0, count;
-    while (count = (size_t)talk->begins.data[first],
-           first + 1 < turns && (size - count > P / 2 || size - count + room > P))
-        first++;
+    size_t count = (size_t)talk->begins.data[0]; // tokens to forget
+    for (size_t i = 1; i < turns && (size - count > P / 2 || size - count + room > P); i++)
+        count = (size_t)talk->begins.data[i];
     if (size - count + room > P) count = size + room - P;
     warn("the context of %zu tokens is full: the oldest %zu tokens of the talk are forgotten", P, count);
     talk_forget(talk, count);
 }
 
-// Adds a turn and its answer of up to `most` tokens, which is printed as it comes, to the talk.
+// Adds a turn to the talk, and the model's answer, which has up to `most` tokens and is printed as it comes.
 static void talk_answer(Talk *talk, const Model *model, const Tokenizer *tokenizer, const Ids *turn, int most,
                         const Ids *ends, const Sampling *sampling) {
     Sample answer = {0};
@@ -3985,7 +3985,7 @@ static Model *model_open(const char *folder, bool with_values) {
             "as d4",
             folder);
     Config read = config_read(config);
-    if (!file_exists(weights)) die("%s: is missing", weights);
+    if (!file_exists(weights)) die("%s: is missing; it holds the weights, beside config.json", weights);
     SafeTensors file = safetensors_open(weights);
     for (size_t i = 0; i < file.count; i++)
         if (strstr(file.tensors[i].name, "module.") || strstr(file.tensors[i].name, "_orig_mod."))
@@ -4034,16 +4034,21 @@ static void check_adapter_config(const Json *config, const char *path) {
     if (!json_is_null(bias) && !json_is_text(bias, "none")) die("%s: bias must be \"none\"", path);
 }
 
-// The folder of the model that an adapter belongs to, or (no adapter) the folder itself; a copy.
-static char *base_folder(const char *folder) {
-    if (!is_adapter(folder)) return xstrdup(folder);
-    const char *path = path_of("%s/adapter_config.json", folder);
-    Json *config = json_read_file(path);
+// The folder of the model that an adapter belongs to; it lies in `config`. Ends the program when it is none.
+static const char *base_of(const Json *config, const char *path) {
     const char *base = json_text(json_get(config, "base_model_name_or_path"));
     if (!base || !file_exists(path_of("%s/config.json", base)) || is_adapter(base))
         die("%s: its model, base_model_name_or_path \"%s\", is not a model folder here; correct that line",
             path, base ? base : "");
-    char *copy = xstrdup(base);
+    return base;
+}
+
+// The same for a folder; if that holds no adapter, the folder itself. A copy.
+static char *base_folder(const char *folder) {
+    if (!is_adapter(folder)) return xstrdup(folder);
+    const char *path = path_of("%s/adapter_config.json", folder);
+    Json *config = json_read_file(path);
+    char *copy = xstrdup(base_of(config, path));
     json_free(config);
     return copy;
 }
@@ -4059,7 +4064,7 @@ static Model *adapter_open(const char *folder, bool with_values) {
     const char *path = path_of("%s/adapter_config.json", folder);
     Json *config = json_read_file(path);
     check_adapter_config(config, path);
-    char *base = base_folder(folder);
+    const char *base = base_of(config, path);
     const double r = json_number(config, "r", 8, path), alpha = json_number(config, "lora_alpha", 8, path);
     if (!(r >= 1 && r <= 65536) || r != floor(r)) die("%s: r must be a whole number from 1 to 65536", path);
     if (!isfinite(alpha)) die("%s: lora_alpha must be a number", path);
@@ -4094,7 +4099,6 @@ static Model *adapter_open(const char *folder, bool with_values) {
     }
     safetensors_close(&file, false);
     json_free(config);
-    free(base);
     return model;
 }
 
@@ -4914,14 +4918,14 @@ static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
 // ---- ranks ----
 // One model can be trained by several processes, on one machine or on many: `make MPI=1`, then `mpirun -np 8
 // --hostfile hosts ./train_gpt2 ...`. MPI, the Message Passing Interface, calls such a process a rank and
-// numbers them from 0. All ranks hold the whole model and do the same, with one exception: of an update's
+// numbers them from 0. All N ranks hold the whole model and do the same, with one exception: of an update's
 // examples each rank takes every N-th. MPI_Allreduce then gives every rank the sum of all gradients, so all
 // take the same AdamW step, and their parameters stay equal without ever being sent. Rank 0 alone speaks and
 // writes files. The result is the same for any number of ranks, but for rounding.
 //
-// The functions marked (all ranks) talk: each rank must call them in the same order, or all wait for ever. So
-// whatever decides about a call must be equal everywhere: options and data, which are compared at the start,
-// sums, and signals, which are agreed upon. Without MPI there is one rank, and they do nothing.
+// Functions marked (all ranks) talk to the other ranks. Each rank must call them in the same order, or all
+// wait for ever. So whatever decides about a call must be equal on all ranks: options and data are compared at
+// the start, sums are equal, and signals are agreed upon. Without MPI there is one rank, and nobody to talk to.
 
 #ifdef USE_MPI
 #include <mpi.h>
@@ -4950,19 +4954,23 @@ static double sum_over_ranks(double x) {
 static inline uint32_t round_to_bfloat16(float x); // section 18
 static inline float float_of(uint16_t bfloat16);
 
-// (all ranks) Sends n numbers to every other rank r, those at from + r · stride, and gets as many from each, those
-// of rank r at to + r · n. In each round all send and all receive, so that no cable is idle.
+// (all ranks) Sends n numbers to every other rank and gets n from each. What is sent to rank r stands at
+// from + r · stride (stride 0: the same to all), what comes from rank r is written to to + r · n. In each step
+// all ranks send and all receive, so that no cable is idle.
 static void exchange(uint16_t *to, const uint16_t *from, size_t stride, size_t n) {
     for (int step = 1; step < rank_count; step++) {
-        const int next = (this_rank + step) % rank_count, last = (this_rank + rank_count - step) % rank_count;
-        MPI_Sendrecv(from + (size_t)next * stride, (int)n, MPI_UINT16_T, next, 0, to + (size_t)last * n,
-                     (int)n, MPI_UINT16_T, last, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+        const int receiver = (this_rank + step) % rank_count;
+        const int sender = (this_rank + rank_count - step) % rank_count;
+        MPI_Sendrecv(from + (size_t)receiver * stride, (int)n, MPI_UINT16_T, receiver, 0,
+                     to + (size_t)sender * n, (int)n, MPI_UINT16_T, sender, 0, MPI_COMM_WORLD,
+                     MPI_STATUS_IGNORE);
     }
 }
 
-// (all ranks) Sums x (n) over the ranks, rounded to bfloat16 on its way: half the bytes. Each rank gets all
-// ranks' numbers of its own N-th part of x, adds them up in float32, rounds the sum and sends it to all.
-// scratch: twice n + 2N numbers
+// (all ranks) Sums x (n) over the N ranks. It is rounded to bfloat16 on its way, so half the bytes are sent. x
+// is cut into N parts, and rank r sums part r: all send it that part, it adds up in float32, rounds the sum
+// and sends it to all.
+//   scratch: 2 (n + N) numbers
 static void sum_rounded(float *x, size_t n, uint16_t *scratch) {
     const size_t N = (size_t)rank_count, part = (n + N - 1) / N, mine = (size_t)this_rank * part;
     uint16_t *rounded = scratch, *received = scratch + N * part;
@@ -4983,7 +4991,8 @@ static void sum_rounded(float *x, size_t n, uint16_t *scratch) {
 #endif
 
 // (all ranks) Each gradient becomes the sum of all ranks' gradients: the same bits on each. They lie one
-// behind another (model_allocate_training), so they are summed as one array, in pieces, since MPI counts in int.
+// behind another (model_allocate_training), so they are summed as one array. It goes in pieces: MPI counts in
+// int, and small pieces need little scratch memory.
 static void sum_gradients_over_ranks(const Model *model) {
 #ifdef USE_MPI
     const double started = now();
@@ -4995,8 +5004,7 @@ static void sum_gradients_over_ranks(const Model *model) {
         end = tensor->gradient + tensor->size;
     }
     const size_t most = sums_in_bfloat16 ? (size_t)1 << 20 : (size_t)1 << 30; // floats in a piece
-    uint16_t *scratch =
-        sums_in_bfloat16 ? xmalloc(2 * (most + 2 * (size_t)rank_count) * sizeof *scratch) : NULL;
+    uint16_t *scratch = sums_in_bfloat16 ? xmalloc(2 * (most + (size_t)rank_count) * sizeof *scratch) : NULL;
     for (size_t n; begin < end; begin += n) {
         n = smaller((size_t)(end - begin), most);
         if (sums_in_bfloat16)
@@ -5060,8 +5068,9 @@ static size_t take_share(const size_t *order, size_t begin, size_t end, size_t *
 
 // The cores of a machine are shared out evenly among its ranks when more than one rank may use a core: two
 // ranks on one core would each wait for the other. Open MPI by itself binds each of two ranks to a single
-// core, and of more to a socket: unless its --bind-to is given, what mpirun itself may use counts. Each rank
-// has as many threads as cores, if neither --threads nor OMP_NUM_THREADS says another number.
+// core, and each of more to a socket. So unless the user gave it --bind-to, what is shared out is what
+// mpirun, our parent process, may use. Each rank has as many threads as cores, if neither --threads nor
+// OMP_NUM_THREADS says another number.
 static void share_cores(void) {
 #if defined(USE_MPI) && defined(__linux__)
     int running = 0, rank_here, ranks_here;
@@ -5094,8 +5103,8 @@ static void share_cores(void) {
 #endif
 }
 
-// Ends the program when a launcher has started it several times, but MPI knows of one rank only: each would
-// believe to be alone, and all write one folder.
+// Ends the program when a launcher has started it several times, but MPI knows of one rank only. Each process
+// would take itself for the only one, and all would write the same folder.
 static void refuse_lonely_ranks(void) {
     static const char *const launchers[][2] = {{"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
                                                {"PMI_SIZE", "PMI_RANK"},
@@ -5103,15 +5112,13 @@ static void refuse_lonely_ranks(void) {
     for (int i = 0; i < 3 && rank_count == 1; i++) {
         const char *size = getenv(launchers[i][0]), *number = getenv(launchers[i][1]);
         if (!size || atoi(size) <= 1) continue;
-        if (number &&
-            atoi(number) > 0) { // one line is enough; a launcher may end all when the first one ends
+        if (number && atoi(number) > 0) { // the first one says it; a launcher may end all when one ends
             sleep(1);
             exit(1);
         }
 #ifdef USE_MPI
-        die("started %s times, but not as one program: this launcher belongs to another MPI than the one "
-            "that "
-            "train_gpt2 was built with; use that one's mpirun (srun: try --mpi=pmix or --mpi=pmi2)",
+        die("started %s times, but not as one program: this launcher is of another MPI than train_gpt2 was "
+            "built with; use that one's mpirun (srun: try --mpi=pmix or --mpi=pmi2)",
             size);
 #else
         die("started %s times, but built without MPI: build it with make MPI=1", size);
@@ -5142,7 +5149,7 @@ static void start_ranks(void) {
 // nobody leaves before all have saved.
 static int end_ranks(int status) {
 #ifdef USE_MPI
-    if (this_rank > 0) dup2(STDOUT_FILENO, STDERR_FILENO); // no warnings, after all
+    if (this_rank > 0) dup2(STDOUT_FILENO, STDERR_FILENO); // nothing failed: drops the lines kept back
     MPI_Barrier(MPI_COMM_WORLD);
     MPI_Finalize();
 #endif
@@ -6555,13 +6562,15 @@ static Run start_run(Options *options, const char *checkpoint) {
     run.ends = read_ends(size ? NULL : base, run.tokenizer);
     const Config *config = &run.model->config;
     if (options->seq_len > config->n_positions)
-        die_usage("--seq-len %ld: the model has only %d positions", options->seq_len, config->n_positions);
+        die_usage("--seq-len %ld: the model has only %d positions, choose no more", options->seq_len,
+                  config->n_positions);
     if (!options->seq_len) options->seq_len = config->n_positions < 1024 ? config->n_positions : 1024;
     if (options->train[0] || options->plan) {
         need_matches(run.model, "freeze", &options->freeze);
         need_matches(run.model, "no-decay", &options->no_decay);
         model_set_training(run.model, &options->freeze, &options->no_decay);
-        if (count_parameters(run.model, true) == 0) die_usage("--freeze leaves nothing to train");
+        if (count_parameters(run.model, true) == 0)
+            die_usage("--freeze leaves nothing to train: name fewer tensors");
     }
     if (options->train[0])
         run.train = dataset_load(options->train, run.tokenizer, (int)options->seq_len, config->vocab_size);
@@ -6797,7 +6806,8 @@ static void set_lengths(Run *run, Options *options) {
     size_t group = (size_t)(options->batch_size * options->accumulate);
     run->steps_per_epoch = (long)((run->train->count + group - 1) / group);
     if (!options->steps) options->steps = (long)(options->epochs * (double)run->steps_per_epoch + 0.5);
-    if (options->steps < 1) die_usage("--epochs %g: less than one update", options->epochs);
+    if (options->steps < 1)
+        die_usage("--epochs %g: less than one update; say --steps N, or more epochs", options->epochs);
     run->warmup = warmup_of(options, options->steps, run->steps_per_epoch);
     if (!options->val_every) options->val_every = options->steps >= 20 ? options->steps / 20 : 1;
     if (!options->save_every) options->save_every = options->val_every;
@@ -7058,8 +7068,9 @@ static int run_chat(Options *options) {
     const int P = run.model->config.n_positions;
     const long most = options->generate ? options->generate : P > 4 ? P / 4 : 1;
     if (run.tokenizer->end_of_text < 0 || run.tokenizer->end_of_text >= run.model->config.vocab_size)
-        die("%s: a talk needs a tokenizer with an end of text, which the model must know", options->init);
-    if (most >= P) die_usage("--generate %ld: a context of %d tokens has no room for such answers", most, P);
+        die("%s: --chat needs a tokenizer with an end of text that the model knows; --generate does not",
+            options->init);
+    if (most >= P) die_usage("--generate %ld: too long for a context of %d tokens, choose less", most, P);
     Talk talk = {.cache = cache_new(run.model, 1)};
     Sampling sampling = sampling_of(options);
     Text line = {0};
