@@ -4924,8 +4924,8 @@ static double now(void) { return seconds_on(CLOCK_MONOTONIC); }
 // writes files. The result is the same for any number of ranks, but for rounding.
 //
 // Functions marked (all ranks) talk to the other ranks. Each rank must call them in the same order, or all
-// wait for ever. So whatever decides about a call must be equal on all ranks: options and data are compared at
-// the start, sums are equal, and signals are agreed upon. Without MPI there is one rank, and nobody to talk to.
+// wait for ever. So whatever decides about a call must be equal on all ranks: options and data are compared
+// at the start, sums are equal, signals are agreed upon. Without MPI there is one rank, with nobody to talk to.
 
 #ifdef USE_MPI
 #include <mpi.h>
@@ -4955,8 +4955,8 @@ static inline uint32_t round_to_bfloat16(float x); // section 18
 static inline float float_of(uint16_t bfloat16);
 
 // (all ranks) Sends n numbers to every other rank and gets n from each. What is sent to rank r stands at
-// from + r · stride (stride 0: the same to all), what comes from rank r is written to to + r · n. In each step
-// all ranks send and all receive, so that no cable is idle.
+// from + r · stride (stride 0: the same to all), what comes from rank r goes to to + r · n. In each step all
+// ranks send and all receive, so that no cable is idle.
 static void exchange(uint16_t *to, const uint16_t *from, size_t stride, size_t n) {
     for (int step = 1; step < rank_count; step++) {
         const int receiver = (this_rank + step) % rank_count;
@@ -4967,9 +4967,9 @@ static void exchange(uint16_t *to, const uint16_t *from, size_t stride, size_t n
     }
 }
 
-// (all ranks) Sums x (n) over the N ranks. It is rounded to bfloat16 on its way, so half the bytes are sent. x
-// is cut into N parts, and rank r sums part r: all send it that part, it adds up in float32, rounds the sum
-// and sends it to all.
+// (all ranks) Sums x (n) over the N ranks. It is rounded to bfloat16 on its way: half the bytes are sent. x is
+// cut into N parts, and rank r sums part r: all send it that part, it adds up in float32, rounds the sum and
+// sends it to all.
 //   scratch: 2 (n + N) numbers
 static void sum_rounded(float *x, size_t n, uint16_t *scratch) {
     const size_t N = (size_t)rank_count, part = (n + N - 1) / N, mine = (size_t)this_rank * part;
