@@ -6420,7 +6420,7 @@ static Model *start_model(const Options *options, const int *size, const char *f
     if (!size) {
         Model *model = model_open(folder, !options->plan);
         if (tokenizer && tokenizer->base_size > model->config.vocab_size)
-            die("the tokenizer has %d entries, the model only %d: it is not this model's own",
+            die("the tokenizer has %d entries, the model only %d: name the model's own with --tokenizer",
                 tokenizer->base_size, model->config.vocab_size);
         return model;
     }
@@ -7070,7 +7070,9 @@ static int run_chat(Options *options) {
     if (run.tokenizer->end_of_text < 0 || run.tokenizer->end_of_text >= run.model->config.vocab_size)
         die("%s: --chat needs a tokenizer with an end of text that the model knows; --generate does not",
             options->init);
-    if (most >= P) die_usage("--generate %ld: too long for a context of %d tokens, choose less", most, P);
+    if (most >= P)
+        die_usage("--generate %ld: a context of %d tokens has no room for such answers, choose less", most,
+                  P);
     Talk talk = {.cache = cache_new(run.model, 1)};
     Sampling sampling = sampling_of(options);
     Text line = {0};
