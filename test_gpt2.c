@@ -5341,6 +5341,39 @@ static void test_talk(void) {
     model_free(model);
 }
 
+// Which turns a full context of 100 tokens forgets: so many that half of it and an answer of 20 fit, of the newest
+// turn at most the beginning. Rows: where turns begin, tokens of the talk, tokens that stay, where what stays begins.
+static void test_talk_room(void) {
+    static const struct {
+        int begins[4], turns, size, left, first, stay;
+    } cases[] = {
+        {{0, 20, 45, 70}, 4, 80, 80, 0, 4}, // fits
+        {{0, 20, 45, 70}, 4, 90, 45, 0, 2}, // 70 and the answer would fit, but are more than half
+        {{0, 60}, 2, 95, 35, 0, 1},         // all but the newest turn
+        {{0, 10}, 2, 95, 80, 80, 0},        // the newest turn is too long alone: its beginning goes
+        {{15, 30, 60}, 3, 100, 40, 0, 1},   // what is left of an older turn goes as well
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Talk talk = {.cache = {.positions = 100, .past = 7}};
+        for (int t = 0; t < cases[i].size; t++) ids_push(&talk.ids, t);
+        for (int t = 0; t < cases[i].turns; t++) ids_push(&talk.begins, cases[i].begins[t]);
+        int kept = dup(2), quiet = open("/dev/null", O_WRONLY);
+        dup2(quiet, 2);
+        talk_make_room(&talk, 20);
+        dup2(kept, 2);
+        close(kept);
+        close(quiet);
+        const int left = (int)talk.ids.size, begin = talk.begins.size ? talk.begins.data[0] : left;
+        check(left == cases[i].left && talk.ids.data[0] == cases[i].size - left, "case %zu: %d tokens stay",
+              i, left);
+        check((int)talk.begins.size == cases[i].stay && begin == cases[i].first,
+              "case %zu: %zu turns stay, from %d on", i, talk.begins.size, begin);
+        check(talk.cache.past == (left < cases[i].size ? 0 : 7), "case %zu: %d keys stay", i,
+              talk.cache.past);
+        free(talk.ids.data), free(talk.begins.data);
+    }
+}
+
 // A program on a pseudo-terminal that is its controlling one, so that a typed ^C becomes a signal.
 typedef struct {
     int master;
@@ -6797,6 +6830,7 @@ static const struct {
     {"a run: several --val, held-out samples, exact match in the log", test_several_val},
     {"a run: --predictions", test_predictions},
     {"a talk: answers in a pipe, /reset, a full context", test_talk},
+    {"a talk: which turns a full context forgets", test_talk_room},
     {"a talk: on a terminal, ^C and ^D", test_talk_on_terminal},
     {"a talk: ^C while nobody reads", test_talk_unread},
     {"resume: the same run to the bit after any signal", test_resume},
