@@ -5145,12 +5145,26 @@ static void start_ranks(void) {
     refuse_lonely_ranks();
 }
 
+#ifdef USE_MPI
+static int final_status;
+
+static void leave(int signal_number) {
+    (void)signal_number;
+    _exit(final_status);
+}
+#endif
+
 // (all ranks) The last thing in main: a launcher that sees one rank leave with an error ends the others, so
-// nobody leaves before all have saved.
+// nobody leaves before all have saved. Some MPIs now and then hang in MPI_Finalize (MPICH with UCX before 4.2,
+// over TCP): after ten seconds the program ends without.
 static int end_ranks(int status) {
 #ifdef USE_MPI
+    final_status = status;
+    signal(SIGALRM, leave);
     if (this_rank > 0) dup2(STDOUT_FILENO, STDERR_FILENO); // nothing failed: drops the lines kept back
+    fflush(NULL);
     MPI_Barrier(MPI_COMM_WORLD);
+    alarm(10);
     MPI_Finalize();
 #endif
     return status;

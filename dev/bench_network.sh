@@ -8,6 +8,8 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 rate=${RATE:-1gbit} updates=${UPDATES:-6} init=${INIT:-d12}
 folder=build/network
+# Without these Open MPI 4.1 takes 1.0 to 1.4 of the least time for sums in float32, 1.4 to 2.1 in bfloat16.
+several="--mca btl_tcp_links 2 --mca btl_tcp_eager_limit 4194304 --mca btl_tcp_max_send_size 4194304"
 mkdir -p $folder || exit 1
 
 fail() {
@@ -24,6 +26,9 @@ ip netns add tg0 && ip netns add tg1 && ip link add cable netns tg0 type veth pe
 for i in 0 1; do
     ip netns exec tg$i sh -c "ip link set lo up && ip addr add 10.99.0.$((i + 1))/24 dev cable && ip link set cable up &&
         tc qdisc add dev cable root tbf rate $rate burst 256k latency 20ms" || fail "no cable"
+done
+for i in 0 1; do # the cable is plugged in a moment later
+    until ip netns exec tg$i ip link show cable | grep -q 'state UP'; do sleep 0.1; done
 done
 
 # What an MPI calls in place of ssh: [options] HOST COMMAND. It runs the command on that host, with a core of its own.
@@ -67,7 +72,7 @@ for mpi in ${MPIS:-mpich openmpi}; do
         openmpi)
             run "Open MPI, sums in $precision" mpirun.openmpi --allow-run-as-root --bind-to none --mca plm_rsh_agent "$PWD/$folder/on_host" \
                 --host 10.99.0.1:1,10.99.0.2:1 -np 2 --mca btl_tcp_if_include 10.99.0.0/24 \
-                --mca oob_tcp_if_include 10.99.0.0/24 ${OPENMPI_OPTIONS:-}
+                --mca oob_tcp_if_include 10.99.0.0/24 ${OPENMPI_OPTIONS:-$several}
             ;;
         esac
     done

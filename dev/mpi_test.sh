@@ -141,6 +141,18 @@ signalled() {
 }
 
 stops_and_saves() { signalled "$1" "$2" && [ "$saved" = 1 ]; }
+hanging_end() { # MPI_Finalize never returns: all is saved, and all end
+    name=$mpi-hanging
+    echo '#include <unistd.h>
+          int MPI_Finalize(void) { for (;;) pause(); }' >$folder/hang.c
+    cc -shared -fPIC -o $folder/hang.so $folder/hang.c || return 1
+    begin=$(date +%s)
+    launch 2 env LD_PRELOAD="$PWD/$folder/hang.so" $program $SMALL --steps 9 --out "$folder/$name" # Open MPI says 1 then
+    status=$? seconds=$(($(date +%s) - begin))
+    echo "status $status after $seconds s"
+    [ "$seconds" -ge 10 ] && [ "$seconds" -le 20 ] && [ -f "$folder/$name/model.safetensors" ] && [ -z "$(processes)" ] &&
+        { [ "$mpi" != mpich ] || [ $status = 0 ]; }
+}
 ends_all() { signalled "$1" "$2"; }
 
 # What one process without MPI does is the measure of all.
@@ -208,6 +220,7 @@ for mpi in $MPIS; do
     check "SIGUSR1 to the launcher stops all, which save" stops_and_saves USR1 launcher
     check "SIGKILL to rank 1 ends all" ends_all KILL 1
     check "SIGTERM to the launcher ends all" ends_all TERM launcher
+    check "an MPI that hangs at the end" hanging_end
     check "a build without MPI" fails 1 "started 2 times, but built without MPI" launch 2 ./train_gpt2 $SMALL
 done
 
