@@ -7408,8 +7408,8 @@ static void matmul_builtin(Product p) {
 //
 // What that brings depends on the processor. All of it rests on one idea, the pair: two neighbours along k
 // stand side by side in 32 bits, where one float was before.
-// 1. Pairs. One instruction multiplies 16 pairs by 16 pairs and adds both products of each to a sum. A step
-//    is now two k long; the tiles of section 17 stay as they are.
+// 1. Pairs. One instruction multiplies 16 pairs by 16 pairs (arm64: 4 by 4) and adds both products of each to
+//    a sum. A step is now two k long; the tiles of section 17 stay as they are.
 // 2. Packing. Operands must be rounded anyway, so both are copied into pairs: A by rows, B by panels. The
 //    tiles need only half the time now, so copies weigh twice as much as before, and most of their time is
 //    waiting for memory. So all threads first share the packing of A. Then each packs B panel by panel, and
@@ -7474,8 +7474,8 @@ static const struct {
     uint8_t rows[16];
 } amx_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// C (at most 32 x 32) = or += A (32, depth) · two tiles of columns of B, depth a multiple of 16. Four tiles
-// hold sums, two hold A, two hold B. What lies beyond the edges of C goes through a buffer.
+// C (at most 32 x 32) = or += A (32, depth) · two tiles of columns of B. depth counts pairs, a multiple of 16.
+// Four tiles hold sums, two hold A, two hold B. What lies beyond the edges of C goes through a buffer.
 static void amx_tile(float *C, size_t ldc, const BFloat16Pair *A, size_t lda, const BFloat16Pair *B[2],
                      size_t rows, size_t columns, size_t depth, bool add) {
     float edge[32 * 32];
@@ -7518,7 +7518,8 @@ static void amx_tile(float *C, size_t ldc, const BFloat16Pair *A, size_t lda, co
 
 // ---- packing pairs ----
 
-// A piece of a product whose operands fit into the packed form: STRIPE rows, columns and steps at most.
+// A piece of a product whose operands fit into the packed form: STRIPE rows, columns and steps at most. A is
+// packed PAIR_GROUP rows at a time, and what must be transposed PIECE steps at a time, in the first-level cache.
 enum { STRIPE = 2304, PAIR_GROUP = 96, PIECE = 64 };
 typedef struct {
     Product p;
@@ -7656,7 +7657,7 @@ static void pair_block(const void *product, size_t block) {
 #ifndef USE_AMX
 #define amx_block pair_block
 #else
-// The same by tiles of AMX, from panels that are packed already. They hold three tiles of B each, or two.
+// The same by tiles of AMX, from panels that are packed already. A panel holds three tiles of B, or two.
 static void amx_block(const void *product, size_t block) {
     const PairProduct *q = product;
     const Product *p = &q->p;
@@ -7773,8 +7774,8 @@ static size_t packed_size(const Config *config, size_t rows) {
 
 // ---- few rows, from copies ----
 // A token that is generated reads every weight, and every key and value in the cache, to multiply it once. So
-// time is what memory needs, and half the bits are half the time: generate() keeps copies in bfloat16 of the
-// arrays that are read again for each token. They hold what the product would round to anyway. Weights do not
+// time is what memory needs, and half the bits are half the time: cache_new() keeps copies in bfloat16 of
+// the arrays that are read again for each token. They hold what the product would round to anyway. Weights do not
 // change meanwhile: their copies are packed in panels, one long stream for each thread.
 
 typedef struct {
@@ -7946,7 +7947,8 @@ static void few_pairs(const void *product, size_t block) {
 // A product of at most FEW rows whose B lies in a copy.
 static void matmul_few_pairs(Product p, const Copy *copy) {
     if (p.M == 0 || p.N == 0) return;
-    const bool alone = omp_in_parallel() || (double)p.M * p.N * p.K<1e5, packed = copy->panel_size> 0;
+    const bool alone = omp_in_parallel() || (double)p.M * p.N * p.K < 1e5;
+    const bool packed = copy->panel_size > 0;
     const size_t threads = alone ? 1 : (size_t)omp_get_max_threads(), steps = (p.K + 1) / 2;
     BFloat16Pair *a = xmalloc(p.M * steps * sizeof *a);
     pack_neighbours(a, steps, p.A, p.lda, p.M, p.K, steps);
