@@ -103,6 +103,32 @@ differing() { # OPTIONS OPTIONS: ranks 0 and 1 have options of their own
     timeout 60 $mpirun -np 1 $program $MODEL $1 --out $folder/differs : -np 1 $program $MODEL $2 --out $folder/differs
 }
 
+apart() { # ONE OTHER: rank 1 has OTHER in place of ONE: a model's folder, a file of data, or the program
+    rm -rf $folder/apart
+    for here in 0 1; do
+        mkdir -p $folder/apart/$here && cp -r $folder/alone-freeze $folder/apart/$here/model &&
+            cp $folder/questions.jsonl $folder/apart/$here && cp $program $folder/apart/$here/train_gpt2 || return 9
+    done
+    rm -r "$folder/apart/1/$1" && cp -r "$2" "$folder/apart/1/$1" || return 9
+    words="--init model --train questions.jsonl --steps 9 --threads 1 --quiet --out out"
+    timeout 60 $mpirun -np 1 sh -c "cd $PWD/$folder/apart/0 && exec ./train_gpt2 $words" : \
+        -np 1 sh -c "cd $PWD/$folder/apart/1 && exec ./train_gpt2 $words"
+}
+
+drifting() { # rank 1 gets another sum of gradients than rank 0, which the next evaluation must notice
+    cat >$folder/drift.c <<'END'
+#include <mpi.h>
+int MPI_Allreduce(const void *from, void *to, int n, MPI_Datatype type, MPI_Op op, MPI_Comm all) {
+    int rank, status = PMPI_Allreduce(from, to, n, type, op, all);
+    PMPI_Comm_rank(all, &rank);
+    if (type == MPI_FLOAT && rank == 1) ((float *)to)[n / 2] += 1;
+    return status;
+}
+END
+    $compiler -shared -fPIC -o $folder/drift.so $folder/drift.c || return 9
+    launch 2 env LD_PRELOAD="$PWD/$folder/drift.so" $program $SMALL --steps 40 --val-every 10 --out "$folder/$mpi-drifts"
+}
+
 full_disk() { # of rank 0, which alone writes: log.csv takes nothing
     mkdir -p $folder/full && ln -sf /dev/full $folder/full/log.csv && launch 2 $program $SMALL --steps 9 --out $folder/full
 }
@@ -213,6 +239,15 @@ for mpi in $MPIS; do
         differing "--train $folder/questions.jsonl" "--train $folder/questions.jsonl --seed 2"
     check "a rank that cannot see the data" fails 1 "rank 1 on .*nowhere.jsonl" \
         differing "--train $folder/questions.jsonl" "--train $folder/nowhere.jsonl"
+    sed '1s/cat/dog/; 1s/the/a/' $folder/questions.jsonl >$folder/others.jsonl
+    { cat $program && echo; } >$folder/another && chmod +x $folder/another
+    check "another model on rank 1" fails 1 "rank 1 on .*the model: not the same as on rank 0" \
+        apart model $folder/alone-dropout
+    check "other data on rank 1" fails 1 "rank 1 on .*questions.jsonl: not the same as on rank 0" \
+        apart questions.jsonl $folder/others.jsonl
+    check "another program on rank 1" fails 1 "rank 1 on .*the program: not the same as on rank 0" \
+        apart train_gpt2 $folder/another
+    check "weights that drift apart are noticed" fails 1 "rank 1 on .*the model: not the same as on rank 0" drifting
     check "a full disk" fails 1 "log.csv: " full_disk
     for signal in TERM INT USR1; do
         check "SIG$signal to rank 1 stops all, which save" stops_and_saves $signal 1
