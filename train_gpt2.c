@@ -7079,6 +7079,7 @@ static bool read_turn(Talk *talk, Text *turn, bool on_terminal) {
 static int run_chat(Options *options) {
     Run run = start_writing(options);
     const bool on_terminal = isatty(0), ignored = signal(SIGINT, SIG_DFL) == SIG_IGN;
+    if (ignored) signal(SIGINT, SIG_IGN); // it stays so
     const int P = run.model->config.n_positions;
     const long most = options->generate ? options->generate : P > 4 ? P / 4 : 1;
     if (run.tokenizer->end_of_text < 0 || run.tokenizer->end_of_text >= run.model->config.vocab_size)
