@@ -5458,7 +5458,7 @@ static void test_talk_on_terminal(void) {
 // A signal ends an answer also while nobody reads it: the write that it interrupts goes on, and nothing is lost.
 static void test_talk_unread(void) {
     int in[2], out[2], before = -1, waiting = 0;
-    char *command = xprintf("exec $T --trainer --chat --init $D/talker --generate 190000 --temperature 0");
+    const char *command = "exec $T --trainer --chat --init $D/talker --generate 190000 --temperature 0";
     char buffer[4096], last = 0;
     model_free(make_talker(200000));
     setenv("T", self_path, 1);
@@ -5487,7 +5487,6 @@ static void test_talk_unread(void) {
     int status = wait_for(child);
     check(status == 0 && last == '\n', "status %d, the last character is %d", status, last);
     close(out[0]);
-    free(command);
 }
 
 // Prompts from a file, one a line, as one after the other; --answer-only leaves the prompt out.

@@ -4951,7 +4951,7 @@ static double sum_over_ranks(double x) {
 }
 
 #ifdef USE_MPI
-static inline uint32_t round_to_bfloat16(float x); // section 18
+static inline uint16_t bfloat16_of(float x); // section 18
 static inline float float_of(uint16_t bfloat16);
 
 // (all ranks) Sends n numbers to every other rank and gets n from each. What is sent to rank r stands at
@@ -4975,14 +4975,14 @@ static void sum_rounded(float *x, size_t n, uint16_t *scratch) {
     const size_t N = (size_t)rank_count, part = (n + N - 1) / N, mine = (size_t)this_rank * part;
     uint16_t *rounded = scratch, *received = scratch + N * part;
 #pragma omp parallel for
-    for (size_t i = 0; i < N * part; i++) rounded[i] = (uint16_t)(round_to_bfloat16(i < n ? x[i] : 0) >> 16);
+    for (size_t i = 0; i < N * part; i++) rounded[i] = bfloat16_of(i < n ? x[i] : 0);
     exchange(received, rounded, part, part);
     memcpy(received + mine, rounded + mine, part * sizeof *rounded);
 #pragma omp parallel for
     for (size_t i = 0; i < part; i++) {
         float sum = 0;
         for (size_t rank = 0; rank < N; rank++) sum += float_of(received[rank * part + i]);
-        rounded[mine + i] = (uint16_t)(round_to_bfloat16(sum) >> 16);
+        rounded[mine + i] = bfloat16_of(sum);
     }
     exchange(rounded, rounded + mine, 0, part);
 #pragma omp parallel for
@@ -5156,7 +5156,7 @@ static void leave(int signal_number) {
 
 // (all ranks) The last thing in main: a launcher that sees one rank leave with an error ends the others, so
 // nobody leaves before all have saved. Some MPIs now and then hang in MPI_Finalize (MPICH with UCX before 4.2,
-// over TCP): after ten seconds the program ends without.
+// over TCP): after ten seconds the program ends all the same.
 static int end_ranks(int status) {
 #ifdef USE_MPI
     final_status = status;
@@ -5230,8 +5230,8 @@ typedef struct {
     size_t *order;            // of the examples in epoch order_epoch; NULL: in none yet
     long order_epoch;
     double shown, seconds_per_step; // when the progress line was last written, and what it goes by
-    double updating, processor;     // seconds of recent updates (of all, if there are several ranks), and of
-                                    // all threads together in them
+    double updating, processor;     // since watch_threads spoke or began anew: seconds of updates, and of all
+                                    // threads together in them
     double accuracy;                // of the last update
     long saved_step;                // the step of the newest checkpoint
     bool unsaved;                   // something happened that it does not know of
@@ -5257,21 +5257,29 @@ static void remember_signal(int signal_number) { stop_signal = signal_number; }
 // (all ranks) A signal to one rank stops all of them, at the same step.
 static void agree_on_stop(void) { agreed_signal = (int)largest_over_ranks(stop_signal); }
 
+static bool is_ignored(int signal_number) {
+    struct sigaction action;
+    return sigaction(signal_number, NULL, &action) == 0 && action.sa_handler == SIG_IGN;
+}
+
+// From now on this signal is only remembered. With SA_RESTART a write that it interrupts goes on afterwards.
+static void catch_signal(int signal_number, int flags) {
+    const struct sigaction action = {.sa_handler = remember_signal, .sa_flags = flags | SA_RESTART};
+    sigaction(signal_number, &action, NULL);
+}
+
 // From here on a signal does not end the program at once: the training loop finishes its step and saves. A
 // second ^C (SIGINT) or SIGTERM ends it at once. SIGHUP (the terminal or the ssh connection is gone) and
 // SIGPIPE (the reader of our output is gone) may come again and change nothing, as may SIGUSR1, by which batch
 // systems say that time is nearly up. A signal that was ignored when the program began, as nohup does with
-// SIGHUP, stays ignored; SIGPIPE is always caught. SA_RESTART: a write that waits goes on after the signal.
+// SIGHUP, stays ignored; SIGPIPE is always caught.
 static void catch_signals(void) {
     static const struct {
         int number, flags;
     } caught[] = {{SIGINT, SA_RESETHAND}, {SIGTERM, SA_RESETHAND}, {SIGHUP, 0}, {SIGPIPE, 0}, {SIGUSR1, 0}};
-    for (int i = 0; i < 5; i++) {
-        struct sigaction before, action = {.sa_handler = remember_signal};
-        action.sa_flags = caught[i].flags | SA_RESTART;
-        bool ignored = sigaction(caught[i].number, NULL, &before) == 0 && before.sa_handler == SIG_IGN;
-        if (!ignored || caught[i].number == SIGPIPE) sigaction(caught[i].number, &action, NULL);
-    }
+    for (int i = 0; i < 5; i++)
+        if (!is_ignored(caught[i].number) || caught[i].number == SIGPIPE)
+            catch_signal(caught[i].number, caught[i].flags);
 }
 
 // Returns a tensor that has a weight or moment which is not a finite number, or NULL. (0 · x is 0 for all
@@ -5744,7 +5752,8 @@ static void watch_threads(Run *run, double seconds, double processor) {
     const int threads = omp_get_max_threads();
     run->updating += seconds;
     run->processor += processor;
-    if (threads == 1 || run->updating < 10) return; // -INFINITY: it has been said
+    // With several ranks, waiting for the others would look the same. -INFINITY: it has been said.
+    if (threads == 1 || rank_count > 1 || run->updating < 10) return;
     const double cores = run->processor / run->updating;
     const bool busy = cores < 0.5 * threads;
     if (busy)
@@ -5774,10 +5783,7 @@ static void train_one_step(Run *run, const Hyperparameters *h) {
         return;
     }
     const double seconds = now() - begin;
-    if (rank_count == 1)
-        watch_threads(run, seconds, seconds_on(CLOCK_PROCESS_CPUTIME_ID) - processor);
-    else
-        run->updating += seconds;
+    watch_threads(run, seconds, seconds_on(CLOCK_PROCESS_CPUTIME_ID) - processor);
     update.rows = (size_t)sum_over_ranks((double)update.rows);
     run->accuracy = update.accuracy;
     write_log(run, "%ld,%.6g,train,%.9g,%.6g,%.9g,%.9g,%.1f,%.3f,\n", run->step, epoch_of(run, run->step),
@@ -6740,8 +6746,7 @@ static void print_traffic(const Run *run) {
     }
     const double rate = (double)R * C * F / best, work = (products - skipped) * R * ceil(group / N) / share;
     printf("\n%d ranks: each sends %.1f MB an update: %.3g s at 1 Gbit/s, %.3g at 10, %.3g at 100; its "
-           "products take "
-           "about %.3g s\n",
+           "products take about %.3g s\n",
            rank_count, bytes / 1e6, bytes * 8e-9, bytes * 8e-10, bytes * 8e-11, work / rate);
     free(x), free(w), free(y);
 }
@@ -7078,8 +7083,7 @@ static bool read_turn(Talk *talk, Text *turn, bool on_terminal) {
 // ends an answer; while a turn is typed it has its usual meaning and ends the program, as ^D does.
 static int run_chat(Options *options) {
     Run run = start_writing(options);
-    const bool on_terminal = isatty(0), ignored = signal(SIGINT, SIG_DFL) == SIG_IGN;
-    if (ignored) signal(SIGINT, SIG_IGN); // it stays so
+    const bool on_terminal = isatty(0), ignored = is_ignored(SIGINT); // then it stays so
     const int P = run.model->config.n_positions;
     const long most = options->generate ? options->generate : P > 4 ? P / 4 : 1;
     if (run.tokenizer->end_of_text < 0 || run.tokenizer->end_of_text >= run.model->config.vocab_size)
@@ -7098,8 +7102,7 @@ static int run_chat(Options *options) {
         Ids turn = {0};
         tokenizer_encode(run.tokenizer, &turn, line.data, line.size);
         check_tokens(run.tokenizer, &turn, run.model->config.vocab_size, "this turn");
-        const struct sigaction end_answer = {.sa_handler = remember_signal, .sa_flags = SA_RESTART};
-        if (!ignored) sigaction(SIGINT, &end_answer, NULL);
+        if (!ignored) catch_signal(SIGINT, 0);
         talk_answer(&talk, run.model, run.tokenizer, &turn, (int)most, &run.ends, &sampling);
         if (!ignored) signal(SIGINT, SIG_DFL);
         stop_signal = 0;
@@ -7439,6 +7442,8 @@ static inline uint32_t round_to_bfloat16(float x) {
     } u = {x};
     return x == x ? u.bits + 0x7fff + (u.bits >> 16 & 1) : 0x7fc00000;
 }
+
+static inline BFloat16 bfloat16_of(float x) { return (BFloat16)(round_to_bfloat16(x) >> 16); }
 
 // For the float32 product: rounds what it has packed.
 static void round_in_place(float *x, size_t count) {
@@ -7817,8 +7822,7 @@ static void keep_copy(const float *from, size_t size) {
 
 static void refresh_copy(const float *from, size_t size) {
     const Copy *copy = find_copy(from);
-    for (size_t i = 0; copy && i < size; i++)
-        copy->to[from - copy->from + i] = (BFloat16)(round_to_bfloat16(from[i]) >> 16);
+    for (size_t i = 0; copy && i < size; i++) copy->to[from - copy->from + i] = bfloat16_of(from[i]);
 }
 
 static void keep_packed_copy(const float *B, bool transpose_b, size_t K, size_t N) {
@@ -7960,7 +7964,7 @@ static void matmul_few_pairs(Product p, const Copy *copy) {
                           copy->panel_size};
     if (!packed || threads == 1)
         share_out(packed ? few_pairs_packed : few_pairs, &q, (panels + each - 1) / each, threads);
-    else // guided: long runs first, since memory is fastest in one stream; then single panels, to end together
+    else // `guided` hands out long runs of panels first: memory is fastest in one stream; then ever shorter ones
 #pragma omp parallel for schedule(guided)
         for (size_t panel = 0; panel < panels; panel++) few_pairs_packed(&q, panel);
     free(a);

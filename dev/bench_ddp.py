@@ -4,8 +4,9 @@ DistributedDataParallel over gloo, in turn.
 
   build/venv/bin/python dev/bench_ddp.py [MPIRUN] [ROUNDS]     mpirun.mpich and 3 without; needs make MPI=1
 
-PROGRAM=build/mpich/train_gpt2 takes another program, OPTIONS adds options to it. Both begin at random weights, take the same number of examples an update, clip at norm 1 and use AdamW. Prints each
-round's medians in seconds, our sums' share of the time, and the ratio of the medians.
+PROGRAM=build/mpich/train_gpt2 takes another program, OPTIONS adds options to it. Both begin at random weights, take
+the same number of examples an update, clip at norm 1 and use AdamW. Prints each round's medians in seconds, our sums'
+share of the time, and the ratio of the medians.
 """
 import csv
 import os

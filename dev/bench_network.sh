@@ -40,8 +40,7 @@ shift
 exec ip netns exec tg$number unshare --uts sh -c "hostname host$number; exec taskset -c $number sh -c '$*'"
 END
 chmod +x $folder/on_host
-[ -f build/data/stories_train.txt ] || make -s build/data/stories_train.txt || exit 1
-[ -d build/stories_tokenizer ] || make -s build/stories_tokenizer/merges.txt || exit 1
+make -s build/data/stories_train.txt build/stories_tokenizer/merges.txt || exit 1
 
 run() { # NAME MPIRUN...
     name=$1

@@ -115,8 +115,12 @@ apart() { # ONE OTHER: rank 1 has OTHER in place of ONE: a model's folder, a fil
         -np 1 sh -c "cd $PWD/$folder/apart/1 && exec ./train_gpt2 $words"
 }
 
+shim() { # NAME: builds $folder/NAME.so, which takes the place of functions of MPI, from standard input
+    cat >"$folder/$1.c" && $compiler -shared -fPIC -o "$folder/$1.so" "$folder/$1.c"
+}
+
 drifting() { # rank 1 gets another sum of gradients than rank 0, which the next evaluation must notice
-    cat >$folder/drift.c <<'END'
+    shim drift <<'END' || return 9
 #include <mpi.h>
 int MPI_Allreduce(const void *from, void *to, int n, MPI_Datatype type, MPI_Op op, MPI_Comm all) {
     int rank, status = PMPI_Allreduce(from, to, n, type, op, all);
@@ -125,7 +129,6 @@ int MPI_Allreduce(const void *from, void *to, int n, MPI_Datatype type, MPI_Op o
     return status;
 }
 END
-    $compiler -shared -fPIC -o $folder/drift.so $folder/drift.c || return 9
     launch 2 env LD_PRELOAD="$PWD/$folder/drift.so" $program $SMALL --steps 40 --val-every 10 --out "$folder/$mpi-drifts"
 }
 
@@ -169,9 +172,10 @@ signalled() {
 stops_and_saves() { signalled "$1" "$2" && [ "$saved" = 1 ]; }
 hanging_end() { # MPI_Finalize never returns: all is saved, and all end
     name=$mpi-hanging
-    echo '#include <unistd.h>
-          int MPI_Finalize(void) { for (;;) pause(); }' >$folder/hang.c
-    cc -shared -fPIC -o $folder/hang.so $folder/hang.c || return 1
+    shim hang <<'END' || return 9
+#include <unistd.h>
+int MPI_Finalize(void) { for (;;) pause(); }
+END
     begin=$(date +%s)
     launch 2 env LD_PRELOAD="$PWD/$folder/hang.so" $program $SMALL --steps 9 --out "$folder/$name" # Open MPI says 1 then
     status=$? seconds=$(($(date +%s) - begin))
